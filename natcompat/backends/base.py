@@ -1,0 +1,86 @@
+"""What a backend is: the seam between the one call and the operating systems.
+
+A third party implements `Backend` and registers it in the entry-point group ``natcompat.backends``;
+`natcompat.testing.EndpointConformance` tells whether it keeps the contract.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from natcompat.contract import Duty, Performer
+
+Address: TypeAlias = tuple[Any, ...]
+"""A socket address as `socket.recvfrom` returns it."""
+
+EspCallable: TypeAlias = Callable[[memoryview, Address], object]
+"""Takes one diverted ESP packet (SPI first, the UDP header is gone) and where it came from."""
+
+
+@runtime_checkable
+class EspInbound(Protocol):
+    """Takes diverted ESP packets by the burst.
+
+    `coalesce` (optional, default False) asks for UDP_GRO on the sockets that ESP is steered to:
+    fewer and larger receives, worth it where a burst is handled in one piece.
+    """
+
+    def inbound(self, burst: list[tuple[memoryview, Address]]) -> object:
+        """Take `burst`: (ESP packet, source address) pairs in the order in which they came.
+
+        Runs in the thread that steers, or in the thread that receives where demultiplexing is in
+        line. What it raises is logged and counted, and goes nowhere else. The packets may be kept.
+        """
+
+
+EspConsumer: TypeAlias = EspCallable | EspInbound
+
+
+@dataclass(frozen=True, slots=True)
+class Viability:
+    """Whether a backend works in this process, and if it does not, why and what would help."""
+
+    backend: str
+    viable: bool
+    duties: Mapping[Duty, Performer] = field(default_factory=dict)
+    """Who would do which duty on a bound, unconnected socket."""
+    reason: str = ""
+    """One sentence: what was found."""
+    remedy: str = ""
+    """One sentence: what to do about it; empty when there is nothing to do."""
+
+
+class Attachment(Protocol):
+    """A backend's hold on one socket, from `Backend.attach` to `detach`."""
+
+    mode: str
+    """How this socket is served, in a word or two: ``filter``, ``steering``, ``in line``..."""
+    reason: str
+    """Why this mode and not a stronger one; empty for the strongest."""
+    duties: Mapping[Duty, Performer]
+    """Who does what on this socket. The process does what names no one else."""
+
+    def detach(self) -> None:
+        """Give the socket back as it was before `attach`. The socket is still open."""
+
+    def release(self) -> None:
+        """Free what was made besides the socket; the socket itself is about to be closed."""
+
+
+class Backend(Protocol):
+    """One way of serving sockets."""
+
+    name: str
+
+    def viability(self) -> Viability:
+        """Tell whether this works here. Never raises, never changes the system."""
+
+    def attach(self, sock: socket.socket, esp: EspConsumer | None) -> Attachment:
+        """Make the kernel do what it can on `sock`, now; natcompat does the rest.
+
+        `sock` is open, of type SOCK_DGRAM, AF_INET or AF_INET6, bound or not, connected or not.
+        Raises `natcompat.NatCompatError` and leaves the socket as it was when this cannot be done.
+        """
