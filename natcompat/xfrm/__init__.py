@@ -1,0 +1,1 @@
+"""IPsec of the Linux kernel: security associations and policies over XFRM netlink."""
