@@ -1,3 +1,94 @@
-"""NAT traversal sockets for IKE, the same on every operating system."""
+"""The Solaris socket option UDP_NAT_T_ENDPOINT on every operating system.
+
+`set_nat_t_endpoint(sock)` gives a UDP socket these semantics (RFC 3948, udp(4P) of Solaris):
+
+Inbound, by UDP payload
+
+- fewer than four bytes, whatever they are (NAT-keepalives, empty datagrams): dropped, counted, and
+  the application is not woken;
+- four zero bytes (the non-ESP marker) and anything or nothing behind them: delivered without the
+  marker; a bare marker is a datagram of length zero;
+- anything else: to ESP, never to the application.
+
+Outbound, every send gets the marker in front. The largest message has 65503 bytes over IPv4 and
+65523 over IPv6. ESP sends its packets and keepalives by itself.
+
+The option can be set, read and cleared at any time. Names are loaded when they are first used.
+"""
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from natcompat.backends import probe
+    from natcompat.backends.base import Viability
+    from natcompat.contract import (
+        NAT_KEEPALIVE,
+        NAT_T_PORT,
+        NON_ESP_MARKER,
+        UDP_NAT_T_ENDPOINT,
+        Duty,
+        Performer,
+        Verdict,
+        classify,
+    )
+    from natcompat.endpoint import NatTEndpoint, Stats, get_nat_t_endpoint, set_nat_t_endpoint
+    from natcompat.errors import BackendUnavailableError, NatCompatError
+    from natcompat.option import install, uninstall
+    from natcompat.sockets import NatTSocket
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "natcompat.backends": ("probe",),
+    "natcompat.backends.base": ("Viability",),
+    "natcompat.contract": (
+        "NAT_KEEPALIVE",
+        "NAT_T_PORT",
+        "NON_ESP_MARKER",
+        "UDP_NAT_T_ENDPOINT",
+        "Duty",
+        "Performer",
+        "Verdict",
+        "classify",
+    ),
+    "natcompat.endpoint": ("NatTEndpoint", "Stats", "get_nat_t_endpoint", "set_nat_t_endpoint"),
+    "natcompat.errors": ("BackendUnavailableError", "NatCompatError"),
+    "natcompat.option": ("install", "uninstall"),
+    "natcompat.sockets": ("NatTSocket",),
+}
+
+__all__ = [
+    "NAT_KEEPALIVE",
+    "NAT_T_PORT",
+    "NON_ESP_MARKER",
+    "UDP_NAT_T_ENDPOINT",
+    "BackendUnavailableError",
+    "Duty",
+    "NatCompatError",
+    "NatTEndpoint",
+    "NatTSocket",
+    "Performer",
+    "Stats",
+    "Verdict",
+    "Viability",
+    "classify",
+    "get_nat_t_endpoint",
+    "install",
+    "probe",
+    "set_nat_t_endpoint",
+    "uninstall",
+]
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOMES.items():
+        if name in names:
+            import importlib
+
+            value: object = getattr(importlib.import_module(module), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

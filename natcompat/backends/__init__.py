@@ -1,1 +1,132 @@
-"""The backends."""
+"""The registry of backends, and the choice among them.
+
+Built-in names come first; others through the entry-point group ``natcompat.backends`` (a class or
+function that returns a `natcompat.backends.base.Backend`). A name that is asked for is used or
+refused, never replaced.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Final, cast
+
+from natcompat.backends.base import Backend, Viability
+from natcompat.errors import BackendUnavailableError
+
+ENVIRONMENT_VARIABLE: Final = "NATCOMPAT_BACKEND"
+ENTRY_POINT_GROUP: Final = "natcompat.backends"
+AUTO: Final = "auto"
+
+_BUILT_IN: Final[dict[str, tuple[str, str, dict[str, bool]]]] = {
+    # name: (module, class, arguments), in the order in which `auto` prefers them
+    "linux": ("natcompat.backends.linux", "LinuxBackend", {}),
+    "userspace": ("natcompat.backends.userspace", "UserspaceBackend", {}),
+    "userspace:in-line": ("natcompat.backends.userspace", "UserspaceBackend", {"in_line": True}),
+}
+_PLATFORMS: Final = {"linux": "linux"}
+
+_instances: dict[str, Backend] = {}
+
+
+def names() -> list[str]:
+    """Return the names of all registered backends, built-in ones first."""
+    return [*_BUILT_IN, *sorted(_entry_points().keys() - _BUILT_IN.keys())]
+
+
+def probe() -> list[Viability]:
+    """Return the viability of every registered backend, in the order in which ``auto`` prefers them.
+
+    Changes nothing on the system; the kernel may load the modules of ESP. Takes milliseconds, the
+    first time up to two seconds where modules are loaded.
+    """
+    return [viability(name) for name in names()]
+
+
+def viability(name: str) -> Viability:
+    """Return whether the backend called `name` works here, and why not if it does not."""
+    platform = _PLATFORMS.get(name, sys.platform)
+    if platform != sys.platform:
+        return Viability(name, False, reason=f"it is for {platform}; this is {sys.platform}")
+    try:
+        return get(name).viability()
+    except Exception as error:  # noqa: BLE001 - somebody else's backend must not break the others
+        return Viability(
+            name, False, reason=f"it failed: {error}", remedy="Report this to the backend's authors."
+        )
+
+
+def get(name: str) -> Backend:
+    """Return the backend called `name`, viable or not.
+
+    Raises `natcompat.errors.BackendUnavailableError` (EINVAL) if nobody registered that name.
+    """
+    backend = _instances.get(name)
+    if backend is None:
+        if name in _BUILT_IN:
+            module, attribute, arguments = _BUILT_IN[name]
+            make = cast(Callable[..., Backend], getattr(importlib.import_module(module), attribute))
+            backend = make(**arguments)
+        else:
+            points = _entry_points()
+            if name not in points:
+                raise BackendUnavailableError(
+                    errno.EINVAL,
+                    f"there is no backend called {name!r}",
+                    f"Choose among {AUTO}, {', '.join(names())}",
+                )
+            backend = cast(Callable[[], Backend], points[name]())()
+        _instances[name] = backend
+    return backend
+
+
+def select(requested: str | Backend | None = None, *, hands_over_esp: bool = False) -> Backend:
+    """Return the backend to use: `requested`, else what the environment variable asks for, else ``auto``.
+
+    A comma-separated list is an order of preference. `hands_over_esp`: a consumer in this process
+    wants ESP. Raises `natcompat.errors.BackendUnavailableError` with a reason for every refusal:
+    EINVAL for an unknown name, ENOTSUP if none of those asked for is viable.
+    """
+    refusals: list[str] = []
+    if requested is not None and not isinstance(requested, str):
+        if _check(requested, requested.viability(), hands_over_esp, refusals):
+            return requested
+        raise BackendUnavailableError(errno.ENOTSUP, refusals[0])
+    asked = requested or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+    for name in filter(None, map(str.strip, asked.split(","))):
+        for candidate in _BUILT_IN if name == AUTO else (name,):
+            found = viability(candidate)
+            if name == AUTO and not found.automatic:
+                continue
+            if _check(get(candidate), found, hands_over_esp, refusals):
+                return get(candidate)
+    source = f" ({ENVIRONMENT_VARIABLE}={asked})" if not requested and asked != AUTO else ""
+    viable = ", ".join(found.backend for found in probe() if found.viable)
+    raise BackendUnavailableError(
+        errno.ENOTSUP,
+        f"no backend that was asked for works here{source}: {'; '.join(refusals) or 'no name was given'}",
+        f"Choose among {AUTO}, {viable}; `natcompat doctor` says more",
+    )
+
+
+def _check(backend: Backend, found: Viability, hands_over_esp: bool, refusals: list[str]) -> bool:
+    """Tell whether `backend` will do; if not, say why in `refusals`."""
+    if not found.viable:
+        refusals.append(
+            f"{backend.name}: {found.reason.rstrip('.')}"
+            + (f" ({found.remedy.rstrip('.')})" if found.remedy else "")
+        )
+    elif hands_over_esp and not backend.hands_over_esp:
+        refusals.append(f"{backend.name}: ESP goes to the kernel, so the process cannot have it")
+    else:
+        return True
+    return False
+
+
+def _entry_points() -> dict[str, Callable[[], object]]:
+    from importlib.metadata import entry_points
+
+    return {point.name: point.load for point in entry_points(group=ENTRY_POINT_GROUP)}

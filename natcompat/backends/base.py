@@ -9,9 +9,12 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from natcompat.contract import Duty, Performer
+
+if TYPE_CHECKING:
+    from natcompat.diversion import Diversion
 
 Address: TypeAlias = tuple[Any, ...]
 """A socket address as `socket.recvfrom` returns it."""
@@ -51,36 +54,57 @@ class Viability:
     """One sentence: what was found."""
     remedy: str = ""
     """One sentence: what to do about it; empty when there is nothing to do."""
+    automatic: bool = True
+    """Whether ``auto`` may choose it: False where it works only with the help of another process."""
 
 
 class Attachment(Protocol):
     """A backend's hold on one socket, from `Backend.attach` to `detach`."""
 
     mode: str
-    """How this socket is served, in a word or two: ``filter``, ``steering``, ``in line``..."""
+    """How this socket is served, in a word or two: ``filter``, ``steering``, ``in line``, ``unbound``."""
     reason: str
     """Why this mode and not a stronger one; empty for the strongest."""
     duties: Mapping[Duty, Performer]
-    """Who does what on this socket. The process does what names no one else."""
+    """Who does what on this socket; natcompat does in the process what is left to it."""
+    sensitive: frozenset[str | tuple[int, int]]
+    """What the application may do that needs `detach` before it and a new `attach` after it:
+    ``"bind"``, ``"connect"``, and socket options as (level, option)."""
+    hidden: dict[tuple[int, int], int]
+    """Options that the backend has set for itself, with the value that the application shall read.
+    What the application sets of these is kept here, and put on the socket by `detach`."""
 
-    def detach(self) -> None:
-        """Give the socket back as it was before `attach`. The socket is still open."""
+    def counters(self) -> Mapping[str, int]:
+        """Return what only the backend knows, such as the drops of sockets of its own."""
+
+    def detach(self, sock: socket.socket) -> None:
+        """Give `sock` back as it was before `attach`, and free all that was made."""
 
     def release(self) -> None:
-        """Free what was made besides the socket; the socket itself is about to be closed."""
+        """Free what was made besides the socket, which is about to be closed or is closed.
+
+        Runs in finalizers too: touches no descriptor but the backend's own, and in a forked child
+        only closes.
+        """
+
+    def adopt(self) -> None:
+        """Carry on in a forked child what `attach` began in its parent (threads do not survive)."""
 
 
 class Backend(Protocol):
     """One way of serving sockets."""
 
     name: str
+    hands_over_esp: bool
+    """Whether diverted ESP comes to this process, so that a consumer can have it."""
 
     def viability(self) -> Viability:
         """Tell whether this works here. Never raises, never changes the system."""
 
-    def attach(self, sock: socket.socket, esp: EspConsumer | None) -> Attachment:
+    def attach(self, sock: socket.socket, diversion: Diversion) -> Attachment:
         """Make the kernel do what it can on `sock`, now; natcompat does the rest.
 
-        `sock` is open, of type SOCK_DGRAM, AF_INET or AF_INET6, bound or not, connected or not.
-        Raises `natcompat.NatCompatError` and leaves the socket as it was when this cannot be done.
+        `sock` is open, UDP, AF_INET or AF_INET6, bound or not, connected or not. What is not IKE
+        and reaches a socket of the backend's goes to `diversion`. Raises
+        `natcompat.errors.NatCompatError` and leaves the socket as it was when this cannot be done.
         """

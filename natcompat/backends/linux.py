@@ -1,0 +1,118 @@
+"""Linux: UDP_ENCAP_ESPINUDP gives ESP to XFRM, a socket filter drops what the kernel would deliver."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import socket
+from collections.abc import Mapping
+from typing import Final
+
+from natcompat import filters
+from natcompat.backends.base import Attachment, Viability
+from natcompat.backends.steering import UDP_ENCAP
+from natcompat.backends.userspace import filter_refused, put_filter, restore_gro, switch_gro_off
+from natcompat.contract import Duty, Performer
+from natcompat.diversion import Diversion
+from natcompat.errors import NatCompatError
+
+UDP_ENCAP_ESPINUDP: Final = 2  # include/uapi/linux/udp.h
+
+_UNFILTERED: Final[Mapping[Duty, Performer]] = {
+    Duty.DROP_RUNTS: Performer.PROCESS,
+    Duty.DIVERT_ESP: Performer.KERNEL,
+    Duty.STRIP_MARKER: Performer.PROCESS,
+    Duty.INSERT_MARKER: Performer.PROCESS,
+}
+_FILTERED: Final[Mapping[Duty, Performer]] = {**_UNFILTERED, Duty.DROP_RUNTS: Performer.FILTER}
+
+_SENSITIVE: Final[frozenset[str | tuple[int, int]]] = frozenset(
+    {
+        (socket.SOL_SOCKET, filters.SO_ATTACH_FILTER),
+        (socket.SOL_SOCKET, filters.SO_DETACH_FILTER),
+        (socket.SOL_SOCKET, filters.SO_LOCK_FILTER),
+        (socket.SOL_SOCKET, filters.SO_ATTACH_BPF),
+        (socket.IPPROTO_UDP, UDP_ENCAP),
+    }
+)
+
+
+class LinuxBackend:
+    """ESP is the kernel's: its SAs are installed by XFRM, by this process or another."""
+
+    name = "linux"
+    hands_over_esp = False
+
+    def viability(self) -> Viability:
+        """Ask XFRM by a dry run; without CAP_NET_ADMIN, ask loopback."""
+        return _viability()
+
+    def attach(self, sock: socket.socket, diversion: Diversion) -> Attachment:
+        """Set UDP_ENCAP and put the filter on."""
+        return _Attachment(sock)
+
+
+class _Attachment:
+    def __init__(self, sock: socket.socket) -> None:
+        self.sensitive = _SENSITIVE
+        self._filtered = False
+        with contextlib.ExitStack() as undo:
+            try:
+                # 2 unless it is off: an application that set it itself shall find it again
+                self._encapsulation = sock.getsockopt(socket.IPPROTO_UDP, UDP_ENCAP)
+                sock.setsockopt(socket.IPPROTO_UDP, UDP_ENCAP, UDP_ENCAP_ESPINUDP)
+            except OSError as error:
+                raise NatCompatError(
+                    error.errno or 0,
+                    f"UDP_ENCAP was refused: {error.strerror}",
+                    "Run a kernel with CONFIG_XFRM, or choose NATCOMPAT_BACKEND=userspace",
+                ) from error
+            undo.callback(sock.setsockopt, socket.IPPROTO_UDP, UDP_ENCAP, self._encapsulation)
+            self.reason = put_filter(sock, filters.IKE_ONLY)
+            if not self.reason:
+                self._filtered = True
+                undo.callback(filters.detach_filter, sock)
+            # kernels that do not know of ESP in GRO would glue IKE and ESP to one
+            self.hidden = switch_gro_off(sock)
+            self.mode = "filter" if self._filtered else "in line"
+            self.duties = _FILTERED if self._filtered else _UNFILTERED
+            undo.pop_all()
+
+    def counters(self) -> Mapping[str, int]:
+        """Return nothing: the kernel counts ESP by SA."""
+        return {}
+
+    def detach(self, sock: socket.socket) -> None:
+        """Give UDP_ENCAP and UDP_GRO back and take the filter off."""
+        with contextlib.ExitStack() as each:
+            each.callback(restore_gro, sock, self.hidden)
+            if self._filtered:
+                each.callback(filters.detach_filter, sock)
+            each.callback(sock.setsockopt, socket.IPPROTO_UDP, UDP_ENCAP, self._encapsulation)
+
+    def release(self) -> None:
+        """There is nothing besides the socket."""
+
+    def adopt(self) -> None:
+        """There is nothing to carry on: the kernel does it."""
+
+
+@functools.cache
+def _viability() -> Viability:
+    from natcompat.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
+
+    duties = _UNFILTERED if filter_refused() else _FILTERED
+    found = probe_esp()
+    if found.support is not EspSupport.NO_PRIVILEGE:
+        return Viability("linux", bool(found), duties, found.reason, found.remedy)
+    unprivileged = probe_esp_unprivileged()
+    if unprivileged.support is EspSupport.NO_ESP:
+        return Viability("linux", False, duties, unprivileged.reason, unprivileged.remedy, automatic=False)
+    return Viability(
+        "linux",
+        True,
+        duties,
+        f"{found.reason} {unprivileged.reason}",
+        "Ask for it by name where another process installs the SAs, or grant CAP_NET_ADMIN.",
+        automatic=False,
+    )

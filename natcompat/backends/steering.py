@@ -1,0 +1,299 @@
+"""Steering (Linux): a second socket on the application's port takes all that is not IKE.
+
+The application's socket and ours are one SO_REUSEPORT group; a classic BPF program of the group
+decides by the first word. ESP has its own queue and thread, so that no flood of it costs IKE.
+Unprivileged; ``reuseport_select_sock()`` in net/core/sock_reuseport.c.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+from natcompat import filters
+from natcompat.backends.base import Address
+from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER
+from natcompat.diversion import Diversion, HandBack
+
+# Option numbers of Linux that Python does not name in every version
+IP_PKTINFO: Final = 8  # include/uapi/linux/in.h
+IP_RECVERR: Final = 11
+_IP_FREEBIND: Final = 15
+_IP_TRANSPARENT: Final = 19
+IPV6_RECVERR: Final = 25  # include/uapi/linux/in6.h
+_IPV6_TRANSPARENT: Final = 75
+_IPV6_FREEBIND: Final = 78
+SO_BINDTODEVICE: Final = 25  # include/uapi/asm-generic/socket.h
+UDP_ENCAP: Final = 100  # include/uapi/linux/udp.h
+_UDP_NO_CHECK6_RX: Final = 102
+UDP_GRO: Final = 104
+
+_COPIED_BEFORE_BIND: Final[tuple[tuple[int, int], ...]] = (
+    (socket.SOL_SOCKET, socket.SO_REUSEADDR),  # else EADDRINUSE when the port is used on several addresses
+    (socket.IPPROTO_IP, _IP_FREEBIND),  # addresses that are not there yet
+    (socket.IPPROTO_IP, _IP_TRANSPARENT),
+)
+_COPIED_BEFORE_BIND_6: Final[tuple[tuple[int, int], ...]] = (
+    (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
+    (socket.IPPROTO_IPV6, _IPV6_FREEBIND),
+    (socket.IPPROTO_IPV6, _IPV6_TRANSPARENT),
+    (socket.IPPROTO_UDP, _UDP_NO_CHECK6_RX),
+)
+
+_BURST: Final = 64  # datagrams taken from one socket before the next has its turn
+_LARGEST: Final = 65535
+_ANCILLARY: Final = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20) + socket.CMSG_SPACE(12)
+_ENVELOPE: Final = HandBack.HEADROOM
+
+
+class Steering:
+    """The engine's sockets of one application socket, and the thread that reads them.
+
+    `engines` sockets share the load by SPI. Raises OSError from the constructor, with the
+    application's socket as it was, when the kernel refuses a step: EADDRINUSE when the user id has
+    changed since the socket was made or somebody else holds the port, EPERM by a seccomp profile.
+    """
+
+    def __init__(self, sock: socket.socket, diversion: Diversion, engines: int = 1) -> None:
+        self._diversion = diversion
+        self._port: int = sock.getsockname()[1]
+        self._on_device = bool(_device(sock))
+        with contextlib.ExitStack() as undo:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            undo.callback(sock.setsockopt, socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+            self._engines = [undo.enter_context(self._join(sock)) for _ in range(engines)]
+            filters.attach_steering(sock, engines)
+            undo.callback(_take_off_program, sock)
+            self._reader = undo.enter_context(contextlib.closing(_Reader(self._engines, self._take)))
+            undo.pop_all()
+
+    def detach(self, sock: socket.socket) -> None:
+        """Leave `sock` alone on its port, as it was, with nothing of ours left."""
+        self._reader.close()
+        _take_off_program(sock)
+        for engine in self._engines:
+            self._drain(engine)
+            engine.close()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+
+    def release(self) -> None:
+        """Close what is ours. In a forked child nothing but the child's descriptors is touched."""
+        self._reader.close()
+        for engine in self._engines:
+            engine.close()
+
+    def adopt(self) -> None:
+        """Read the inherited sockets in this process, a forked child, too."""
+        self._reader = _Reader(self._engines, self._take)
+
+    def drops(self) -> int:
+        """Return how many datagrams the kernel dropped because the queues of ours were full."""
+        return sum(filters.drops(engine) or 0 for engine in self._engines)
+
+    def _join(self, sock: socket.socket) -> socket.socket:
+        """Return a socket of ours that shares the address and port of `sock`."""
+        engine = socket.socket(sock.family, sock.type, sock.proto)
+        try:
+            engine.settimeout(0)
+            options = _COPIED_BEFORE_BIND
+            if sock.family == socket.AF_INET6:
+                options += _COPIED_BEFORE_BIND_6
+            for level, option in options:
+                with contextlib.suppress(
+                    OSError
+                ):  # an option that this kernel does not know is not set either
+                    value = sock.getsockopt(level, option)
+                    if value != engine.getsockopt(level, option):
+                        engine.setsockopt(level, option, value)
+            device = _device(sock)
+            if device:
+                engine.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, device)
+            # what the application gave its own queue, ESP shall have too (the kernel reports it doubled)
+            engine.setsockopt(
+                socket.SOL_SOCKET, socket.SO_RCVBUF, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
+            )
+            # where a datagram was sent to, so that IKE among it can go there again
+            if sock.family == socket.AF_INET6:
+                engine.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
+            else:
+                engine.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+            # GRO glues IKE behind ESP, and a socket bound to a device cannot be handed anything back
+            if self._diversion.coalesce and not device:
+                with contextlib.suppress(OSError):
+                    engine.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
+            engine.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            engine.bind(sock.getsockname())
+        except BaseException:
+            engine.close()
+            raise
+        return engine
+
+    def _take(self, engine: socket.socket) -> bool:
+        """Take one burst from `engine`; False when its queue is empty."""
+        diverted: list[tuple[memoryview, Address]] = []
+        more = True
+        for _ in range(_BURST):
+            try:
+                data, ancillary, _, source = engine.recvmsg(_LARGEST, _ANCILLARY)
+            except BlockingIOError:
+                more = False
+                break
+            except OSError as error:  # an ICMP error of something sent by this socket
+                self._diversion.error(f"receive of ESP: {error}")
+                continue
+            destination, segment_size = _read_ancillary(ancillary)
+            whole = memoryview(data)
+            for start in range(0, len(data), segment_size) if segment_size else (0,):
+                segment = whole[start : start + segment_size] if segment_size else whole
+                if segment[:MARKER_LENGTH] == NON_ESP_MARKER:
+                    self._hand_back(engine, segment, source, destination)
+                else:
+                    diverted.append((segment, source))
+        if diverted:
+            self._diversion.take(diverted)
+        return more
+
+    def _hand_back(
+        self, engine: socket.socket, datagram: memoryview, source: Address, destination: Any
+    ) -> None:
+        """Send IKE that came here to the application's socket.
+
+        It comes here behind ESP, glued to it by GRO, and between the join and the program.
+        """
+        diversion = self._diversion
+        if bytes(datagram[: len(diversion.hand_back.prefix)]) == diversion.hand_back.prefix:
+            diversion.error(
+                "a datagram that had been handed back came again: another program steers this port"
+            )
+            return
+        if destination is None:
+            return  # multicast or broadcast: the application has a copy of its own
+        if self._on_device:
+            diversion.error("IKE was lost: a socket bound to a device takes nothing from loopback")
+            return
+        host, interface = destination
+        address: Address = (host, self._port)
+        if engine.family == socket.AF_INET6:
+            address += (0, interface if host.startswith("fe80:") else 0)
+        try:
+            engine.sendto(diversion.hand_back.wrap(datagram[MARKER_LENGTH:], source), address)
+        except OSError as error:
+            diversion.error(f"IKE could not be handed back: {error}")
+        else:
+            diversion.counters.handed_back += 1
+
+    def _drain(self, engine: socket.socket) -> None:
+        # what is still queued came while the option was on; bounded, for it may come without end
+        for _ in range(64):
+            if not self._take(engine):
+                return
+
+
+class _Reader:
+    """A thread that waits for the engine's sockets, and ends when it is told to."""
+
+    def __init__(self, engines: list[socket.socket], take: Callable[[socket.socket], bool]) -> None:
+        self._engines = {engine.fileno(): engine for engine in engines}
+        self._take = take
+        self._pid = os.getpid()
+        self._awake, self._wake = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="natcompat-esp", daemon=True)
+        try:
+            self._thread.start()
+        except BaseException:
+            self._close_pair()
+            raise
+
+    def close(self) -> None:
+        """End the thread and wait for it: a socket in which a thread still waits stays in its group."""
+        if os.getpid() == self._pid:
+            with contextlib.suppress(OSError):
+                self._wake.send(b"x")
+            if self._thread is not threading.current_thread():
+                self._thread.join()
+        self._close_pair()
+
+    def _close_pair(self) -> None:
+        self._wake.close()
+        self._awake.close()
+
+    def _run(self) -> None:
+        awake = self._awake.fileno()
+        poller = select.poll()
+        for descriptor in (awake, *self._engines):
+            poller.register(descriptor, select.POLLIN)
+        while True:
+            ready = poller.poll()
+            for descriptor, _ in ready:
+                if descriptor != awake:
+                    self._take(self._engines[descriptor])
+                if self._wake.fileno() < 0:  # closed by what the consumer of ESP called
+                    return
+            if any(descriptor == awake for descriptor, _ in ready):
+                return
+
+
+def refusal(sock: socket.socket) -> str:
+    """Return why the bound `sock` cannot be steered, in words; empty if it can be tried."""
+    v6 = sock.family == socket.AF_INET6
+    if sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
+        return "the application set SO_REUSEPORT, so its group is its own"
+    if is_connected(sock):
+        return "the socket is connected, and a connected socket leaves its SO_REUSEPORT group"
+    if sock.getsockopt(socket.IPPROTO_IPV6 if v6 else socket.IPPROTO_IP, IPV6_RECVERR if v6 else IP_RECVERR):
+        return "the application set IP_RECVERR, and errors would reach either socket of the group"
+    if sock.getsockopt(socket.IPPROTO_UDP, UDP_ENCAP):
+        return "the application set UDP_ENCAP, so the kernel takes ESP itself"
+    return ""
+
+
+def _take_off_program(sock: socket.socket) -> None:
+    with contextlib.suppress(
+        OSError
+    ):  # before Linux 5.3 it cannot be taken off; alone in its group a socket ignores it
+        filters.detach_steering(sock)
+
+
+def is_connected(sock: socket.socket) -> bool:
+    """Tell whether `sock` has a peer."""
+    try:
+        sock.getpeername()
+    except OSError as error:
+        return error.errno != errno.ENOTCONN
+    return True
+
+
+def _device(sock: socket.socket) -> bytes:
+    try:
+        return sock.getsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, 16).rstrip(b"\0")
+    except OSError:
+        return b""
+
+
+def _read_ancillary(ancillary: list[tuple[int, int, bytes]]) -> tuple[tuple[str, int] | None, int]:
+    """Return (local address, interface) that a datagram was sent to, and the size of its segments.
+
+    None for what went to several hosts, 0 for what is in one piece.
+    """
+    destination = None
+    segment_size = 0
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
+            interface, local, sent_to = struct.unpack_from("=i4s4s", data)
+            if local == sent_to:
+                destination = socket.inet_ntop(socket.AF_INET, local), interface
+        elif (level, kind) == (socket.IPPROTO_IPV6, socket.IPV6_PKTINFO):
+            sent_to, interface = struct.unpack_from("=16si", data)
+            mapped = sent_to.startswith(bytes(10) + b"\xff\xff")
+            if sent_to[0] != 0xFF and not (mapped and sent_to[12] >= 0xE0):
+                destination = socket.inet_ntop(socket.AF_INET6, sent_to), interface
+        elif (level, kind) == (socket.IPPROTO_UDP, UDP_GRO):
+            segment_size = struct.unpack_from("=i", data)[0]
+    return destination, segment_size

@@ -1,0 +1,126 @@
+"""Where everything goes that is not IKE, and how IKE comes back from there."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import socket
+import struct
+import threading
+from typing import Any
+
+from natcompat.backends.base import Address, EspConsumer, EspInbound
+from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER, Verdict, classify
+
+_log = logging.getLogger("natcompat")
+
+
+class Counters:
+    """What has passed an endpoint, as plain integers; see `natcompat.endpoint.Stats`.
+
+    Incremented without a lock: one `+=` on a slot is not interrupted under the interpreter lock;
+    a free-threaded interpreter may miss some when threads receive at once.
+    """
+
+    __slots__ = ("errors", "esp", "handed_back", "ike", "keepalives", "markers_inserted", "runts")
+
+    def __init__(self) -> None:
+        self.ike = self.esp = self.keepalives = self.runts = 0
+        self.markers_inserted = self.handed_back = self.errors = 0
+
+
+class HandBack:
+    """The envelope in which IKE goes back from a socket of natcompat's to the application's.
+
+    On the wire: non-ESP marker, 16 secret bytes, the original source, the message. It leaves and
+    enters by loopback alone. Nobody who does not know the secret, which is per endpoint and never
+    shown, can make one, so nobody can forge a source with it.
+    """
+
+    __slots__ = ("_family", "prefix")
+
+    _SOURCE = struct.Struct("!16sHII")  # address, port, flow information, scope; all in network byte order
+    HEADROOM = MARKER_LENGTH + 16 + _SOURCE.size
+
+    def __init__(self, family: int) -> None:
+        self._family = family
+        self.prefix = NON_ESP_MARKER + secrets.token_bytes(16)
+
+    def wrap(self, message: bytes | memoryview, source: Address) -> bytes:
+        """Return the datagram that carries `message` from `source` to the application's socket."""
+        host, port, *rest = source
+        flow, scope = (*rest, 0, 0)[:2]
+        packed = socket.inet_pton(self._family, host.partition("%")[0])
+        return b"".join((self.prefix, self._SOURCE.pack(packed, port, flow, scope), message))
+
+    def unwrap(self, datagram: bytes) -> tuple[bytes, Address] | None:
+        """Return message and source of what `wrap` made, or None for any other datagram."""
+        if len(datagram) < self.HEADROOM or not datagram.startswith(self.prefix):
+            return None
+        packed, port, flow, scope = self._SOURCE.unpack_from(datagram, len(self.prefix))
+        message = datagram[self.HEADROOM :]
+        if self._family == socket.AF_INET:
+            return message, (socket.inet_ntop(self._family, packed[:4]), port)
+        host = socket.inet_ntop(self._family, packed)
+        return message, (host, port, flow, scope)
+
+
+class Diversion:
+    """Takes what must not reach the application: counts it, hands ESP to whoever wants it.
+
+    Backends get one per endpoint. Every method may be called from any thread and never raises.
+    """
+
+    def __init__(self, consumer: EspConsumer | None, family: int, counters: Counters | None = None) -> None:
+        self.counters = counters if counters is not None else Counters()
+        self.hand_back = HandBack(family)
+        self.consumer = consumer
+        self.coalesce = bool(getattr(consumer, "coalesce", False))
+        """Whether the consumer gains by UDP_GRO on the sockets that ESP is steered to."""
+        self.calling: set[int] = set()
+        """Identifiers of the threads that are in the consumer now."""
+
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody takes ESP; if not it is counted and dropped, like ESP without an SA."""
+        return self.consumer is not None
+
+    def take(self, datagrams: list[tuple[memoryview, Address]]) -> None:
+        """Take UDP payloads with their sources, in order, none of them IKE."""
+        burst = []
+        for payload, source in datagrams:
+            match classify(payload):
+                case Verdict.ESP:
+                    burst.append((payload, source))
+                case Verdict.KEEPALIVE:
+                    self.counters.keepalives += 1
+                case Verdict.RUNT:
+                    self.counters.runts += 1
+                case Verdict.IKE:  # a backend that diverts IKE is broken: say so, lose nothing silently
+                    self.error("IKE was diverted")
+        if not burst:
+            return
+        self.counters.esp += len(burst)
+        if self.consumer is None:
+            return
+        if isinstance(self.consumer, EspInbound):
+            self._call(self.consumer.inbound, burst)
+        else:
+            for packet, source in burst:
+                self._call(self.consumer, packet, source)
+
+    def error(self, what: str) -> None:
+        """Count and log something that went wrong off the application's path."""
+        self.counters.errors += 1
+        _log.warning("%s", what)
+
+    def _call(self, function: Any, *arguments: object) -> None:
+        thread = threading.get_ident()
+        self.calling.add(thread)
+        try:
+            function(*arguments)
+        except Exception:  # noqa: BLE001 - the consumer's fault must not reach the receiver of IKE
+            self.counters.errors += 1
+            _log.exception("the consumer of ESP raised")
+        finally:
+            self.calling.discard(thread)

@@ -1,0 +1,502 @@
+"""The one call, and what it returns."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, overload
+
+from natcompat import backends
+from natcompat.backends.base import Attachment, Backend, EspConsumer
+from natcompat.contract import NAT_KEEPALIVE, Duty, Performer
+from natcompat.diversion import Diversion
+from natcompat.errors import NatCompatError
+from natcompat.sockets import ProcessHalf, make_class, refuse_set_options
+from natcompat.system import root_class
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What has passed an endpoint since the option was set, and how it is served.
+
+    Counts of datagrams. What the kernel drops or decapsulates by itself this process cannot tell
+    apart; it is in `dropped_in_kernel`, or in the counters of the SA.
+    """
+
+    backend: str
+    mode: str
+    """How the socket is served now; see `NatTEndpoint.mode`."""
+    reason: str
+    """Why not in a stronger mode; empty for the strongest."""
+    ike: int
+    """Delivered to the application."""
+    esp: int
+    """Diverted by this process or to a socket of natcompat's."""
+    keepalives: int
+    """NAT-keepalives that this process or a socket of natcompat's received and dropped."""
+    runts: int
+    """Other payloads under four bytes, likewise."""
+    markers_inserted: int
+    """Sent by the application."""
+    keepalives_sent: int
+    """By `NatTEndpoint.send_keepalive`."""
+    dropped_in_kernel: int | None
+    """On the application's socket: by filter and for want of room together, since the kernel does not
+    tell them apart. None where the kernel does not say."""
+    esp_dropped_in_kernel: int | None
+    """On the sockets that ESP is steered to, for want of room; None where nothing is steered."""
+    handed_back: int
+    """IKE that had come to a socket of natcompat's and was given back to the application's."""
+    errors: int
+    """Exceptions of the consumer of ESP, IKE that could not be handed back; logged to ``natcompat``."""
+
+
+class NatTEndpoint:
+    """A socket with the option; made by `set_nat_t_endpoint` alone.
+
+    Methods may be called from any thread. It ends with the socket, or earlier by `close`. In a
+    forked child the endpoint goes on stripping and inserting; to have ESP in the child, too, call
+    `set_nat_t_endpoint` there again. What a child switches off it switches off for itself.
+    """
+
+    def __init__(
+        self, sock: socket.socket, root: type[socket.socket], backend: Backend, esp: EspConsumer | None
+    ) -> None:
+        self._backend = backend
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._aliases: dict[int, weakref.finalize[[int], socket.socket]] = {}
+        self._attachment: Attachment | None = None
+        self._keepalives_sent = 0
+        self._drops_before = _drops(sock)
+        half = self._half = ProcessHalf(type(sock), root, Diversion(esp, sock.family))
+        half.rearrange = self._rearrange
+        half.set_option = self._set_option
+        half.alias_made = self._add_alias
+        half.alias_closed = self._alias_closed
+        sock_class = make_class(half)
+        self._attach(sock)
+        try:
+            sock.__class__ = sock_class
+        except BaseException:
+            self._detach(sock)
+            raise
+        self._add_alias(sock)
+        _endpoints.add(self)
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that serves the socket."""
+        return self._backend.name
+
+    @property
+    def duties(self) -> Mapping[Duty, Performer]:
+        """Who does which of the four duties now; it may change with bind, connect and socket options."""
+        attachment = self._attachment
+        return dict(attachment.duties) if attachment is not None else {}
+
+    @property
+    def mode(self) -> str:
+        """How the socket is served now; ``off`` once it is not.
+
+        ``filter`` and ``steering`` are exact: `select` wakes for IKE alone. ``in line`` is exact on
+        sockets with a timeout and on non-blocking ones; there `select` may wake for what is then
+        dropped, a receive on a blocking socket then waits, and IKE shares its queue with ESP.
+        ``unbound``: nothing to do before bind.
+        """
+        attachment = self._attachment
+        return attachment.mode if attachment is not None else "off"
+
+    @property
+    def reason(self) -> str:
+        """Why the mode is not a stronger one; empty for the strongest."""
+        attachment = self._attachment
+        return attachment.reason if attachment is not None else ""
+
+    @property
+    def closed(self) -> bool:
+        """Whether the option is off again."""
+        return self._attachment is None
+
+    def stats(self) -> Stats:
+        """Return the counters."""
+        counters = self._half.counters
+        attachment = self._attachment
+        sock = self._any_alias()
+        drops = _drops(sock) if sock is not None else None
+        if drops is not None and self._drops_before is not None:
+            drops -= self._drops_before
+        return Stats(
+            backend=self.backend,
+            mode=self.mode,
+            reason=self.reason,
+            ike=counters.ike,
+            esp=counters.esp,
+            keepalives=counters.keepalives,
+            runts=counters.runts,
+            markers_inserted=counters.markers_inserted,
+            keepalives_sent=self._keepalives_sent,
+            dropped_in_kernel=drops,
+            esp_dropped_in_kernel=attachment.counters().get("engine_drops")
+            if attachment is not None
+            else None,
+            handed_back=counters.handed_back,
+            errors=counters.errors,
+        )
+
+    def send_keepalive(self, address: Any = None) -> None:
+        """Send one NAT-keepalive (RFC 3948, 2.3: one byte 0xFF, no marker) to `address`, or to the peer.
+
+        Raises OSError like any send: EDESTADDRREQ without an address on an unconnected socket, EBADF
+        once the socket is closed; BlockingIOError on a non-blocking socket whose buffer is full.
+        """
+        sock = self._any_alias()
+        if sock is None:
+            raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
+        root = self._half.root
+        if self._half.unbound:
+            sock.bind(("::" if sock.family == socket.AF_INET6 else "0.0.0.0", 0))  # noqa: S104
+        if address is None:
+            root.send(sock, NAT_KEEPALIVE)
+        else:
+            root.sendto(sock, NAT_KEEPALIVE, address)
+        self._keepalives_sent += 1
+
+    def close(self) -> None:
+        """Switch the option off; the socket stays open and is what it was before. May be repeated."""
+        with self._control():
+            sock = self._any_alias()
+            if sock is None or self._attachment is None:
+                return
+            self._detach(sock)
+            for other in self._living_aliases():
+                self._forget(other)
+
+    def __repr__(self) -> str:
+        return f"<NatTEndpoint backend={self.backend!r} mode={self.mode!r}>"
+
+    # --- for set_nat_t_endpoint and the socket's methods -------------------------------------------
+
+    def _set_again(self, backend: Backend | None, esp: EspConsumer | None) -> None:
+        """Set the option on a socket that has it: with other arguments, or in a forked child."""
+        with self._control():
+            sock = self._any_alias()
+            if sock is None or self._attachment is None:
+                raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
+            if self._pid != os.getpid():
+                self._attachment.adopt()
+                self._pid = os.getpid()
+            if (backend is None or backend is self._backend) and (
+                esp is None or esp is self._half.diversion.consumer
+            ):
+                return
+            chosen = backend or self._backend
+            if (esp or self._half.diversion.wanted) and not chosen.hands_over_esp:
+                chosen = backends.select(
+                    backend and backend.name, hands_over_esp=True
+                )  # or the reason why not
+            before = self._backend, self._half.diversion
+            self._detach(sock)
+            self._backend = chosen
+            if esp is not None:
+                self._use(Diversion(esp, sock.family, self._half.counters))
+            try:
+                self._attach(sock)
+            except BaseException:
+                self._backend = before[0]
+                self._use(before[1])
+                self._attach(sock)
+                raise
+
+    def _use(self, diversion: Diversion) -> None:
+        half = self._half
+        half.diversion = diversion
+        half.prefix, half.unwrap = diversion.hand_back.prefix, diversion.hand_back.unwrap
+
+    def _attach(self, sock: socket.socket) -> None:
+        half = self._half
+        attachment = self._backend.attach(_system(sock, half), half.diversion)
+        self._attachment = attachment
+        half.sensitive, half.hidden = attachment.sensitive, attachment.hidden
+        half.unbound = attachment.mode == "unbound"
+        exact = all(
+            attachment.duties[duty] is not Performer.PROCESS for duty in (Duty.DROP_RUNTS, Duty.DIVERT_ESP)
+        )
+        # until the queue has been empty once it may hold what came before
+        half.simple, half.draining = False, exact
+
+    def _detach(self, sock: socket.socket) -> None:
+        half = self._half
+        half.simple = half.draining = half.unbound = False
+        attachment, self._attachment = self._attachment, None
+        if attachment is None:
+            return
+        if self._pid != os.getpid():
+            attachment.release()  # the kernel's part is the parent's
+        else:
+            attachment.detach(_system(sock, half))
+
+    def _rearrange(self, sock: socket.socket, operation: Callable[[], Any]) -> Any:
+        """Do `operation`, which the attachment would be in the way of, without it."""
+        with self._control():
+            if self._attachment is None or self._pid != os.getpid():
+                return operation()
+            self._detach(sock)
+            try:
+                return operation()
+            finally:
+                self._attach_somehow(sock)
+
+    def _attach_somehow(self, sock: socket.socket) -> None:
+        """Attach again, in line where the backend now refuses."""
+        try:
+            self._attach(sock)
+        except OSError as error:
+            from natcompat.backends.userspace import InLineAttachment
+
+            self._half.diversion.error(f"attaching again failed: {error}")
+            self._attachment = InLineAttachment(f"attaching again failed: {error}")
+            self._half.sensitive, self._half.hidden = frozenset(), {}
+
+    def _set_option(self, sock: socket.socket, enable: bool) -> None:
+        if not enable:
+            self.close()
+
+    def _add_alias(self, sock: socket.socket) -> None:
+        end = weakref.finalize(sock, self._alias_gone, id(sock))
+        end.atexit = False  # the process ends: nothing of ours outlives it
+        self._aliases[id(sock)] = end
+
+    def _alias_closed(self, sock: socket.socket) -> None:
+        """The application closes `sock` or gives up its descriptor."""
+        with self._control():
+            self._forget(sock)
+            if not self._aliases:
+                self._release()
+
+    def _alias_gone(self, key: int) -> None:
+        # a finalizer, in whatever thread: takes no lock, and touches no descriptor of the application's
+        self._aliases.pop(key, None)
+        if not self._aliases:
+            self._release()
+
+    def _release(self) -> None:
+        attachment, self._attachment = self._attachment, None
+        if attachment is not None:
+            attachment.release()
+
+    def _forget(self, sock: socket.socket) -> None:
+        """Make `sock` the plain object that it was."""
+        end = self._aliases.pop(id(sock), None)
+        if end is not None:
+            end.detach()
+            sock.__class__ = self._half.original
+
+    def _living_aliases(self) -> list[socket.socket]:
+        peeked = [end.peek() for end in list(self._aliases.values())]
+        return [found[0] for found in peeked if found is not None]
+
+    def _any_alias(self) -> socket.socket | None:
+        return next(iter(self._living_aliases()), None)
+
+    @contextlib.contextmanager
+    def _control(self) -> Iterator[None]:
+        """Hold the lock under which the endpoint changes.
+
+        Whoever switches off waits for the thread that runs the consumer of ESP, so the consumer must
+        not wait for him.
+        """
+        in_consumer = threading.get_ident() in self._half.diversion.calling
+        if not self._lock.acquire(timeout=1.0 if in_consumer else -1):
+            raise NatCompatError(
+                errno.EDEADLK,
+                "another thread is switching this endpoint and waits for the consumer of ESP",
+                "Let the consumer of ESP leave the endpoint's switching to other threads",
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+
+@overload
+def set_nat_t_endpoint(
+    sock: socket.socket,
+    enable: Literal[True] = True,
+    *,
+    backend: str | Backend | None = None,
+    esp: EspConsumer | None = None,
+) -> NatTEndpoint: ...
+@overload
+def set_nat_t_endpoint(
+    sock: socket.socket, enable: bool, *, backend: str | Backend | None = None, esp: EspConsumer | None = None
+) -> NatTEndpoint | None: ...
+def set_nat_t_endpoint(
+    sock: socket.socket,
+    enable: bool = True,
+    *,
+    backend: str | Backend | None = None,
+    esp: EspConsumer | None = None,
+) -> NatTEndpoint | None:
+    """Give `sock` the semantics of the Solaris option UDP_NAT_T_ENDPOINT, or take them away.
+
+    From then on what comes without the non-ESP marker never reaches the application: payloads under
+    four bytes are dropped, everything else goes to ESP. The marker is stripped from what is received
+    and put in front of what is sent. Before or after bind and connect, and as often as you like; a
+    datagram that is already queued is treated like a new one. The object stays the same; where the
+    process has something to do its class changes to one derived from its class and `NatTSocket`.
+
+    `esp` says where diverted ESP goes: None leaves it to the backend, a callable takes ``(packet:
+    memoryview, source address)``, an object with ``inbound`` takes bursts; see
+    `natcompat.backends.base.EspInbound`. `backend` overrides NATCOMPAT_BACKEND.
+
+    Returns the endpoint; None when the option was switched off. Switching off what is not on is no
+    error. On an error nothing has changed:
+
+    TypeError
+        It is no socket, or one that cannot be served: the message names the way.
+    NatCompatError
+        EBADF: it is closed; ENOPROTOOPT: it is no UDP socket; EAFNOSUPPORT: it is not of the Internet
+        families; EOPNOTSUPP: UDP_CORK or UDP_SEGMENT is set.
+    BackendUnavailableError
+        ENOTSUP, EINVAL: the backend that was asked for does not work here or is unknown.
+
+    A thread that waits in a receive while the option goes on gets one datagram as it came. After
+    fork both processes may go on; see `NatTEndpoint`.
+    """
+    sock = _unwrap(sock)
+    root = _check(sock)
+    existing = get_nat_t_endpoint(sock)
+    if not enable:
+        if existing is not None:
+            existing.close()
+        return None
+    if esp is not None and not callable(esp) and not hasattr(esp, "inbound"):
+        raise TypeError(f"esp is to be a callable or an object with inbound(), not {type(esp).__name__}")
+    if existing is not None:
+        existing._set_again(None if backend is None else backends.select(backend), esp)
+        return existing
+    _warn_of_bypass()
+    return NatTEndpoint(sock, root, backends.select(backend, hands_over_esp=esp is not None), esp)
+
+
+def get_nat_t_endpoint(sock: socket.socket) -> NatTEndpoint | None:
+    """Return the endpoint that `sock` is, or None: what getsockopt would say on Solaris.
+
+    Never raises, whatever `sock` is.
+    """
+    half = getattr(_unwrap(sock), "_nat_t", None)
+    if not isinstance(half, ProcessHalf):
+        return None
+    endpoint = half.rearrange.__self__  # type: ignore[attr-defined]
+    return endpoint if isinstance(endpoint, NatTEndpoint) and not endpoint.closed else None
+
+
+def _unwrap(sock: Any) -> Any:
+    """Return the socket inside what asyncio's ``transport.get_extra_info("socket")`` gives."""
+    cls = type(sock)
+    if cls.__name__ == "TransportSocket" and cls.__module__ == "asyncio.trsock":
+        return sock._sock
+    return sock
+
+
+def _check(sock: Any) -> type[socket.socket]:
+    """Return the root class of `sock`, or raise the error that names the way."""
+    cls = type(sock)
+    if any(ancestor.__module__.partition(".")[0] == "trio" for ancestor in cls.__mro__):
+        raise TypeError(
+            "trio's sockets cannot be NAT-T endpoints: set the option on a socket.socket and read it "
+            "with natcompat.aio.open_nat_t_endpoint(), which works on trio"
+        )
+    if any((ancestor.__module__, ancestor.__name__) == ("ssl", "SSLSocket") for ancestor in cls.__mro__):
+        raise TypeError("an SSL socket cannot be a NAT-T endpoint: the option is for plain UDP sockets")
+    root = root_class(cls)
+    if root is None:
+        hint = "; wrap the descriptor: socket.socket(fileno=os.dup(fd))" if isinstance(sock, int) else ""
+        raise TypeError(f"expected a UDP socket.socket, not {cls.__name__}{hint}")
+    if sock.fileno() < 0:
+        raise NatCompatError(errno.EBADF, "the socket is closed")
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        raise NatCompatError(
+            errno.EAFNOSUPPORT, f"the option is for AF_INET and AF_INET6, not {_name(sock.family)}"
+        )
+    if sock.type & 0xF != socket.SOCK_DGRAM or sock.proto not in (0, socket.IPPROTO_UDP):
+        raise NatCompatError(
+            errno.ENOPROTOOPT,
+            f"the option is for UDP sockets, not {_name(sock.type)} of protocol {sock.proto}",
+            "Make the socket with socket.socket(family, socket.SOCK_DGRAM)",
+        )
+    refuse_set_options(root, sock)
+    return root
+
+
+def _name(value: Any) -> str:
+    return str(getattr(value, "name", value))
+
+
+def _system(sock: socket.socket, half: ProcessHalf) -> socket.socket:
+    """Return `sock` as backends see it: the plain system calls, whatever class it has."""
+    return _Plain(sock, half.root)  # type: ignore[return-value]
+
+
+class _Plain:
+    """The methods of the library's class on an endpoint's socket."""
+
+    def __init__(self, sock: socket.socket, root: type[socket.socket]) -> None:
+        self._sock, self._root = sock, root
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._root, name)
+        return found.__get__(self._sock) if hasattr(found, "__get__") else found
+
+
+def _drops(sock: socket.socket) -> int | None:
+    if sys.platform != "linux":
+        return None
+    from natcompat.filters import drops
+
+    return drops(sock)
+
+
+def _warn_of_bypass() -> None:
+    if "asyncio" in sys.modules:
+        from natcompat.aio import warn_of_bypassing_loop
+
+        warn_of_bypassing_loop()
+
+
+def _arrive(
+    original: type[socket.socket],
+    descriptor: Any,
+    family: int,
+    kind: int,
+    protocol: int,
+    timeout: float | None,
+) -> socket.socket:
+    """Make the socket that another process sent by multiprocessing: the process's half goes on here.
+
+    ESP stays with the process that sent it.
+    """
+    sock = original(family, kind, protocol, fileno=descriptor.detach())
+    sock.settimeout(timeout)
+    set_nat_t_endpoint(sock, backend="userspace:in-line")
+    return sock
+
+
+_endpoints: weakref.WeakSet[NatTEndpoint] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for endpoint in list(_endpoints):
+        endpoint._lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,142 @@
+"""Classic BPF: the programs that make Linux keep the contract, and how they get on a socket.
+
+No privilege is needed for any of this (socket(7), SO_ATTACH_FILTER and SO_ATTACH_REUSEPORT_CBPF).
+"""
+
+from __future__ import annotations
+
+import array
+import errno
+import socket
+import struct
+from typing import Final, TypeAlias
+
+# include/uapi/asm-generic/socket.h; Python names none of them
+SO_ATTACH_FILTER: Final = 26
+SO_DETACH_FILTER: Final = 27
+SO_GET_FILTER: Final = SO_ATTACH_FILTER  # as a getsockopt
+SO_LOCK_FILTER: Final = 44
+SO_ATTACH_BPF: Final = 50
+SO_ATTACH_REUSEPORT_CBPF: Final = 51
+SO_ATTACH_REUSEPORT_EBPF: Final = 52
+SO_MEMINFO: Final = 55
+SO_DETACH_REUSEPORT_BPF: Final = 68
+
+# include/uapi/linux/bpf_common.h and filter.h
+_LD_W_ABS: Final = 0x20
+_LD_W_LEN: Final = 0x80
+_JEQ_K: Final = 0x15
+_JGE_K: Final = 0x35
+_ADD_K: Final = 0x04
+_MOD_K: Final = 0x94
+_RET_K: Final = 0x06
+_RET_A: Final = 0x16
+
+_UDP_HEADER: Final = 8  # struct udphdr: a socket filter sees it in front of the payload
+_PASS: Final = 0xFFFFFFFF
+_DROP: Final = 0
+
+Instruction: TypeAlias = tuple[int, int, int, int]
+"""(code, jump if true, jump if false, k): ``struct sock_filter``."""
+Program: TypeAlias = tuple[Instruction, ...]
+
+IKE_ONLY: Final[Program] = (
+    (_LD_W_ABS, 0, 0, _UDP_HEADER),  # a load behind the end drops: runts go here
+    (_JEQ_K, 0, 1, 0),
+    (_RET_K, 0, 0, _PASS),
+    (_RET_K, 0, 0, _DROP),
+)
+"""Socket filter: passes what the non-ESP marker leads, drops the rest.
+
+It runs after decapsulation (UDP_ENCAP), so it takes nothing from XFRM.
+"""
+
+NO_RUNTS: Final[Program] = (
+    (_LD_W_LEN, 0, 0, 0),
+    (_JGE_K, 0, 1, _UDP_HEADER + 4),
+    (_RET_K, 0, 0, _PASS),
+    (_RET_K, 0, 0, _DROP),
+)
+"""Socket filter: drops payloads of fewer than four bytes."""
+
+
+def steering(engines: int) -> Program:
+    """Return the reuseport program: IKE to socket 0 of the group, everything else to 1..`engines`.
+
+    Among several engines the SPI decides, so that an SA stays on one. The program sees the UDP
+    payload alone (``reuseport_select_sock()`` pulls the header).
+    """
+    return (
+        (_LD_W_LEN, 0, 0, 0),
+        (_JGE_K, 1, 0, 4),
+        (_RET_K, 0, 0, 1),  # runts: index 0 would wake the application for nothing
+        (_LD_W_ABS, 0, 0, 0),
+        (_JEQ_K, 0, 1, 0),
+        (_RET_K, 0, 0, 0),
+        (_MOD_K, 0, 0, engines),
+        (_ADD_K, 0, 0, 1),
+        (_RET_A, 0, 0, 0),
+    )
+
+
+def attach_filter(sock: socket.socket, program: Program) -> None:
+    """Put `program` on `sock`, over whatever filter is there: ask `has_filter` first.
+
+    Raises OSError: EPERM after SO_LOCK_FILTER or by a seccomp profile, ENOPROTOOPT in a sandbox
+    that has no filters.
+    """
+    _attach(sock, SO_ATTACH_FILTER, program)
+
+
+def detach_filter(sock: socket.socket) -> None:
+    """Take the filter off `sock`. Raises OSError: ENOENT if there is none, EPERM if it is locked."""
+    sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+
+
+def attach_steering(sock: socket.socket, engines: int) -> None:
+    """Give the SO_REUSEPORT group of `sock` the program of `steering`.
+
+    Raises OSError: EINVAL if a bound `sock` is in no group yet, EPERM by a seccomp profile.
+    """
+    _attach(sock, SO_ATTACH_REUSEPORT_CBPF, steering(engines))
+
+
+def detach_steering(sock: socket.socket) -> None:
+    """Take the program off the group of `sock` (Linux 5.3). Raises OSError: ENOENT if there is none."""
+    sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_REUSEPORT_BPF, 0)
+
+
+def has_filter(sock: socket.socket) -> bool:
+    """Tell whether a filter, of whatever kind, is on `sock`.
+
+    Not by `socket.getsockopt`: the option's length counts instructions, and the kernel writes eight
+    bytes for each of them behind a buffer of that many bytes (``sk_get_filter()``). Length 0 only asks.
+    """
+    import ctypes
+
+    length = ctypes.c_uint32(0)  # socklen_t
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.getsockopt(sock.fileno(), socket.SOL_SOCKET, SO_GET_FILTER, None, ctypes.byref(length)) == 0:
+        return length.value > 0
+    # EACCES: an eBPF filter, whose text cannot be read; anything else: no filters here
+    return ctypes.get_errno() == errno.EACCES
+
+
+def drops(sock: socket.socket) -> int | None:
+    """Return how many datagrams the kernel dropped on `sock`; None: it does not say.
+
+    By a filter, for a full queue or a bad checksum; the kernel does not tell them apart.
+    """
+    try:
+        info = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36)
+    except OSError:
+        return None
+    # SK_MEMINFO_DROPS, include/uapi/linux/sock_diag.h
+    return int(struct.unpack_from("=I", info, 32)[0]) if len(info) >= 36 else None
+
+
+def _attach(sock: socket.socket, option: int, program: Program) -> None:
+    code = array.array("B", b"".join(struct.pack("=HBBI", *instruction) for instruction in program))
+    address, _ = code.buffer_info()
+    fprog = struct.pack("@HP", len(program), address)  # struct sock_fprog
+    sock.setsockopt(socket.SOL_SOCKET, option, fprog)

@@ -1,0 +1,106 @@
+"""System calls on sockets of the library's classes, and what Python does not offer of them."""
+
+from __future__ import annotations
+
+import errno
+import selectors
+import socket
+import sys
+from typing import Any, TypeAlias
+
+from natcompat.errors import NatCompatError
+
+Message: TypeAlias = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
+"""What `socket.recvmsg` returns: data, ancillary data, flags, address."""
+
+_MSG_TRUNC = getattr(socket, "MSG_TRUNC", 0)
+_MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+
+
+def root_class(cls: type) -> type[socket.socket] | None:
+    """Return the library's socket class that `cls` is or derives from: the stdlib's or gevent's."""
+    for ancestor in cls.__mro__:
+        if ancestor.__name__ == "socket" and ancestor.__module__ in ("socket", "gevent._socket3"):
+            return ancestor
+    return None
+
+
+def option_value(value: Any, *length: Any) -> bool:
+    """Return the boolean that a setsockopt call means; an int, or the bytes of one in native order.
+
+    Raises OSError: EINVAL for any other length, as udp_opt_set() of Solaris does.
+    """
+    if isinstance(value, int) and not length:
+        return bool(value)
+    if value is None or length:
+        raise NatCompatError(errno.EINVAL, "the option takes an int")
+    octets = bytes(value)
+    if len(octets) != 4:
+        raise NatCompatError(errno.EINVAL, f"an int has 4 bytes, not {len(octets)}")
+    return any(octets)
+
+
+def option_answer(value: int, *length: int) -> int | bytes:
+    """Return what getsockopt gives for an int option: the int, or up to `length` of its bytes."""
+    return value.to_bytes(4, sys.byteorder)[: length[0]] if length and length[0] else value
+
+
+def cut(message: Message, start: int, size: int, flags: int) -> Message:
+    """Return `message` without its first `start` bytes, as if received into `size` bytes."""
+    datagram, ancillary, message_flags, source = message
+    if len(datagram) - start <= size:
+        return (datagram[start:] if start else datagram), ancillary, message_flags, source
+    # MSG_TRUNC as an argument asks for the real length
+    end = None if flags & _MSG_TRUNC else start + size
+    return datagram[start:end], ancillary, message_flags | _MSG_TRUNC, source
+
+
+def receive(root: type[socket.socket], sock: Any, size: int, ancillary_size: int, flags: int) -> Message:
+    """Receive as the mode of `sock` says."""
+    if hasattr(root, "recvmsg"):
+        return root.recvmsg(sock, size, ancillary_size, flags)
+    data, source = root.recvfrom(sock, size, flags)
+    return data, [], 0, source
+
+
+def receive_now(root: type[socket.socket], sock: Any, size: int, ancillary_size: int, flags: int) -> Message:
+    """Receive without waiting, whatever the timeout of `sock` is; BlockingIOError: there is nothing."""
+    if _of_gevent(root):  # its sockets wrap one that never waits
+        inner = sock._sock
+        return receive(type(inner), inner, size, ancillary_size, flags)
+    # A timeout of the object would wait in spite of MSG_DONTWAIT, so another object asks.
+    import _socket
+
+    alias = _socket.socket(sock.family, sock.type, sock.proto, sock.fileno())
+    try:
+        if sock.gettimeout() is not None:
+            alias.settimeout(0)  # the descriptor is non-blocking already
+        return receive(_socket.socket, alias, size, ancillary_size, flags | _MSG_DONTWAIT)  # type: ignore[arg-type]
+    finally:
+        alias.detach()
+
+
+def _of_gevent(root: type) -> bool:
+    return root.__module__.startswith("gevent")
+
+
+def wait_readable(root: type, sock: Any, seconds: float) -> bool:
+    """Wait until `sock` may be read, `seconds` at most; True if it may."""
+    if _of_gevent(root) and seconds > 0:
+        from gevent.socket import wait_read
+
+        try:
+            wait_read(sock.fileno(), seconds)
+        except TimeoutError:
+            return False
+        return True
+    # not DefaultSelector, which would make a descriptor; not select(), which knows only 1024
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        selector.register(sock.fileno(), selectors.EVENT_READ)
+        return bool(selector.select(seconds))
+
+
+def own_address(sock: Any) -> Any:
+    """Return the address at which `sock` reaches itself."""
+    host, *rest = sock.getsockname()
+    return ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), *rest)  # noqa: S104
