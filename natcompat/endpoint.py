@@ -18,7 +18,7 @@ from natcompat.backends.base import Attachment, Backend, EspConsumer
 from natcompat.contract import NAT_KEEPALIVE, Duty, Performer
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
-from natcompat.sockets import ProcessHalf, make_class, refuse_set_options
+from natcompat.sockets import LARGEST_DATAGRAM, ProcessHalf, make_class, refuse_set_options
 from natcompat.system import root_class
 
 
@@ -230,11 +230,11 @@ class NatTEndpoint:
             attachment.duties[duty] is not Performer.PROCESS for duty in (Duty.DROP_RUNTS, Duty.DIVERT_ESP)
         )
         # until the queue has been empty once it may hold what came before
-        half.simple, half.draining = False, exact
+        half.room, half.draining = LARGEST_DATAGRAM, exact
 
     def _detach(self, sock: socket.socket) -> None:
         half = self._half
-        half.simple = half.draining = half.unbound = False
+        half.room, half.draining, half.unbound = LARGEST_DATAGRAM, False, False
         attachment, self._attachment = self._attachment, None
         if attachment is None:
             return

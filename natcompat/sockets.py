@@ -37,7 +37,7 @@ else:
     _Socket = object
 
 HEADROOM: Final = HandBack.HEADROOM
-_LARGEST_DATAGRAM: Final = 65535
+LARGEST_DATAGRAM: Final = 65535
 _MSG_ERRQUEUE: Final = getattr(socket, "MSG_ERRQUEUE", 0)
 _MSG_PEEK: Final = socket.MSG_PEEK
 _MSG_MORE: Final = getattr(socket, "MSG_MORE", 0)
@@ -68,10 +68,10 @@ class ProcessHalf:
         "original",
         "prefix",
         "rearrange",
+        "room",
         "root",
         "sensitive",
         "set_option",
-        "simple",
         "unbound",
         "unwrap",
     )
@@ -87,10 +87,10 @@ class ProcessHalf:
         self.counters: Counters = diversion.counters
         self.prefix = diversion.hand_back.prefix
         self.unwrap = diversion.hand_back.unwrap
-        self.simple = False
-        """Whether the kernel delivers only what the marker leads: the short way through `recvfrom`."""
+        self.room = LARGEST_DATAGRAM
+        """What to receive at least, so that ESP comes whole; 0 once the kernel delivers IKE alone."""
         self.draining = False
-        """Whether it will be so once the queue has no datagrams from before that."""
+        """Whether it will be 0 once the queue has no datagrams from before that."""
         self.unbound = False
         """Whether something is to be done at the bind that a send implies."""
         self.in_piece = False
@@ -128,31 +128,33 @@ class NatTSocket(_Socket):
         half = _half(self)
         if half is None:
             return self.recv(bufsize, flags)
-        if flags or bufsize < 0 or not half.simple:
+        if flags or bufsize < 0 or half.draining:
             return self._receive(half, bufsize, 0, flags)[0]
-        datagram = half.root.recv(self, bufsize + HEADROOM)
+        begun = time.monotonic()
+        datagram = half.root.recv(self, half.room or bufsize + HEADROOM)
         if datagram[:MARKER_LENGTH] == NON_ESP_MARKER and not datagram.startswith(half.prefix):
             half = _half(self)  # it may have been switched off while this thread waited
             if half is not None:
                 half.counters.ike += 1
                 return datagram[MARKER_LENGTH : MARKER_LENGTH + bufsize]
-        return self._receive(half, bufsize, 0, 0, (datagram, [], 0, None))[0]
+        return self._receive(half, bufsize, 0, 0, (datagram, [], 0, None), begun)[0]
 
     def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, Any]:
         """Receive one message and its source; see `recvfrom(2)`."""
         half = _half(self)
         if half is None:
             return self.recvfrom(bufsize, flags)
-        if flags or bufsize < 0 or not half.simple:
+        if flags or bufsize < 0 or half.draining:
             message = self._receive(half, bufsize, 0, flags)
             return message[0], message[3]
-        datagram, source = half.root.recvfrom(self, bufsize + HEADROOM)
+        begun = time.monotonic()
+        datagram, source = half.root.recvfrom(self, half.room or bufsize + HEADROOM)
         if datagram[:MARKER_LENGTH] == NON_ESP_MARKER and not datagram.startswith(half.prefix):
             half = _half(self)
             if half is not None:
                 half.counters.ike += 1
                 return datagram[MARKER_LENGTH : MARKER_LENGTH + bufsize], source
-        message = self._receive(half, bufsize, 0, 0, (datagram, [], 0, source))
+        message = self._receive(half, bufsize, 0, 0, (datagram, [], 0, source), begun)
         return message[0], message[3]
 
     def recv_into(self, buffer: WriteableBuffer, nbytes: int = 0, flags: int = 0) -> int:
@@ -200,8 +202,12 @@ class NatTSocket(_Socket):
         ancillary_size: int,
         flags: int,
         first: Message | None = None,
+        begun: float | None = None,
     ) -> Message:
-        """Receive until IKE comes, the deadline passes or there is an error; `first` came already."""
+        """Receive until IKE comes, the deadline passes or there is an error.
+
+        `first` came already, to a receive that had `begun` then (``time.monotonic``).
+        """
         if half is None:  # switched off between the call and here
             return (
                 cut(first, 0, size, flags) if first is not None else self.recvmsg(size, ancillary_size, flags)
@@ -209,9 +215,9 @@ class NatTSocket(_Socket):
         if size < 0:
             raise ValueError("negative buffer size in receive")
         timeout = self.gettimeout()
-        deadline = time.monotonic() + timeout if timeout else None
+        deadline = (begun or time.monotonic()) + timeout if timeout else None
         # ESP has to come whole even where the application's buffer is small
-        room = max(size + HEADROOM, _LARGEST_DATAGRAM)
+        room = max(size + HEADROOM, LARGEST_DATAGRAM)
         message = first or receive(half.root, self, room, ancillary_size, flags)
         while True:
             half = _half(self)  # it may have been switched off, or on anew, while this thread waited
@@ -221,7 +227,7 @@ class NatTSocket(_Socket):
                 led = message[0].startswith(NON_ESP_MARKER)
                 return cut(message, MARKER_LENGTH if led else 0, size, flags)
             if half.draining and not wait_readable(half.root, self, 0):
-                half.draining, half.simple = False, True
+                half.draining, half.room = False, 0
             datagram, ancillary, message_flags, source = message
             if datagram.startswith(NON_ESP_MARKER):
                 if not flags & _MSG_PEEK:
@@ -247,7 +253,7 @@ class NatTSocket(_Socket):
         the queue through a datagram to ourselves.
         """
         try:
-            datagram, _, _, source = receive_now(half.root, self, _LARGEST_DATAGRAM, 0, 0)
+            datagram, _, _, source = receive_now(half.root, self, LARGEST_DATAGRAM, 0, 0)
         except BlockingIOError:
             return
         if not datagram.startswith(NON_ESP_MARKER):
