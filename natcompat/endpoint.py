@@ -73,7 +73,8 @@ class NatTEndpoint:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._aliases: dict[int, weakref.finalize[[int], socket.socket]] = {}
-        self._attachment: Attachment | None = None
+        self._attachment: Attachment | None = None  # None also while it is being exchanged
+        self._closed = False
         self._keepalives_sent = 0
         self._drops_before = _drops(sock)
         half = self._half = ProcessHalf(type(sock), root, Diversion(esp, sock.family))
@@ -123,7 +124,7 @@ class NatTEndpoint:
     @property
     def closed(self) -> bool:
         """Whether the option is off again."""
-        return self._attachment is None
+        return self._closed
 
     def stats(self) -> Stats:
         """Return the counters."""
@@ -173,8 +174,9 @@ class NatTEndpoint:
         """Switch the option off; the socket stays open and is what it was before. May be repeated."""
         with self._control():
             sock = self._any_alias()
-            if sock is None or self._attachment is None:
+            if sock is None or self._closed:
                 return
+            self._closed = True
             self._detach(sock)
             for other in self._living_aliases():
                 self._forget(other)
@@ -188,7 +190,7 @@ class NatTEndpoint:
         """Set the option on a socket that has it: with other arguments, or in a forked child."""
         with self._control():
             sock = self._any_alias()
-            if sock is None or self._attachment is None:
+            if sock is None or self._attachment is None or self._closed:
                 raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
             if self._pid != os.getpid():
                 self._attachment.adopt()
@@ -246,7 +248,7 @@ class NatTEndpoint:
     def _rearrange(self, sock: socket.socket, operation: Callable[[], Any]) -> Any:
         """Do `operation`, which the attachment would be in the way of, without it."""
         with self._control():
-            if self._attachment is None or self._pid != os.getpid():
+            if self._closed or self._pid != os.getpid():
                 return operation()
             self._detach(sock)
             try:
@@ -288,6 +290,7 @@ class NatTEndpoint:
             self._release()
 
     def _release(self) -> None:
+        self._closed = True
         attachment, self._attachment = self._attachment, None
         if attachment is not None:
             attachment.release()
