@@ -63,14 +63,17 @@ class NatTEndpoint:
 
     Methods may be called from any thread. It ends with the socket, or earlier by `close`. In a
     forked child the endpoint goes on stripping and inserting; to have ESP in the child, too, call
-    `set_nat_t_endpoint` there again. What a child switches off it switches off for itself.
+    `set_nat_t_endpoint` there again. What a child switches off it switches off for itself, as long as
+    its parent lives; a daemon that outlives its parent has the endpoint to itself.
+
+    Whoever switches off waits for the consumer of ESP, so he must hold no lock that it waits for.
     """
 
     def __init__(
         self, sock: socket.socket, root: type[socket.socket], backend: Backend, esp: EspConsumer | None
     ) -> None:
         self._backend = backend
-        self._pid = os.getpid()
+        self._pid = self._served_in = os.getpid()
         self._lock = threading.RLock()
         self._aliases: dict[int, weakref.finalize[[int], socket.socket]] = {}
         self._attachment: Attachment | None = None  # None also while it is being exchanged
@@ -83,8 +86,8 @@ class NatTEndpoint:
         half.alias_made = self._add_alias
         half.alias_closed = self._alias_closed
         sock_class = make_class(half)
-        self._attach(sock)
         try:
+            self._attach(sock)
             sock.__class__ = sock_class
         except BaseException:
             self._detach(sock)
@@ -177,9 +180,11 @@ class NatTEndpoint:
             if sock is None or self._closed:
                 return
             self._closed = True
-            self._detach(sock)
-            for other in self._living_aliases():
-                self._forget(other)
+            try:
+                self._detach(sock)
+            finally:  # what the kernel does not let go of it keeps; the process lets go of it all
+                for other in self._living_aliases():
+                    self._forget(other)
 
     def __repr__(self) -> str:
         return f"<NatTEndpoint backend={self.backend!r} mode={self.mode!r}>"
@@ -192,35 +197,40 @@ class NatTEndpoint:
             sock = self._any_alias()
             if sock is None or self._attachment is None or self._closed:
                 raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
-            if self._pid != os.getpid():
+            if self._served_in != os.getpid():
                 self._attachment.adopt()
-                self._pid = os.getpid()
-            if (backend is None or backend is self._backend) and (
-                esp is None or esp is self._half.diversion.consumer
-            ):
+                self._served_in = os.getpid()
+            same_backend = backend is None or backend is self._backend
+            if same_backend and (esp is None or esp is self._half.diversion.consumer):
                 return
+            if not self._owned() and self.mode == "steering":
+                if same_backend:
+                    self._half.diversion.consumer = esp
+                    return
+                raise NatCompatError(
+                    errno.EBUSY,
+                    f"process {self._pid}, which made the endpoint, goes on steering",
+                    "Choose the backend there",
+                )
+            self._pid = os.getpid()
             chosen = backend or self._backend
             if (esp or self._half.diversion.wanted) and not chosen.hands_over_esp:
                 chosen = backends.select(
                     backend and backend.name, hands_over_esp=True
                 )  # or the reason why not
             before = self._backend, self._half.diversion
-            self._detach(sock)
-            self._backend = chosen
-            if esp is not None:
-                self._use(Diversion(esp, sock.family, self._half.counters))
             try:
+                self._detach(sock)
+                self._backend = chosen
+                if esp is not None:
+                    self._half.diversion = Diversion(esp, sock.family, self._half.counters)
+                    # what was handed back may still be in the queue
+                    self._half.diversion.hand_back = before[1].hand_back
                 self._attach(sock)
             except BaseException:
-                self._backend = before[0]
-                self._use(before[1])
-                self._attach(sock)
+                self._backend, self._half.diversion = before
+                self._attach_somehow(sock)
                 raise
-
-    def _use(self, diversion: Diversion) -> None:
-        half = self._half
-        half.diversion = diversion
-        half.prefix, half.unwrap = diversion.hand_back.prefix, diversion.hand_back.unwrap
 
     def _attach(self, sock: socket.socket) -> None:
         half = self._half
@@ -240,18 +250,24 @@ class NatTEndpoint:
         attachment, self._attachment = self._attachment, None
         if attachment is None:
             return
-        if self._pid != os.getpid():
-            attachment.release()  # the kernel's part is the parent's
-        else:
+        if self._owned():
             attachment.detach(_system(sock, half))
+        else:
+            attachment.release()  # the kernel's part is the parent's
+
+    def _owned(self) -> bool:
+        """Whether this process changes the kernel's socket: it made the endpoint, or outlived who did."""
+        if self._pid != os.getpid() and not _lives(self._pid):
+            self._pid = os.getpid()
+        return self._pid == os.getpid()
 
     def _rearrange(self, sock: socket.socket, operation: Callable[[], Any]) -> Any:
         """Do `operation`, which the attachment would be in the way of, without it."""
         with self._control():
-            if self._closed or self._pid != os.getpid():
+            if self._closed or not self._owned():
                 return operation()
-            self._detach(sock)
             try:
+                self._detach(sock)
                 return operation()
             finally:
                 self._attach_somehow(sock)
@@ -317,7 +333,8 @@ class NatTEndpoint:
         not wait for him.
         """
         in_consumer = threading.get_ident() in self._half.diversion.calling
-        if not self._lock.acquire(timeout=1.0 if in_consumer else -1):
+        lock = self._lock  # a fork in between makes another
+        if not lock.acquire(timeout=1.0 if in_consumer else -1):
             raise NatCompatError(
                 errno.EDEADLK,
                 "another thread is switching this endpoint and waits for the consumer of ESP",
@@ -326,7 +343,7 @@ class NatTEndpoint:
         try:
             yield
         finally:
-            self._lock.release()
+            lock.release()
 
 
 @overload
@@ -468,6 +485,16 @@ def _drops(sock: socket.socket) -> int | None:
     return drops(sock)
 
 
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
+
+
 def _warn_of_bypass() -> None:
     if "asyncio" in sys.modules:
         from natcompat.aio import warn_of_bypassing_loop
@@ -499,6 +526,7 @@ _endpoints: weakref.WeakSet[NatTEndpoint] = weakref.WeakSet()
 def _after_fork() -> None:
     for endpoint in list(_endpoints):
         endpoint._lock = threading.RLock()
+        endpoint._half.diversion.calling.clear()  # of threads that are not here
 
 
 if hasattr(os, "register_at_fork"):

@@ -65,37 +65,43 @@ class Steering:
         self._diversion = diversion
         self._port: int = sock.getsockname()[1]
         self._on_device = bool(_device(sock))
+        self._engines: list[socket.socket] = []
         with contextlib.ExitStack() as undo:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            undo.callback(sock.setsockopt, socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
-            self._engines = [undo.enter_context(self._join(sock)) for _ in range(engines)]
+            undo.callback(self._leave, sock)
+            for _ in range(engines):
+                self._engines.append(self._join(sock))
             filters.attach_steering(sock, engines)
-            undo.callback(_take_off_program, sock)
-            self._reader = undo.enter_context(contextlib.closing(_Reader(self._engines, self._take)))
+            self._reader = _Reader(self._engines, self._take)
             undo.pop_all()
 
     def detach(self, sock: socket.socket) -> None:
         """Leave `sock` alone on its port, as it was, with nothing of ours left."""
         self._reader.close()
-        _take_off_program(sock)
-        for engine in self._engines:
-            self._drain(engine)
-            engine.close()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+        self._leave(sock)
 
     def release(self) -> None:
         """Close what is ours. In a forked child nothing but the child's descriptors is touched."""
-        self._reader.close()
-        for engine in self._engines:
-            engine.close()
+        self._reader.abandon()
 
     def adopt(self) -> None:
         """Read the inherited sockets in this process, a forked child, too."""
+        self._reader.close()
         self._reader = _Reader(self._engines, self._take)
 
     def drops(self) -> int:
         """Return how many datagrams the kernel dropped because the queues of ours were full."""
         return sum(filters.drops(engine) or 0 for engine in self._engines)
+
+    def _leave(self, sock: socket.socket) -> None:
+        # The program goes last: until then it keeps IKE out of our sockets, and when these are gone
+        # it names one that is not there, for which the kernel takes the only one that is.
+        with contextlib.ExitStack() as each:
+            each.callback(sock.setsockopt, socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+            each.callback(_take_off_program, sock)
+            for engine in self._engines:
+                each.callback(engine.close)
+                each.callback(self._drain, engine)
 
     def _join(self, sock: socket.socket) -> socket.socket:
         """Return a socket of ours that shares the address and port of `sock`."""
@@ -199,10 +205,13 @@ class Steering:
 class _Reader:
     """A thread that waits for the engine's sockets, and ends when it is told to."""
 
+    _PATIENCE: Final = 1.0  # seconds that a finalizer waits for the consumer of ESP
+
     def __init__(self, engines: list[socket.socket], take: Callable[[socket.socket], bool]) -> None:
         self._engines = {engine.fileno(): engine for engine in engines}
         self._take = take
         self._pid = os.getpid()
+        self._ended = self._abandoned = False
         self._awake, self._wake = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="natcompat-esp", daemon=True)
         try:
@@ -213,11 +222,31 @@ class _Reader:
 
     def close(self) -> None:
         """End the thread and wait for it: a socket in which a thread still waits stays in its group."""
-        if os.getpid() == self._pid:
+        self._end(None)
+        self._close_pair()
+
+    def abandon(self) -> None:
+        """End the thread and close the engine's sockets, whatever the consumer of ESP is doing.
+
+        A finalizer may run while its thread holds a lock that the consumer waits for, so it waits
+        for a while only; the thread closes the sockets when it ends.
+        """
+        self._abandoned = True
+        self._end(self._PATIENCE)
+        if os.getpid() != self._pid:
+            self._close_all()
+
+    def _end(self, patience: float | None) -> None:
+        self._ended = True
+        if os.getpid() == self._pid:  # threads do not survive a fork
             with contextlib.suppress(OSError):
                 self._wake.send(b"x")
             if self._thread is not threading.current_thread():
-                self._thread.join()
+                self._thread.join(patience)
+
+    def _close_all(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
         self._close_pair()
 
     def _close_pair(self) -> None:
@@ -229,15 +258,14 @@ class _Reader:
         poller = select.poll()
         for descriptor in (awake, *self._engines):
             poller.register(descriptor, select.POLLIN)
-        while True:
-            ready = poller.poll()
-            for descriptor, _ in ready:
-                if descriptor != awake:
+        while not self._ended:
+            for descriptor, events in poller.poll():
+                if events & select.POLLNVAL:  # somebody closed it behind our back
+                    poller.unregister(descriptor)
+                elif descriptor != awake and not self._ended:
                     self._take(self._engines[descriptor])
-                if self._wake.fileno() < 0:  # closed by what the consumer of ESP called
-                    return
-            if any(descriptor == awake for descriptor, _ in ready):
-                return
+        if self._abandoned:
+            self._close_all()
 
 
 def refusal(sock: socket.socket) -> str:
@@ -247,7 +275,10 @@ def refusal(sock: socket.socket) -> str:
         return "the application set SO_REUSEPORT, so its group is its own"
     if is_connected(sock):
         return "the socket is connected, and a connected socket leaves its SO_REUSEPORT group"
-    if sock.getsockopt(socket.IPPROTO_IPV6 if v6 else socket.IPPROTO_IP, IPV6_RECVERR if v6 else IP_RECVERR):
+    # an IPv6 socket has both: the errors of its IPv4 peers go by the other
+    if sock.getsockopt(socket.IPPROTO_IP, IP_RECVERR) or (
+        v6 and sock.getsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR)
+    ):
         return "the application set IP_RECVERR, and errors would reach either socket of the group"
     if sock.getsockopt(socket.IPPROTO_UDP, UDP_ENCAP):
         return "the application set UDP_ENCAP, so the kernel takes ESP itself"
