@@ -65,9 +65,10 @@ def classify(payload: bytes | bytearray | memoryview) -> Verdict:
     """Return what becomes of an inbound UDP `payload` on a socket with the option.
 
     Pure and total: any length, any content. Nothing behind the first word is looked at, so a
-    four-byte payload that is not zero is already ESP, as on Solaris. A `memoryview` must be of
-    bytes (format ``B``, ``b`` or ``c``).
+    four-byte payload that is not zero is already ESP, as on Solaris.
     """
+    if type(payload) is memoryview and payload.format != "B":
+        payload = payload.cast("B")  # else it compares unequal to the same bytes
     if payload[:MARKER_LENGTH] == NON_ESP_MARKER:
         return Verdict.IKE
     if len(payload) >= MARKER_LENGTH:

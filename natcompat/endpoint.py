@@ -18,7 +18,8 @@ from natcompat.backends.base import Attachment, Backend, EspConsumer
 from natcompat.contract import NAT_KEEPALIVE, Duty, Performer
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
-from natcompat.sockets import LARGEST_DATAGRAM, ProcessHalf, make_class, refuse_set_options
+from natcompat.process import LARGEST_DATAGRAM, ProcessHalf, bind_implicitly, half_of
+from natcompat.sockets import make_class, refuse_set_options
 from natcompat.system import root_class
 
 
@@ -166,7 +167,7 @@ class NatTEndpoint:
             raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
         root = self._half.root
         if self._half.unbound:
-            sock.bind(("::" if sock.family == socket.AF_INET6 else "0.0.0.0", 0))  # noqa: S104
+            bind_implicitly(sock, self._half)
         if address is None:
             root.send(sock, NAT_KEEPALIVE)
         else:
@@ -288,9 +289,13 @@ class NatTEndpoint:
             self.close()
 
     def _add_alias(self, sock: socket.socket) -> None:
-        end = weakref.finalize(sock, self._alias_gone, id(sock))
-        end.atexit = False  # the process ends: nothing of ours outlives it
-        self._aliases[id(sock)] = end
+        with self._control():
+            if self._closed:  # by another thread, while `sock` was made
+                sock.__class__ = self._half.original
+                return
+            end = weakref.finalize(sock, self._alias_gone, id(sock))
+            end.atexit = False  # the process ends: nothing of ours outlives it
+            self._aliases[id(sock)] = end
 
     def _alias_closed(self, sock: socket.socket) -> None:
         """The application closes `sock` or gives up its descriptor."""
@@ -398,6 +403,7 @@ def set_nat_t_endpoint(
         if existing is not None:
             existing.close()
         return None
+    refuse_set_options(root, sock)
     if esp is not None and not callable(esp) and not hasattr(esp, "inbound"):
         raise TypeError(f"esp is to be a callable or an object with inbound(), not {type(esp).__name__}")
     if existing is not None:
@@ -412,8 +418,8 @@ def get_nat_t_endpoint(sock: socket.socket) -> NatTEndpoint | None:
 
     Never raises, whatever `sock` is.
     """
-    half = getattr(_unwrap(sock), "_nat_t", None)
-    if not isinstance(half, ProcessHalf):
+    half = half_of(_unwrap(sock))
+    if not isinstance(half, ProcessHalf):  # somebody else's attribute
         return None
     endpoint = half.rearrange.__self__  # type: ignore[attr-defined]
     return endpoint if isinstance(endpoint, NatTEndpoint) and not endpoint.closed else None
@@ -453,7 +459,6 @@ def _check(sock: Any) -> type[socket.socket]:
             f"the option is for UDP sockets, not {_name(sock.type)} of protocol {sock.proto}",
             "Make the socket with socket.socket(family, socket.SOCK_DGRAM)",
         )
-    refuse_set_options(root, sock)
     return root
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import selectors
 import socket
 import sys
@@ -42,7 +43,11 @@ def option_value(value: Any, *length: Any) -> bool:
 
 def option_answer(value: int, *length: int) -> int | bytes:
     """Return what getsockopt gives for an int option: the int, or up to `length` of its bytes."""
-    return value.to_bytes(4, sys.byteorder)[: length[0]] if length and length[0] else value
+    if not length or not length[0]:
+        return value
+    if not 0 < length[0] <= 1024:
+        raise OSError("getsockopt buflen out of range")
+    return value.to_bytes(4, sys.byteorder)[: length[0]]
 
 
 def cut(message: Message, start: int, size: int, flags: int) -> Message:
@@ -68,14 +73,15 @@ def receive_now(root: type[socket.socket], sock: Any, size: int, ancillary_size:
     if _of_gevent(root):  # its sockets wrap one that never waits
         inner = sock._sock
         return receive(type(inner), inner, size, ancillary_size, flags)
+    if not sock.gettimeout():
+        return receive(root, sock, size, ancillary_size, flags | _MSG_DONTWAIT)
     # A timeout of the object would wait in spite of MSG_DONTWAIT, so another object asks.
     import _socket
 
-    alias = _socket.socket(sock.family, sock.type, sock.proto, sock.fileno())
+    alias = _socket.socket(sock.family, sock.type, sock.proto, _descriptor(sock))
     try:
-        if sock.gettimeout() is not None:
-            alias.settimeout(0)  # the descriptor is non-blocking already
-        return receive(_socket.socket, alias, size, ancillary_size, flags | _MSG_DONTWAIT)  # type: ignore[arg-type]
+        alias.settimeout(0)  # the descriptor is non-blocking already
+        return receive(_socket.socket, alias, size, ancillary_size, flags)  # type: ignore[arg-type]
     finally:
         alias.detach()
 
@@ -84,20 +90,36 @@ def _of_gevent(root: type) -> bool:
     return root.__module__.startswith("gevent")
 
 
+def _descriptor(sock: Any) -> int:
+    descriptor: int = sock.fileno()
+    if descriptor < 0:  # closed by another thread
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return descriptor
+
+
 def wait_readable(root: type, sock: Any, seconds: float) -> bool:
     """Wait until `sock` may be read, `seconds` at most; True if it may."""
     if _of_gevent(root) and seconds > 0:
         from gevent.socket import wait_read
 
         try:
-            wait_read(sock.fileno(), seconds)
+            wait_read(_descriptor(sock), seconds)
         except TimeoutError:
             return False
         return True
     # not DefaultSelector, which would make a descriptor; not select(), which knows only 1024
     with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
-        selector.register(sock.fileno(), selectors.EVENT_READ)
+        selector.register(_descriptor(sock), selectors.EVENT_READ)
         return bool(selector.select(seconds))
+
+
+def is_connected(sock: Any) -> bool:
+    """Tell whether `sock` has a peer."""
+    try:
+        sock.getpeername()
+    except OSError as error:
+        return error.errno != errno.ENOTCONN
+    return True
 
 
 def own_address(sock: Any) -> Any:

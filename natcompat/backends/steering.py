@@ -8,7 +8,6 @@ Unprivileged; ``reuseport_select_sock()`` in net/core/sock_reuseport.c.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import socket
@@ -21,6 +20,7 @@ from natcompat import filters
 from natcompat.backends.base import Address
 from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER
 from natcompat.diversion import Diversion, HandBack
+from natcompat.system import is_connected
 
 # Option numbers of Linux that Python does not name in every version
 IP_PKTINFO: Final = 8  # include/uapi/linux/in.h
@@ -290,15 +290,6 @@ def _take_off_program(sock: socket.socket) -> None:
         OSError
     ):  # before Linux 5.3 it cannot be taken off; alone in its group a socket ignores it
         filters.detach_steering(sock)
-
-
-def is_connected(sock: socket.socket) -> bool:
-    """Tell whether `sock` has a peer."""
-    try:
-        sock.getpeername()
-    except OSError as error:
-        return error.errno != errno.ENOTCONN
-    return True
 
 
 def _device(sock: socket.socket) -> bytes:
