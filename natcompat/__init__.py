@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from natcompat.endpoint import NatTEndpoint, Stats, get_nat_t_endpoint, set_nat_t_endpoint
     from natcompat.errors import BackendUnavailableError, NatCompatError
+    from natcompat.keepalive import Keepalive
     from natcompat.option import install, uninstall
     from natcompat.sockets import NatTSocket
 
@@ -52,6 +53,7 @@ _HOMES = {
     ),
     "natcompat.endpoint": ("NatTEndpoint", "Stats", "get_nat_t_endpoint", "set_nat_t_endpoint"),
     "natcompat.errors": ("BackendUnavailableError", "NatCompatError"),
+    "natcompat.keepalive": ("Keepalive",),
     "natcompat.option": ("install", "uninstall"),
     "natcompat.sockets": ("NatTSocket",),
 }
@@ -63,6 +65,7 @@ __all__ = [
     "UDP_NAT_T_ENDPOINT",
     "BackendUnavailableError",
     "Duty",
+    "Keepalive",
     "NatCompatError",
     "NatTEndpoint",
     "NatTSocket",

@@ -37,20 +37,20 @@ class HandBack:
     shown, can make one, so nobody can forge a source with it.
     """
 
-    __slots__ = ("_family", "prefix")
+    __slots__ = ("family", "prefix")
 
     _SOURCE = struct.Struct("!16sHII")  # address, port, flow information, scope; all in network byte order
     HEADROOM = MARKER_LENGTH + 16 + _SOURCE.size
 
     def __init__(self, family: int) -> None:
-        self._family = family
+        self.family = family
         self.prefix = NON_ESP_MARKER + secrets.token_bytes(16)
 
     def wrap(self, message: bytes | memoryview, source: Address) -> bytes:
         """Return the datagram that carries `message` from `source` to the application's socket."""
         host, port, *rest = source
         flow, scope = (*rest, 0, 0)[:2]
-        packed = socket.inet_pton(self._family, host.partition("%")[0])
+        packed = socket.inet_pton(self.family, host.partition("%")[0])
         return b"".join((self.prefix, self._SOURCE.pack(packed, port, flow, scope), message))
 
     def unwrap(self, datagram: bytes) -> tuple[bytes, Address] | None:
@@ -59,9 +59,9 @@ class HandBack:
             return None
         packed, port, flow, scope = self._SOURCE.unpack_from(datagram, len(self.prefix))
         message = datagram[self.HEADROOM :]
-        if self._family == socket.AF_INET:
-            return message, (socket.inet_ntop(self._family, packed[:4]), port)
-        host = socket.inet_ntop(self._family, packed)
+        if self.family == socket.AF_INET:
+            return message, (socket.inet_ntop(self.family, packed[:4]), port)
+        host = socket.inet_ntop(self.family, packed)
         return message, (host, port, flow, scope)
 
 

@@ -80,6 +80,7 @@ class NatTEndpoint:
         self._attachment: Attachment | None = None  # None also while it is being exchanged
         self._closed = False
         self._keepalives_sent = 0
+        self._observers: dict[object, Callable[[Any], object]] = {}
         self._drops_before = _drops(sock)
         half = self._half = ProcessHalf(type(sock), root, Diversion(esp, sock.family))
         half.rearrange = self._rearrange
@@ -174,6 +175,25 @@ class NatTEndpoint:
             root.sendto(sock, NAT_KEEPALIVE, address)
         self._keepalives_sent += 1
 
+    def observe_sends(self, observer: Callable[[Any], object]) -> Callable[[], None]:
+        """Call `observer` with the destination of everything that is sent; None: the connected peer.
+
+        Keepalives are not told. It runs in the sending thread, after the send, and must not raise.
+        Returns a function that ends it, which may be called anywhere, in finalizers too.
+        """
+        key = object()
+        half = self._half
+
+        def end() -> None:
+            self._observers.pop(key, None)
+            half.note_sent = None
+            if self._observers:  # asked last: another thread may have added one
+                half.note_sent = self._tell
+
+        self._observers[key] = observer
+        half.note_sent = self._tell
+        return end
+
     def close(self) -> None:
         """Switch the option off; the socket stays open and is what it was before. May be repeated."""
         with self._control():
@@ -232,6 +252,10 @@ class NatTEndpoint:
                 self._backend, self._half.diversion = before
                 self._attach_somehow(sock)
                 raise
+
+    def _tell(self, destination: Any) -> None:
+        for observer in list(self._observers.values()):
+            observer(destination)
 
     def _attach(self, sock: socket.socket) -> None:
         half = self._half

@@ -266,8 +266,9 @@ def _send_behind_marker(
     half.in_piece = bool(flags & _MSG_MORE)
     if lead:
         half.counters.markers_inserted += 1
-    if half.note_sent is not None:
-        half.note_sent(destination[0] if destination else None)
+    note_sent = half.note_sent  # another thread may end it meanwhile
+    if note_sent is not None:
+        note_sent(destination[0] if destination else None)
     return sent - len(lead)
 
 
