@@ -16,7 +16,7 @@ _log = logging.getLogger("natcompat")
 
 
 class Counters:
-    """What has passed an endpoint, as plain integers; see `natcompat.endpoint.Stats`.
+    """What has passed an endpoint, as plain integers; see `natcompat.Stats`.
 
     Incremented without a lock: one `+=` on a slot is not interrupted under the interpreter lock;
     a free-threaded interpreter may miss some when threads receive at once.

@@ -10,53 +10,18 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 from natcompat import backends
+from natcompat.admission import admit, refuse_set_options, unwrap
 from natcompat.backends.base import Attachment, Backend, EspConsumer
 from natcompat.contract import NAT_KEEPALIVE, Duty, Performer
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
 from natcompat.process import LARGEST_DATAGRAM, ProcessHalf, bind_implicitly, half_of
-from natcompat.sockets import make_class, refuse_set_options
-from natcompat.system import root_class
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What has passed an endpoint since the option was set, and how it is served.
-
-    Counts of datagrams. What the kernel drops or decapsulates by itself this process cannot tell
-    apart; it is in `dropped_in_kernel`, or in the counters of the SA.
-    """
-
-    backend: str
-    mode: str
-    """How the socket is served now; see `NatTEndpoint.mode`."""
-    reason: str
-    """Why not in a stronger mode; empty for the strongest."""
-    ike: int
-    """Delivered to the application."""
-    esp: int
-    """Diverted by this process or to a socket of natcompat's."""
-    keepalives: int
-    """NAT-keepalives that this process or a socket of natcompat's received and dropped."""
-    runts: int
-    """Other payloads under four bytes, likewise."""
-    markers_inserted: int
-    """Sent by the application."""
-    keepalives_sent: int
-    """By `NatTEndpoint.send_keepalive`."""
-    dropped_in_kernel: int | None
-    """On the application's socket: by filter and for want of room together, since the kernel does not
-    tell them apart. None where the kernel does not say."""
-    esp_dropped_in_kernel: int | None
-    """On the sockets that ESP is steered to, for want of room; None where nothing is steered."""
-    handed_back: int
-    """IKE that had come to a socket of natcompat's and was given back to the application's."""
-    errors: int
-    """Exceptions of the consumer of ESP, IKE that could not be handed back; logged to ``natcompat``."""
+from natcompat.sockets import make_class
+from natcompat.stats import Stats
+from natcompat.system import SystemCalls
 
 
 class NatTEndpoint:
@@ -259,7 +224,7 @@ class NatTEndpoint:
 
     def _attach(self, sock: socket.socket) -> None:
         half = self._half
-        attachment = self._backend.attach(_system(sock, half), half.diversion)
+        attachment = self._backend.attach(SystemCalls(sock, half.root), half.diversion)
         self._attachment = attachment
         half.sensitive, half.hidden = attachment.sensitive, attachment.hidden
         half.unbound = attachment.mode == "unbound"
@@ -276,7 +241,7 @@ class NatTEndpoint:
         if attachment is None:
             return
         if self._owned():
-            attachment.detach(_system(sock, half))
+            attachment.detach(SystemCalls(sock, half.root))
         else:
             attachment.release()  # the kernel's part is the parent's
 
@@ -420,8 +385,8 @@ def set_nat_t_endpoint(
     A thread that waits in a receive while the option goes on gets one datagram as it came. After
     fork both processes may go on; see `NatTEndpoint`.
     """
-    sock = _unwrap(sock)
-    root = _check(sock)
+    sock = unwrap(sock)
+    root = admit(sock)
     existing = get_nat_t_endpoint(sock)
     if not enable:
         if existing is not None:
@@ -442,68 +407,11 @@ def get_nat_t_endpoint(sock: socket.socket) -> NatTEndpoint | None:
 
     Never raises, whatever `sock` is.
     """
-    half = half_of(_unwrap(sock))
+    half = half_of(unwrap(sock))
     if not isinstance(half, ProcessHalf):  # somebody else's attribute
         return None
     endpoint = half.rearrange.__self__  # type: ignore[attr-defined]
     return endpoint if isinstance(endpoint, NatTEndpoint) and not endpoint.closed else None
-
-
-def _unwrap(sock: Any) -> Any:
-    """Return the socket inside what asyncio's ``transport.get_extra_info("socket")`` gives."""
-    cls = type(sock)
-    if cls.__name__ == "TransportSocket" and cls.__module__ == "asyncio.trsock":
-        return sock._sock
-    return sock
-
-
-def _check(sock: Any) -> type[socket.socket]:
-    """Return the root class of `sock`, or raise the error that names the way."""
-    cls = type(sock)
-    if any(ancestor.__module__.partition(".")[0] == "trio" for ancestor in cls.__mro__):
-        raise TypeError(
-            "trio's sockets cannot be NAT-T endpoints: set the option on a socket.socket and read it "
-            "with natcompat.aio.open_nat_t_endpoint(), which works on trio"
-        )
-    if any((ancestor.__module__, ancestor.__name__) == ("ssl", "SSLSocket") for ancestor in cls.__mro__):
-        raise TypeError("an SSL socket cannot be a NAT-T endpoint: the option is for plain UDP sockets")
-    root = root_class(cls)
-    if root is None:
-        hint = "; wrap the descriptor: socket.socket(fileno=os.dup(fd))" if isinstance(sock, int) else ""
-        raise TypeError(f"expected a UDP socket.socket, not {cls.__name__}{hint}")
-    if sock.fileno() < 0:
-        raise NatCompatError(errno.EBADF, "the socket is closed")
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        raise NatCompatError(
-            errno.EAFNOSUPPORT, f"the option is for AF_INET and AF_INET6, not {_name(sock.family)}"
-        )
-    if sock.type & 0xF != socket.SOCK_DGRAM or sock.proto not in (0, socket.IPPROTO_UDP):
-        raise NatCompatError(
-            errno.ENOPROTOOPT,
-            f"the option is for UDP sockets, not {_name(sock.type)} of protocol {sock.proto}",
-            "Make the socket with socket.socket(family, socket.SOCK_DGRAM)",
-        )
-    return root
-
-
-def _name(value: Any) -> str:
-    return str(getattr(value, "name", value))
-
-
-def _system(sock: socket.socket, half: ProcessHalf) -> socket.socket:
-    """Return `sock` as backends see it: the plain system calls, whatever class it has."""
-    return _Plain(sock, half.root)  # type: ignore[return-value]
-
-
-class _Plain:
-    """The methods of the library's class on an endpoint's socket."""
-
-    def __init__(self, sock: socket.socket, root: type[socket.socket]) -> None:
-        self._sock, self._root = sock, root
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._root, name)
-        return found.__get__(self._sock) if hasattr(found, "__get__") else found
 
 
 def _drops(sock: socket.socket) -> int | None:

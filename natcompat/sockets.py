@@ -8,7 +8,6 @@ socket class), so that overrides of the application's run first and their ``supe
 from __future__ import annotations
 
 import contextlib
-import errno
 import socket
 import sys
 import time
@@ -16,8 +15,8 @@ import types
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
+from natcompat.admission import REFUSED_OPTIONS, refuse_option
 from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER, UDP_NAT_T_ENDPOINT
-from natcompat.errors import NatCompatError
 from natcompat.process import (
     HEADROOM,
     ProcessHalf,
@@ -38,15 +37,6 @@ else:
 
 _IOV_MAX: Final = 1024
 _NO_ADDRESS: Final[Any] = object()
-
-# include/uapi/linux/udp.h: options that make one send several datagrams, or several sends one
-_UDP_CORK: Final = 1
-_UDP_SEGMENT: Final = 103
-_REFUSED_OPTIONS: Final = (
-    {(socket.IPPROTO_UDP, _UDP_CORK): "UDP_CORK", (socket.IPPROTO_UDP, _UDP_SEGMENT): "UDP_SEGMENT"}
-    if sys.platform == "linux"
-    else {}
-)
 
 
 class NatTSocket(_Socket):
@@ -179,7 +169,7 @@ class NatTSocket(_Socket):
             return root_of(self).sendmsg(self, buffers, ancdata, flags, address)
         ancillary = list(ancdata)
         for item in ancillary:
-            _refuse_option(*item[:2])
+            refuse_option(*item[:2])
         pieces = list(buffers)
         if len(pieces) == _IOV_MAX:  # as many as the kernel takes, and the marker is one more
             pieces = [b"".join(pieces)]
@@ -212,8 +202,8 @@ class NatTSocket(_Socket):
         if (level, option) == (socket.IPPROTO_UDP, UDP_NAT_T_ENDPOINT):
             half.set_option(self, option_value(value, *length))
             return
-        if (level, option) in _REFUSED_OPTIONS and option_value(value, *length):
-            _refuse_option(level, option)
+        if (level, option) in REFUSED_OPTIONS and option_value(value, *length):
+            refuse_option(level, option)
         if (level, option) in half.hidden and (level, option) not in half.sensitive:
             half.hidden[level, option] = int(option_value(value, *length))
             return
@@ -351,24 +341,3 @@ def _fill(pieces: list[memoryview], data: bytes) -> int:
         piece[: len(part)] = part
         start += len(part)
     return len(data)
-
-
-def refuse_set_options(root: type[socket.socket], sock: Any) -> None:
-    """Raise `NatCompatError` (EOPNOTSUPP) if an option is set on `sock` that cannot go with ours."""
-    for level, option in _REFUSED_OPTIONS:
-        try:
-            value = root.getsockopt(sock, level, option)
-        except OSError:  # not known here
-            continue
-        if value:
-            _refuse_option(level, option)
-
-
-def _refuse_option(level: int, option: int) -> None:
-    name = _REFUSED_OPTIONS.get((level, option))
-    if name is not None:
-        raise NatCompatError(
-            errno.EOPNOTSUPP,
-            f"{name} does not go with UDP_NAT_T_ENDPOINT: one send would not be one datagram with one marker",
-            "Send the messages one by one",
-        )

@@ -7,9 +7,14 @@ import os
 import selectors
 import socket
 import sys
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from natcompat.errors import NatCompatError
+
+if TYPE_CHECKING:
+    _Socket = socket.socket
+else:
+    _Socket = object
 
 Message: TypeAlias = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
 """What `socket.recvmsg` returns: data, ancillary data, flags, address."""
@@ -126,3 +131,14 @@ def own_address(sock: Any) -> Any:
     """Return the address at which `sock` reaches itself."""
     host, *rest = sock.getsockname()
     return ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), *rest)  # noqa: S104
+
+
+class SystemCalls(_Socket):
+    """An endpoint's socket as backends see it: the library's methods, whatever class it has now."""
+
+    def __init__(self, sock: socket.socket, root: type[socket.socket]) -> None:
+        self._sock, self._root = sock, root
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._root, name)
+        return found.__get__(self._sock) if hasattr(found, "__get__") else found
