@@ -24,6 +24,14 @@ class Counters:
 
     __slots__ = ("errors", "esp", "handed_back", "ike", "keepalives", "markers_inserted", "runts")
 
+    ike: int
+    esp: int
+    keepalives: int
+    runts: int
+    markers_inserted: int
+    handed_back: int
+    errors: int
+
     def __init__(self) -> None:
         self.ike = self.esp = self.keepalives = self.runts = 0
         self.markers_inserted = self.handed_back = self.errors = 0
@@ -43,8 +51,8 @@ class HandBack:
     HEADROOM = MARKER_LENGTH + 16 + _SOURCE.size
 
     def __init__(self, family: int) -> None:
-        self.family = family
-        self.prefix = NON_ESP_MARKER + secrets.token_bytes(16)
+        self.family: int = family
+        self.prefix: bytes = NON_ESP_MARKER + secrets.token_bytes(16)
 
     def wrap(self, message: bytes | memoryview, source: Address) -> bytes:
         """Return the datagram that carries `message` from `source` to the application's socket."""
@@ -72,10 +80,10 @@ class Diversion:
     """
 
     def __init__(self, consumer: EspConsumer | None, family: int, counters: Counters | None = None) -> None:
-        self.counters = counters if counters is not None else Counters()
-        self.hand_back = HandBack(family)
+        self.counters: Counters = counters if counters is not None else Counters()
+        self.hand_back: HandBack = HandBack(family)
         self.consumer = consumer
-        self.coalesce = bool(getattr(consumer, "coalesce", False))
+        self.coalesce: bool = bool(getattr(consumer, "coalesce", False))
         """Whether the consumer gains by UDP_GRO on the sockets that ESP is steered to."""
         self.calling: set[int] = set()
         """Identifiers of the threads that are in the consumer now."""

@@ -65,21 +65,21 @@ class ProcessHalf:
     def __init__(
         self, original: type[socket.socket], root: type[socket.socket], diversion: Diversion
     ) -> None:
-        self.original = original
+        self.original: type[socket.socket] = original
         """The class that the socket had."""
-        self.root = root
+        self.root: type[socket.socket] = root
         """The library's class at its root, whose methods are the system calls."""
-        self.diversion = diversion
+        self.diversion: Diversion = diversion
         self.counters: Counters = diversion.counters
-        self.prefix = diversion.hand_back.prefix
-        self.unwrap = diversion.hand_back.unwrap
-        self.room = LARGEST_DATAGRAM
+        self.prefix: bytes = diversion.hand_back.prefix
+        self.unwrap: Callable[[bytes], tuple[bytes, Any] | None] = diversion.hand_back.unwrap
+        self.room: int = LARGEST_DATAGRAM
         """What to receive at least, so that ESP comes whole; 0 once the kernel delivers IKE alone."""
-        self.draining = False
+        self.draining: bool = False
         """Whether it will be 0 once the queue has no datagrams from before that."""
-        self.unbound = False
+        self.unbound: bool = False
         """Whether something is to be done at the bind that a send implies."""
-        self.in_piece = False
+        self.in_piece: bool = False
         """Whether a datagram begun with MSG_MORE is open: its marker is in."""
         self.sensitive: frozenset[str | tuple[int, int]] = frozenset()
         self.hidden: dict[tuple[int, int], int] = {}
