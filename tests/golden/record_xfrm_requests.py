@@ -49,12 +49,14 @@ COMMANDS = {
     "delete a policy": "ip xfrm policy delete src 10.1.0.0/16 dst 10.2.0.0/24 proto tcp dir out",
 }
 
+# -X raw: constants as numbers; -xx: all text in hexadecimal.
+TRACE = ["unshare", "-n", "strace", "-X", "raw", "-xx", "-v", "-s", "8192", "-e", "trace=sendmsg"]
+
 
 def record(command: str) -> bytes:
     """Return the first XFRM request (0x10 to 0x29) among what `command` sends."""
-    # -X raw: constants as numbers; -xx: all text in hexadecimal.
     trace = subprocess.run(
-        [*"unshare -n strace -X raw -xx -v -s 8192 -e trace=sendmsg".split(), *command.split()],
+        [*TRACE, *command.split()],
         capture_output=True,
         text=True,
         check=False,
