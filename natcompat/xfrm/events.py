@@ -44,14 +44,17 @@ class XfrmEvents:
         self,
         dump: Callable[[], list[bytes]],
         known: dict[SaId, int],
-        is_reserved: Callable[[SaId], bool],
+        is_there: Callable[[SaId], bool],
         *,
         receive_buffer: int = RECEIVE_BUFFER,
     ) -> None:
-        """Listen. `dump` returns all SAs, `known` those to be missed (and their reqid)."""
+        """Listen. `dump` returns all SAs, `known` those to be missed (and their reqid).
+
+        `is_there` tells whether an SPI is reserved or in use whatever an expiry of it says.
+        """
         self._dump = dump
         self._known = known
-        self._is_reserved = is_reserved
+        self._is_there = is_there
         groups = 0
         for group in (
             messages.XFRMNLGRP_ACQUIRE,
@@ -105,12 +108,16 @@ class XfrmEvents:
         elif kind == messages.XFRM_MSG_EXPIRE:
             message = decode(messages.xfrm_user_expire, data)
             sa_id = sa_id_of(message, "state_")
-            # The kernel gives up its larval SA after 30 s; the SPI stays reserved by natcompat.
-            if message["state_id_proto"] == socket.IPPROTO_ESP and sa_id.spi and not self._is_reserved(sa_id):
-                hard = bool(message["hard"])
-                if hard:
-                    self._known.pop(sa_id, None)
-                yield Expire(sa_id=sa_id, reqid=message["state_reqid"], hard=hard)
+            hard = bool(message["hard"])
+            if message["state_id_proto"] != socket.IPPROTO_ESP or not sa_id.spi:
+                return
+            # The kernel gives up its larval SA after 30 s; natcompat keeps the SPI reserved, and may
+            # have completed the SA since.
+            if hard and self._is_there(sa_id):
+                return
+            if hard:
+                self._known.pop(sa_id, None)
+            yield Expire(sa_id=sa_id, reqid=message["state_reqid"], hard=hard)
         elif kind == messages.XFRM_MSG_MAPPING:
             yield self._mapping(decode(messages.xfrm_user_mapping, data))
 

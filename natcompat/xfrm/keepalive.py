@@ -54,7 +54,6 @@ class KeepaliveSender:
             try:
                 for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
                     self._sockets[version] = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
-                    bypass(self._sockets[version])
             except OSError as error:
                 self._problem = error
         self._watched: dict[SaId, _Watched] = {}
@@ -63,13 +62,15 @@ class KeepaliveSender:
         self._closed = False
 
     def check(self) -> None:
-        """Raise where this process cannot send keepalives."""
+        """Make ready for the first SA; raise where this process cannot send keepalives."""
         if self._problem is not None and self._problem.errno in (errno.EPERM, errno.EACCES):
             raise NatCompatError(
                 self._problem.errno or errno.EPERM,
                 f"This kernel sends no keepalives, and this process cannot: {self._problem.strerror}",
                 "Grant CAP_NET_RAW, or leave nat_keepalive out and send keepalives on the socket of IKE",
             )
+        for sock in self._sockets.values():
+            bypass(sock)
 
     def watch(self, sa: SecurityAssociation) -> None:
         """Send keepalives for `sa`, an outbound SA with encapsulation and `nat_keepalive`."""

@@ -49,6 +49,10 @@ from natcompat.xfrm.translate import (
 _NEW = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
 _ALGORITHMS = {XFRMA[name] for name in ("ALG_AEAD", "ALG_CRYPT", "ALG_AUTH", "ALG_AUTH_TRUNC")}
 _ALLOCATION_ATTEMPTS = 16
+_POLICY_REMEDIES = {
+    errno.EEXIST: "Delete the other one first, or tell them apart by marks",
+    errno.EINVAL: "Outbound tunnel policies cannot be optional: add a BYPASS policy until there is an SA",
+}
 
 
 class XfrmIPsec:
@@ -144,28 +148,35 @@ class XfrmIPsec:
         now = time.monotonic()
         for key in [key for key, deadline in list(self._reserved.items()) if deadline < now]:
             self._reserved.pop(key, None)
+        what = f"Allocating an SPI for {destination}"
         for _ in range(_ALLOCATION_ATTEMPTS):
             request = encode_allocate(
                 source, destination, reqid=reqid, minimum=minimum, maximum=maximum, sequence=sequence
             )
-            answer = self._netlink.request(
-                f"Allocating an SPI for {destination}",
-                request,
-                messages.XFRM_MSG_ALLOCSPI,
-                0,
-                remedies={errno.ENOENT: "Ask for a wider range"},
-            )
+            try:
+                answer = self._netlink.request(what, request, messages.XFRM_MSG_ALLOCSPI, 0)
+            except NatCompatError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                continue  # the kernel guesses, and in a narrow range does not always hit what is free
             spi = int(decode(messages.xfrm_usersa_info, answer)["id_spi"])
             if (destination, spi) not in self._reserved:
                 self._reserved[destination, spi] = now + lifetime
                 return spi
             # Still promised to somebody, though the kernel had forgotten: it has its larval SA again.
-        raise NatCompatError(
-            errno.ENOENT, f"Allocating an SPI for {destination}: all are reserved", "Ask for a wider range"
-        )
+        raise NatCompatError(errno.ENOENT, f"{what}: all are taken", "Ask for a wider range")
 
-    def _is_reserved(self, sa_id: SaId) -> bool:
-        return self._reserved.get((sa_id.destination, sa_id.spi), 0.0) > time.monotonic()
+    def _is_there(self, sa_id: SaId) -> bool:
+        """Whether an SPI is reserved, or an SA of this name is in the kernel."""
+        if self._reserved.get((sa_id.destination, sa_id.spi), 0.0) > time.monotonic():
+            return True
+        try:
+            self._get(sa_id)
+        except NatCompatError as error:
+            if error.errno == errno.ESRCH:
+                return False
+            raise
+        return True
 
     def add_sa(self, sa: SecurityAssociation) -> SaId:
         """Install `sa` and return its name; completes a larval SA of the same destination and SPI.
@@ -286,7 +297,8 @@ class XfrmIPsec:
         """Install `policy`. EEXIST: there is one with this selector, direction, mark and interface.
 
         What comes in may be for this host or for another behind it, so that an IN policy is
-        installed for FWD, too (except in transport mode, which is for this host only).
+        installed for FWD, too (except in transport mode, which is for this host only). Outbound
+        tunnel policies cannot be `optional` with kernels since 2022: EINVAL.
         """
         done: list[int] = []
         for direction in kernel_directions(policy):
@@ -297,7 +309,7 @@ class XfrmIPsec:
                     message,
                     messages.XFRM_MSG_NEWPOLICY,
                     _NEW,
-                    remedies={errno.EEXIST: "Delete the other one first, or tell them apart by marks"},
+                    remedies=_POLICY_REMEDIES,
                 )
             except BaseException:
                 for each in done:
@@ -359,7 +371,7 @@ class XfrmIPsec:
 
     def events(self, *, receive_buffer: int = RECEIVE_BUFFER) -> XfrmEvents:
         """Start listening; `receive_buffer` bytes of queue are asked for."""
-        return XfrmEvents(self._dump_sas, self._known, self._is_reserved, receive_buffer=receive_buffer)
+        return XfrmEvents(self._dump_sas, self._known, self._is_there, receive_buffer=receive_buffer)
 
 
 def open_xfrm() -> XfrmIPsec:

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Container
 from types import EllipsisType
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import Direction, IPAddress, SaId, UDPEncapsulation
 from natcompat.xfrm import messages
-from natcompat.xfrm.netlink import HEADER, Netlink, attributes
+from natcompat.xfrm.netlink import HEADER, LocalAddresses, Netlink, attributes
 from natcompat.xfrm.probe import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, UDP_ENCAP_ESPINUDP
 from natcompat.xfrm.readback import XFRMA, refuse_withheld_keys
 from natcompat.xfrm.translate import (
@@ -61,7 +60,7 @@ def move_sa(
     source: IPAddress | None,
     destination: IPAddress | None,
     encapsulation: UDPEncapsulation | EllipsisType | None,
-    local: Container[IPAddress],
+    local: LocalAddresses,
 ) -> tuple[SaId, tuple[int, int] | None]:
     """Move an SA (see `XfrmIPsec.update_sa`); return its new name and its ports on the wire, if any.
 
@@ -104,7 +103,7 @@ def move_sa(
         current[:] = bytes(len(current))
 
 
-def _direction(message: bytearray, sa_id: SaId, local: Container[IPAddress]) -> Direction:
+def _direction(message: bytearray, sa_id: SaId, local: LocalAddresses) -> Direction:
     place = _find(message, XFRMA["SA_DIR"])
     if place:
         return Direction.IN if message[place] == messages.XFRM_SA_DIR_IN else Direction.OUT

@@ -82,7 +82,7 @@ class Netlink:
     """
 
     def __init__(self, *, protocol: int = NETLINK_XFRM, groups: int = 0, receive_buffer: int = 0) -> None:
-        """Open a socket of the netlink `protocol` and join the multicast `groups`, a mask with bit n-1 for group n.
+        """Open a socket of the netlink `protocol` and join `groups`: bit n-1 stands for multicast group n.
 
         `receive_buffer` bytes of queue are asked for, beyond the system's limit where privileged.
         """
@@ -90,9 +90,7 @@ class Netlink:
         self._sequence = 0
         self._forks = _forks
         try:
-            self.socket = socket.socket(
-                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_XFRM
-            )
+            self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
         except (AttributeError, OSError) as error:
             raise NatCompatError(
                 getattr(error, "errno", None) or errno.EAFNOSUPPORT,
@@ -241,7 +239,7 @@ class LocalAddresses:
         try:
             answer = self._netlink.request(f"Looking up the route to {address}", message, RTM_GETROUTE, 0)
         except NatCompatError as error:
-            if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
+            if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES):
                 return False
             raise
         return answer[HEADER.size + 7] == RTN_LOCAL

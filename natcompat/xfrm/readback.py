@@ -6,7 +6,6 @@ import contextlib
 import errno
 import socket
 import struct
-from collections.abc import Container
 from typing import Any
 
 from natcompat.errors import NatCompatError
@@ -14,7 +13,6 @@ from natcompat.ipsec import (
     Direction,
     InstalledSA,
     Integ,
-    IPAddress,
     Mark,
     Mode,
     SaId,
@@ -24,7 +22,7 @@ from natcompat.ipsec import (
     Usage,
 )
 from natcompat.xfrm import messages
-from natcompat.xfrm.netlink import attributes
+from natcompat.xfrm.netlink import LocalAddresses, attributes
 from natcompat.xfrm.translate import (
     BODY,
     ENCRYPTION_NAMES,
@@ -99,7 +97,7 @@ def sa_id_of(message: Any, prefix: str = "") -> SaId:
     )
 
 
-def installed_sa(answer: bytes, local: Container[IPAddress]) -> InstalledSA:
+def installed_sa(answer: bytes, local: LocalAddresses) -> InstalledSA:
     """Return the SA in a message that starts with an xfrm_usersa_info; `local` has this host's addresses."""
     message = decode(messages.xfrm_usersa_info, answer)
     sa_id = sa_id_of(message)
@@ -122,7 +120,7 @@ def installed_sa(answer: bytes, local: Container[IPAddress]) -> InstalledSA:
     )
 
 
-def direction_of(message: Any, sa_id: SaId, local: Container[IPAddress]) -> Direction:
+def direction_of(message: Any, sa_id: SaId, local: LocalAddresses) -> Direction:
     """Return the direction that the kernel knows, or else the one that the addresses of this host say."""
     known = message.get_attr("XFRMA_SA_DIR")
     if known:
@@ -130,7 +128,7 @@ def direction_of(message: Any, sa_id: SaId, local: Container[IPAddress]) -> Dire
     return Direction.IN if sa_id.destination in local else Direction.OUT
 
 
-def _association(message: Any, sa_id: SaId, local: Container[IPAddress]) -> SecurityAssociation:
+def _association(message: Any, sa_id: SaId, local: LocalAddresses) -> SecurityAssociation:
     """Say the kernel's SA in the words of RFC 4301; ValueError or KeyError for what cannot be said."""
     if message["id_proto"] != socket.IPPROTO_ESP:
         raise KeyError("not ESP")
