@@ -48,6 +48,9 @@ from natcompat.xfrm.translate import (
 
 _NEW = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
 _ALGORITHMS = {XFRMA[name] for name in ("ALG_AEAD", "ALG_CRYPT", "ALG_AUTH", "ALG_AUTH_TRUNC")}
+QUEUE = 1 << 20
+"""Bytes of queue for answers, and for the report of a deletion among those of other SAs."""
+
 _ALLOCATION_ATTEMPTS = 16
 _POLICY_REMEDIES = {
     errno.EEXIST: "Delete the other one first, or tell them apart by marks",
@@ -63,7 +66,7 @@ class XfrmIPsec:
     """
 
     def __init__(self) -> None:
-        self._netlink = Netlink()
+        self._netlink = Netlink(receive_buffer=QUEUE)
         try:
             self._kernel = self._ask_kernel()
             self._local = LocalAddresses()
@@ -370,7 +373,10 @@ class XfrmIPsec:
         bypass(sock)
 
     def events(self, *, receive_buffer: int = RECEIVE_BUFFER) -> XfrmEvents:
-        """Start listening; `receive_buffer` bytes of queue are asked for."""
+        """Start listening, in the network namespace of the calling thread, where this was opened, too.
+
+        `receive_buffer` bytes of queue are asked for.
+        """
         return XfrmEvents(self._dump_sas, self._known, self._is_there, receive_buffer=receive_buffer)
 
 

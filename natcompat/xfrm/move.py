@@ -49,9 +49,6 @@ _AT = {
 _ENCAP_SIZE = 24
 _DELETED_INFO = BODY + messages.size_of(messages.XFRM_USERSA_ID)
 
-QUEUE = 1 << 20
-"""Bytes of queue for the report of the deletion, which may come among those of other SAs."""
-
 
 def move_sa(
     netlink: Netlink,
@@ -181,7 +178,7 @@ def _delete_and_add(
     new_id = SaId(spi=sa_id.spi, destination=new[1], mark=sa_id.mark)
     if new_id != sa_id and _exists(netlink, new_id):
         raise NatCompatError(errno.EEXIST, f"{what}: there is already {new_id}", "Delete the other one first")
-    final = _delete_and_listen(what, sa_id)
+    final = _delete_and_listen(netlink, what, sa_id)
     flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
     try:
         try:
@@ -203,17 +200,14 @@ def _exists(netlink: Netlink, sa_id: SaId) -> bool:
     return True
 
 
-def _delete_and_listen(what: str, sa_id: SaId) -> bytearray:
+def _delete_and_listen(netlink: Netlink, what: str, sa_id: SaId) -> bytearray:
     """Delete an SA; return it as it was at the end, as a message that adds it, counters and all.
 
     The socket that deletes is in the multicast group itself, so that the report is in its queue
     before the acknowledgement.
     """
-    listener = Netlink(groups=1 << (messages.XFRMNLGRP_SA - 1), receive_buffer=QUEUE)
-    try:
-        reports = listener.request_and_hear(what, encode_sa_id(sa_id), messages.XFRM_MSG_DELSA)
-    finally:
-        listener.close()
+    request = encode_sa_id(sa_id)
+    reports = netlink.request_and_hear(what, request, messages.XFRM_MSG_DELSA, messages.XFRMNLGRP_SA)
     final = _installable(reports, sa_id)
     reports.clear()  # whatever it is, there are keys in it
     if final is None:

@@ -33,6 +33,8 @@ NLMSG_DONE = 3  # linux/netlink.h
 NLMSG_OVERRUN = 4
 NLMSG_MIN_TYPE = 16
 NLM_F_DUMP_INTR = 0x10
+NETLINK_ADD_MEMBERSHIP = 1
+NETLINK_DROP_MEMBERSHIP = 2
 NLM_F_DUMP = 0x300
 HEADER = struct.Struct("=IHHII")
 """struct nlmsghdr: length, type, flags, sequence number, port."""
@@ -86,7 +88,7 @@ class Netlink:
 
         `receive_buffer` bytes of queue are asked for, beyond the system's limit where privileged.
         """
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._sequence = 0
         self._forks = _forks
         try:
@@ -137,15 +139,34 @@ class Netlink:
             return answer
         return b""
 
-    def request_and_hear(self, what: str, message: bytearray, kind: int) -> list[bytes]:
-        """Send `message` from a socket in multicast groups; return what was multicast on its account.
+    def request_and_hear(self, what: str, message: bytearray, kind: int, group: int) -> list[bytes]:
+        """Send `message` while in multicast `group`; return what was multicast until it was acknowledged.
 
-        The messages are those of type `kind` that were in the queue before the acknowledgement. Some
-        may be missing when the queue was full, and some may be on the account of others.
+        Some of it may be missing when the queue was full, and some may be on the account of others.
         """
         heard: list[bytes] = []
-        self._exchange(what, message, kind, NLM_F_ACK, NOTHING_BETTER, heard)
+        with self._lock:
+            try:
+                self.socket.setsockopt(SOL_NETLINK, NETLINK_ADD_MEMBERSHIP, group)
+            except OSError as error:
+                raise failure(what, error.errno or 0, error.strerror or "") from None
+            try:
+                self._exchange(what, message, kind, NLM_F_ACK, NOTHING_BETTER, heard)
+            finally:
+                self.socket.setsockopt(SOL_NETLINK, NETLINK_DROP_MEMBERSHIP, group)
+                self._drain()
         return heard
+
+    def _drain(self) -> None:
+        """Forget what is in the queue."""
+        while True:
+            try:
+                self.socket.recv(65536, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
 
     def dump(self, what: str, message: bytearray, kind: int) -> list[bytes]:
         """Send `message` as the request of a dump and return all messages of it, consistent in itself."""

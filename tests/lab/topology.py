@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from natcompat.xfrm.events import XfrmEvents
 from natcompat.xfrm.kernel import XfrmIPsec
 from natcompat.xfrm.probe import UDP_ENCAP, UDP_ENCAP_ESPINUDP
 
@@ -132,6 +133,11 @@ class Host:
             sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         sock.settimeout(10)
         return sock
+
+    def events(self) -> XfrmEvents:
+        """Listen to the events of this host."""
+        with inside(self.name):
+            return self.ipsec.events()
 
     def statistic(self, name: str) -> int:
         """Return a counter of /proc/net/xfrm_stat."""
