@@ -317,9 +317,8 @@ def test_marks_tell_two_transport_mode_clients_apart(network: Network) -> None:
         )
         for connection in (one, two):
             for _, host, sa in connection.associations():
-                mark = (
-                    connection.reqid if host is network.responder and sa.direction is Direction.OUT else None
-                )
+                marked = host is network.responder and sa.direction is Direction.OUT
+                mark = Mark(value=connection.reqid) if marked else None
                 host.ipsec.add_sa(dataclasses.replace(sa, mark=mark))
             network.responder.ipsec.add_policy(
                 Policy(
