@@ -9,6 +9,8 @@ from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
+pytest_plugins = ("tests.lab.plugin",)
+
 MakeSocket = Callable[..., socket.socket]
 
 NO_SKIPS = os.environ.get("CI") == "true" and hasattr(os, "geteuid") and os.geteuid() == 0
