@@ -7,6 +7,7 @@ the application's again while a thread is inside, and since that class may have 
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import socket
 import time
@@ -121,6 +122,7 @@ def receive_ike(
 
     `first` came already, to a receive that had `begun` then (``time.monotonic``).
     """
+    size = operator.index(size)
     if size < 0:  # raises what it raises on a plain socket
         return receive(root, sock, size, ancillary_size, flags)
     timeout = sock.gettimeout()

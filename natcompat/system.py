@@ -26,6 +26,8 @@ _MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 def root_class(cls: type) -> type[socket.socket] | None:
     """Return the library's socket class that `cls` is or derives from: the stdlib's or gevent's."""
     for ancestor in cls.__mro__:
+        if "_nat_t" in vars(ancestor):
+            continue  # the class of an endpoint's socket has the names of the one that it replaces
         if ancestor.__name__ == "socket" and ancestor.__module__ in ("socket", "gevent._socket3"):
             return ancestor
     return None
