@@ -110,13 +110,12 @@ class EspCollector:
 class Service:
     """A backend and what becomes of ESP: one way in which a socket can be served."""
 
-    backend: str | Backend
+    backend: Backend
     consumed: bool
     """Whether a consumer in this process takes ESP."""
 
     def __str__(self) -> str:
-        name = self.backend if isinstance(self.backend, str) else self.backend.name
-        return f"{name}, ESP consumed" if self.consumed else name
+        return f"{self.backend.name}, ESP consumed" if self.consumed else self.backend.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +147,12 @@ class Bench:
         return messages
 
 
-class EndpointConformance:
-    """The contract as tests; subclass it and name the backends.
+class EndpointHarness:
+    """The parameters of the suite without its tests: for tests of one's own over the same backends.
 
-    A backend that says that it is not viable is skipped, with its reason. Subclasses may add tests
-    with the parameters ``service`` (`Service`) and ``family``, and open a `bench` for them.
+    A test method that takes ``service`` (`Service`) and ``family`` runs for every one of them and
+    opens a `bench` with them; ``row``, ``outbound``, ``receive`` and ``send`` are the rows and the
+    methods. A backend that says that it is not viable is skipped, with its reason.
     """
 
     backends: ClassVar[tuple[str | Backend, ...]]
@@ -161,21 +161,29 @@ class EndpointConformance:
     hosts: ClassVar[Mapping[int, str]] = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
     """Where a socket of each family is bound."""
 
+    @classmethod
+    def services(cls) -> list[Service]:
+        """Return every way in which the backends can serve a socket, viable here or not."""
+        made = [registry.get(backend) if isinstance(backend, str) else backend for backend in cls.backends]
+        return [
+            Service(backend, consumed)
+            for backend in made
+            for consumed in ((False, True) if backend.hands_over_esp else (False,))
+        ]
+
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """Called by pytest: every test for every service, family, row and method that it names."""
         import pytest
 
         names = metafunc.fixturenames
         if "service" in names:
-            services = []
-            for backend in self.backends:
-                made = registry.get(backend) if isinstance(backend, str) else backend
-                found = made.viability()
-                marks = [] if found.viable else [pytest.mark.skip(reason=f"{made.name}: {found.reason}")]
-                for consumed in (False, True)[: 2 if made.hands_over_esp else 1]:
-                    service = Service(backend, consumed)
-                    services.append(pytest.param(service, id=str(service), marks=marks))
-            metafunc.parametrize("service", services)
+            parameters = []
+            for service in self.services():
+                found = service.backend.viability()
+                reason = f"{service.backend.name}: {found.reason}"
+                marks = [] if found.viable else [pytest.mark.skip(reason=reason)]
+                parameters.append(pytest.param(service, id=str(service), marks=marks))
+            metafunc.parametrize("service", parameters)
         for parameter, values, name in (
             ("family", self.families, lambda family: "IPv6" if family == socket.AF_INET6 else "IPv4"),
             ("row", TABLE, lambda row: row.name),
@@ -200,6 +208,10 @@ class EndpointConformance:
             if bound:
                 sock.bind((host, 0))
             yield Bench(service, sock, peer)
+
+
+class EndpointConformance(EndpointHarness):
+    """The contract as tests; subclass it and name the backends."""
 
     # --- inbound -------------------------------------------------------------------------------
 
@@ -396,8 +408,7 @@ class EndpointConformance:
         with self.bench(service, family) as bench:
             endpoint = bench.switch_on()
             assert set(endpoint.duties) == set(Duty)
-            name = service.backend if isinstance(service.backend, str) else service.backend.name
-            assert endpoint.backend == endpoint.stats().backend == name
+            assert endpoint.backend == endpoint.stats().backend == service.backend.name
             assert endpoint.mode == endpoint.stats().mode != "off"
 
     def test_the_counters_add_up(self, service: Service, family: int) -> None:
