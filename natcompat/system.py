@@ -120,6 +120,22 @@ def wait_readable(root: type, sock: Any, seconds: float) -> bool:
         return bool(selector.select(seconds))
 
 
+def let_greenlets_run(root: type) -> None:
+    """Give others a turn where a receive that finds something would give them none."""
+    if _of_gevent(root):
+        import gevent
+
+        gevent.sleep(0)
+
+
+def on_event_loop() -> bool:
+    """Tell whether a callback or a task of asyncio's or trio's calls."""
+    asyncio, trio = sys.modules.get("asyncio"), sys.modules.get("trio")
+    return (asyncio is not None and asyncio._get_running_loop() is not None) or (
+        trio is not None and trio.lowlevel.in_trio_task()
+    )
+
+
 def is_connected(sock: Any) -> bool:
     """Tell whether `sock` has a peer."""
     try:
