@@ -39,6 +39,11 @@ def admit(sock: Any) -> type[socket.socket]:
             "trio's sockets cannot be NAT-T endpoints: set the option on a socket.socket and read it "
             "with natcompat.aio.open_nat_t_endpoint(), which works on trio"
         )
+    if cls.__module__.partition(".")[0] == "uvloop":
+        raise TypeError(
+            "uvloop's transports read the descriptor themselves: set the option on a socket.socket and give "
+            "it to natcompat.aio.create_nat_t_endpoint()"
+        )
     if any((ancestor.__module__, ancestor.__name__) == ("ssl", "SSLSocket") for ancestor in cls.__mro__):
         raise TypeError("an SSL socket cannot be a NAT-T endpoint: the option is for plain UDP sockets")
     root = root_class(cls)

@@ -398,7 +398,7 @@ def set_nat_t_endpoint(
     if existing is not None:
         existing._set_again(None if backend is None else backends.select(backend), esp)
         return existing
-    _warn_of_bypass()
+    _warn_of_bypass(sock)
     return NatTEndpoint(sock, root, backends.select(backend, hands_over_esp=esp is not None), esp)
 
 
@@ -432,11 +432,11 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _warn_of_bypass() -> None:
+def _warn_of_bypass(sock: socket.socket) -> None:
     if "asyncio" in sys.modules:
         from natcompat.aio import warn_of_bypassing_loop
 
-        warn_of_bypassing_loop()
+        warn_of_bypassing_loop(sock)
 
 
 def _arrive(

@@ -7,6 +7,7 @@ the application's again while a thread is inside, and since that class may have 
 from __future__ import annotations
 
 import errno
+import operator
 import os
 import socket
 import time
@@ -19,6 +20,8 @@ from natcompat.system import (
     Message,
     cut,
     is_connected,
+    let_greenlets_run,
+    on_event_loop,
     own_address,
     receive,
     receive_now,
@@ -36,6 +39,7 @@ LARGEST_DATAGRAM: Final = 65535
 _MSG_ERRQUEUE: Final = getattr(socket, "MSG_ERRQUEUE", 0)
 _MSG_DONTWAIT: Final = getattr(socket, "MSG_DONTWAIT", 0)
 _MSG_MORE: Final = getattr(socket, "MSG_MORE", 0)
+_TURN: Final = 64  # datagrams that one receive drops before somebody else has a turn
 _LEAST_ROOM_OF_A_DATAGRAM: Final = 512  # in SO_RCVBUF; Linux takes 768 for an empty one
 
 
@@ -121,6 +125,7 @@ def receive_ike(
 
     `first` came already, to a receive that had `begun` then (``time.monotonic``).
     """
+    size = operator.index(size)
     if size < 0:  # raises what it raises on a plain socket
         return receive(root, sock, size, ancillary_size, flags)
     timeout = sock.gettimeout()
@@ -153,13 +158,17 @@ def receive_ike(
             half.diversion.error("ESP came to a receive that the kernel had been trusted with, and is lost")
         else:
             half.diversion.take([(memoryview(datagram), source)])
+        dropped += 1
+        if dropped % _TURN == 0:
+            # once all that was there at the call has been looked at, a flood must not hold the caller; on
+            # a loop, which looks again as long as there is something, no longer than a turn
+            if never_waits and (on_event_loop() or dropped > _queue_length(sock, root)):
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            if not never_waits:
+                let_greenlets_run(root)
         if deadline is not None:
             message = _receive_until(sock, root, deadline, room, ancillary_size, flags)
             continue
-        dropped += 1
-        if never_waits and dropped > 64 and dropped > _queue_length(sock, root):
-            # all that was there at the call has been looked at; a flood must not hold the caller
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         message = receive(root, sock, room, ancillary_size, flags)
 
 

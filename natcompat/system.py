@@ -26,6 +26,8 @@ _MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 def root_class(cls: type) -> type[socket.socket] | None:
     """Return the library's socket class that `cls` is or derives from: the stdlib's or gevent's."""
     for ancestor in cls.__mro__:
+        if "_nat_t" in vars(ancestor):
+            continue  # the class of an endpoint's socket has the names of the one that it replaces
         if ancestor.__name__ == "socket" and ancestor.__module__ in ("socket", "gevent._socket3"):
             return ancestor
     return None
@@ -116,6 +118,22 @@ def wait_readable(root: type, sock: Any, seconds: float) -> bool:
     with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
         selector.register(_descriptor(sock), selectors.EVENT_READ)
         return bool(selector.select(seconds))
+
+
+def let_greenlets_run(root: type) -> None:
+    """Give others a turn where a receive that finds something would give them none."""
+    if _of_gevent(root):
+        import gevent
+
+        gevent.sleep(0)
+
+
+def on_event_loop() -> bool:
+    """Tell whether a callback or a task of asyncio's or trio's calls."""
+    asyncio, trio = sys.modules.get("asyncio"), sys.modules.get("trio")
+    return (asyncio is not None and asyncio._get_running_loop() is not None) or (
+        trio is not None and trio.lowlevel.in_trio_task()
+    )
 
 
 def is_connected(sock: Any) -> bool:

@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Generator, Iterator
 
 import pytest
+from pairs import KINDS, Kind, Pair
 
 pytest_plugins = ("tests.lab.plugin",)
 
@@ -43,6 +44,20 @@ def udp(family: socket.AddressFamily, loopback: tuple[str, int]) -> Iterator[Mak
             return sock
 
         yield make
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Every way of serving a socket."""
+    chosen: Kind = request.param
+    return chosen
+
+
+@pytest.fixture
+def pair(kind: Kind, family: socket.AddressFamily) -> Iterator[Pair]:
+    """An endpoint on loopback and its peer."""
+    with contextlib.ExitStack() as stack:
+        yield Pair(kind, family, stack)
 
 
 @pytest.hookimpl(wrapper=True)

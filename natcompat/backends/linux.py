@@ -32,7 +32,11 @@ _SENSITIVE: Final[frozenset[str | tuple[int, int]]] = frozenset(
 
 
 class LinuxBackend:
-    """ESP is the kernel's: its SAs are installed by XFRM, by this process or another."""
+    """ESP is the kernel's: its SAs are installed by XFRM, by this process or another.
+
+    The kernel shows the ICMP errors of a socket with UDP_ENCAP to nobody, neither as ECONNREFUSED nor
+    in the error queue: it takes the socket for a tunnel's (``__udp4_lib_err()``, since Linux 5.0).
+    """
 
     name = "linux"
     hands_over_esp = False
