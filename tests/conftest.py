@@ -8,7 +8,8 @@ import socket
 from collections.abc import Callable, Generator, Iterator
 
 import pytest
-from pairs import KINDS, Kind, Pair
+
+from tests.pairs import KINDS, Kind, Pair
 
 pytest_plugins = ("tests.lab.plugin",)
 

@@ -17,11 +17,11 @@ from typing import Any, Final
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_conformance import OURS
 
 from natcompat.contract import LARGEST_PAYLOAD, TABLE, Duty, Performer, Row, Verdict, classify
 from natcompat.endpoint import NatTEndpoint
 from natcompat.testing import PATIENCE, RECEIVES, SENDS, Bench, EndpointHarness, Service
+from tests.test_conformance import OURS
 
 DATAGRAMS: Final = int(os.environ.get("NATCOMPAT_DATAGRAMS", "4000"))
 BATCH: Final = 50

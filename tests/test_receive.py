@@ -16,7 +16,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-from pairs import (
+
+from natcompat import process, set_nat_t_endpoint
+from natcompat.sockets import NatTSocket
+from tests.pairs import (
     ESP,
     EXACT,
     IN_LINE,
@@ -34,9 +37,6 @@ from pairs import (
     sleeping,
     until,
 )
-
-from natcompat import process, set_nat_t_endpoint
-from natcompat.sockets import NatTSocket
 
 PEEK, TRUNC = socket.MSG_PEEK, getattr(socket, "MSG_TRUNC", 0)
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)

@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 import pytest
-from pairs import MARKER, Pair, in_thread, outcome, until
 
 from natcompat import NatCompatError, process, set_nat_t_endpoint
 from natcompat.contract import LARGEST_PAYLOAD
+from tests.pairs import MARKER, Pair, in_thread, outcome, until
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="flags and options of Linux")
 MORE, DONTWAIT = getattr(socket, "MSG_MORE", 0), getattr(socket, "MSG_DONTWAIT", 0)
