@@ -269,11 +269,15 @@ def _send_behind_marker(
     try:
         sent = send(lead)
     except OSError:
-        # an error ends the pending datagram, except for a piece that no datagram can hold (udp_sendmsg)
-        half.in_piece = half.in_piece and sum(memoryview(piece).nbytes for piece in pieces) > 0xFFFF
+        # an error ends the pending datagram; but IPv4 refuses what no datagram can hold before (udp_sendmsg)
+        half.in_piece = (
+            half.in_piece
+            and sock.family == socket.AF_INET
+            and sum(memoryview(piece).nbytes for piece in pieces) > 0xFFFF
+        )
         raise
     half.in_piece = bool(flags & _MSG_MORE)
-    if lead:
+    if not half.in_piece:
         half.counters.markers_inserted += 1
     note_sent = half.note_sent  # another thread may end it meanwhile
     if note_sent is not None:
@@ -285,7 +289,10 @@ def bind_implicitly(sock: Any, half: ProcessHalf) -> None:
     """Bind as the kernel would at the first send, and take up what the option could not do before."""
 
     def bind() -> None:
-        if not sock.getsockname()[1]:  # another thread may have been faster
+        try:
             half.root.bind(sock, ("::" if sock.family == socket.AF_INET6 else "0.0.0.0", 0))  # noqa: S104
+        except OSError:
+            if not sock.getsockname()[1]:  # else another thread's send was faster
+                raise
 
     half.rearrange(sock, bind)

@@ -148,6 +148,8 @@ class NatTSocket(_Socket):
         if half is None:
             return root_of(self).sendto(self, data, flags, address)
         if flags or half.unbound or half.in_piece or half.note_sent is not None:
+            if address is None:  # to sendmsg() that means the peer
+                raise TypeError("sendto() takes an address, not None")
             return send_message(self, half, data, flags, (address,))
         # + is faster, but asks what is not bytes (numpy's arrays) for its opinion
         datagram = NON_ESP_MARKER + data if type(data) is bytes else b"".join((NON_ESP_MARKER, data))
