@@ -230,6 +230,30 @@ class TestCooperation:
         pair.sock.close()
         pair.peer.close()
 
+    @pytest.mark.parametrize("timeout", [None, PATIENCE], ids=["blocking", "with a timeout"])
+    def test_a_full_queue_is_dropped_in_turns(self, timeout: float | None) -> None:
+        pair = Pair(socket.AF_INET, "userspace:in-line")
+        pair.sock.settimeout(timeout)
+        turns = 0
+
+        def count() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                gevent.sleep(0)
+
+        for _ in range(200):  # fits into the smallest default queue
+            pair.peer.sendto(NAT_KEEPALIVE, pair.address)
+        pair.peer.sendto(IKE, pair.address)
+        greenlet = gevent.spawn(count)
+        try:
+            assert pair.sock.recv(100) == b"IKE"
+            assert turns >= 3, "a receive that found something each time gave nobody a turn"
+        finally:
+            greenlet.kill()
+            pair.sock.close()
+            pair.peer.close()
+
     def test_nothing_there_on_a_non_blocking_socket(self, pair: Pair) -> None:
         pair.sock.setblocking(False)
         for payload in (NAT_KEEPALIVE, ESP):
