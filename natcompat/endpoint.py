@@ -104,6 +104,7 @@ class NatTEndpoint:
         drops = _drops(sock) if sock is not None else None
         if drops is not None and self._drops_before is not None:
             drops -= self._drops_before
+        known = attachment.counters() if attachment is not None else {}
         return Stats(
             backend=self.backend,
             mode=self.mode,
@@ -115,9 +116,8 @@ class NatTEndpoint:
             markers_inserted=counters.markers_inserted,
             keepalives_sent=self._keepalives_sent,
             dropped_in_kernel=drops,
-            esp_dropped_in_kernel=attachment.counters().get("engine_drops")
-            if attachment is not None
-            else None,
+            esp_dropped_in_kernel=known.get("engine_drops"),
+            bypassed=bool(known["bypassed"]) if "bypassed" in known else None,
             handed_back=counters.handed_back,
             errors=counters.errors,
         )
