@@ -14,7 +14,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final, TypeAlias
 
 from natcompat import filters
 from natcompat.backends.base import Address
@@ -46,6 +46,11 @@ _COPIED_BEFORE_BIND_6: Final[tuple[tuple[int, int], ...]] = (
     (socket.IPPROTO_IPV6, _IPV6_TRANSPARENT),
     (socket.IPPROTO_UDP, _UDP_NO_CHECK6_RX),
 )
+
+_Destination: TypeAlias = tuple[str, int] | None
+"""Local address and interface that a datagram was sent to; None: to several hosts."""
+_Stray: TypeAlias = tuple[memoryview, Address, _Destination]
+"""IKE that came to the engine: datagram, source, destination."""
 
 _BURST: Final = 64  # datagrams taken from one socket before the next has its turn
 _LARGEST: Final = 65535
@@ -100,8 +105,7 @@ class Steering:
             each.callback(sock.setsockopt, socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
             each.callback(_take_off_program, sock)
             for engine in self._engines:
-                each.callback(engine.close)
-                each.callback(self._drain, engine)
+                each.callback(self._empty, engine, sock)
 
     def _join(self, sock: socket.socket) -> socket.socket:
         """Return a socket of ours that shares the address and port of `sock`."""
@@ -143,6 +147,15 @@ class Steering:
 
     def _take(self, engine: socket.socket) -> bool:
         """Take one burst from `engine`; False when its queue is empty."""
+        strays, diverted, more = self._receive(engine)
+        for stray in strays:
+            self._hand_back(engine, *stray)
+        self._diversion.take(diverted)
+        return more
+
+    def _receive(self, engine: socket.socket) -> tuple[list[_Stray], list[tuple[memoryview, Address]], bool]:
+        """Return one burst from `engine`: IKE, everything else, and whether there may be more."""
+        strays: list[_Stray] = []
         diverted: list[tuple[memoryview, Address]] = []
         more = True
         for _ in range(_BURST):
@@ -153,21 +166,19 @@ class Steering:
                 break
             except OSError as error:  # an ICMP error of something sent by this socket
                 self._diversion.error(f"receive of ESP: {error}")
-                continue
+                break
             destination, segment_size = _read_ancillary(ancillary)
             whole = memoryview(data)
             for start in range(0, len(data), segment_size) if segment_size else (0,):
                 segment = whole[start : start + segment_size] if segment_size else whole
                 if segment[:MARKER_LENGTH] == NON_ESP_MARKER:
-                    self._hand_back(engine, segment, source, destination)
+                    strays.append((segment, source, destination))
                 else:
                     diverted.append((segment, source))
-        if diverted:
-            self._diversion.take(diverted)
-        return more
+        return strays, diverted, more
 
     def _hand_back(
-        self, engine: socket.socket, datagram: memoryview, source: Address, destination: Any
+        self, sender: socket.socket, datagram: memoryview, source: Address, destination: _Destination
     ) -> None:
         """Send IKE that came here to the application's socket.
 
@@ -186,20 +197,27 @@ class Steering:
             return
         host, interface = destination
         address: Address = (host, self._port)
-        if engine.family == socket.AF_INET6:
+        if sender.family == socket.AF_INET6:
             address += (0, interface if host.startswith("fe80:") else 0)
         try:
-            engine.sendto(diversion.hand_back.wrap(datagram[MARKER_LENGTH:], source), address)
+            sender.sendto(diversion.hand_back.wrap(datagram[MARKER_LENGTH:], source), address)
         except OSError as error:
             diversion.error(f"IKE could not be handed back: {error}")
         else:
             diversion.counters.handed_back += 1
 
-    def _drain(self, engine: socket.socket) -> None:
-        # what is still queued came while the option was on; bounded, for it may come without end
-        for _ in range(64):
-            if not self._take(engine):
-                return
+    def _empty(self, engine: socket.socket, sock: socket.socket) -> None:
+        """Close `engine`. What is queued came while the option was on: ESP is taken, IKE handed back."""
+        kept: list[_Stray] = []
+        with engine:
+            more, bursts = True, 0
+            while more and bursts < 64:  # for ESP may come without end
+                strays, diverted, more = self._receive(engine)
+                kept += strays
+                self._diversion.take(diverted)
+                bursts += 1
+        for stray in kept:  # now that the application's socket is the only one that it can come to
+            self._hand_back(sock, *stray)
 
 
 class _Reader:
@@ -299,7 +317,7 @@ def _device(sock: socket.socket) -> bytes:
         return b""
 
 
-def _read_ancillary(ancillary: list[tuple[int, int, bytes]]) -> tuple[tuple[str, int] | None, int]:
+def _read_ancillary(ancillary: list[tuple[int, int, bytes]]) -> tuple[_Destination, int]:
     """Return (local address, interface) that a datagram was sent to, and the size of its segments.
 
     None for what went to several hosts, 0 for what is in one piece.
