@@ -111,9 +111,9 @@ class Namespace:
 class Topology:
     """The three namespaces and the NAT; a context manager.
 
-    `nat` is ``"nft"`` or ``"iptables"``; None: whichever is installed and works. Raises
-    `natcompat.errors.NatCompatError` (EPERM, ENOTSUP, ENOENT) with the reason and the remedy if there
-    can be none. May be made in any thread, which then has to outlive it (see PR_SET_PDEATHSIG).
+    `nat` is ``"nft"``, ``"iptables"`` or ``"iptables-legacy"``; None: whichever is there and works.
+    Raises `natcompat.errors.NatCompatError` (EPERM, ENOTSUP, ENOENT) with the reason and the remedy if
+    there can be none. May be made in any thread, which then has to outlive it (see PR_SET_PDEATHSIG).
     """
 
     def __init__(self, nat: str | None = None) -> None:
@@ -149,7 +149,7 @@ class Topology:
             self.router.call(_configure, "inside", ROUTER_INSIDE, None)
             self.router.call(_configure, "outside", ROUTER_OUTSIDE, None)
             self.nat = self.router.call(_masquerade, nat)
-            """What masquerades: ``nft`` or ``iptables``."""
+            """What masquerades: a name as in the argument."""
             for version in (4, 6):
                 self._settle(version)
         except BaseException:
@@ -349,6 +349,7 @@ def _masquerade(wanted: str | None) -> str:
     commands = {
         "nft": [["nft", "-f", "-"]],
         "iptables": [["iptables", *_IPTABLES], ["ip6tables", *_IPTABLES]],
+        "iptables-legacy": [["iptables-legacy", *_IPTABLES], ["ip6tables-legacy", *_IPTABLES]],
     }
     refusals = []
     for tool in [wanted] if wanted else commands:

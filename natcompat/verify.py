@@ -15,8 +15,9 @@ import queue
 import secrets
 import select
 import socket
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeAlias
 
 from natcompat import backends
@@ -43,6 +44,8 @@ LOOPBACK: Final = {4: "127.0.0.1", 6: "::1"}
 PATIENCE: Final = 5.0  # seconds for a datagram that has to come
 _MOST_LOSSES: Final = 3  # sentinels that may be missed before a trial is given up
 _ROOM: Final = 65536
+_TIMED_OUT: Final = "nothing"
+_UDP_ENCAP: Final = 100  # linux/udp.h
 _GIVEN_UP: Final = "not tried any more"
 SENTINEL: Final = b"sentinel"
 SENTINEL_SPI: Final = b"\xff\xff\xff\xfe"
@@ -73,6 +76,9 @@ class Outcome:
     woke: bool | None
     """Whether `select` woke for what was dropped; None where it was not asked."""
     passed: bool
+    """Whether it is as on Solaris, or a `limit`."""
+    limit: str = ""
+    """Why it cannot be as on Solaris here, one sentence; empty where it is, or could be."""
 
 
 @dataclass(slots=True)
@@ -261,24 +267,33 @@ class _Run:
         )
         arrived = _errno_of(lambda: self.sock.sendto(bytes(most + 1), self.seen))
         yield self._outcome("socket", "one byte more", bytes(most + 1), "EMSGSIZE", arrived, process)
-        yield self._outcome(
-            "socket", "to a closed port", None, "ECONNREFUSED", self._refused(), Performer.KERNEL
-        )
+        yield self._to_a_closed_port()
         yield self._switched_off()
 
-    def _refused(self) -> str:
-        """Connect an endpoint to a port that nobody has, and return the error that a receive raises."""
+    def _to_a_closed_port(self) -> Outcome:
+        """Send to a port that nobody has: the ICMP error has to surface as on any UDP socket.
+
+        Linux shows such errors to no socket with UDP_ENCAP. Whether this is one, and whether that is
+        so, a plain socket with that option tells.
+        """
         with socket.socket(self.peer.family, socket.SOCK_DGRAM) as closed:
             closed.bind((self.sock.getsockname()[0], 0))
-            port = closed.getsockname()[1]
+            address = self.seen[0], closed.getsockname()[1]
         set_nat_t_endpoint(self.other, backend=self.trial.backend)
-        self.other.connect((self.seen[0], port))
-
-        def ask() -> object:
-            self.other.send(b"is anybody there?")
-            return self.other.recv(_ROOM)
-
-        return _errno_of(ask)
+        arrived = _refused(self.other, address)
+        outcome = self._outcome("socket", "to a closed port", None, "ECONNREFUSED", arrived, Performer.KERNEL)
+        encapsulation = _encapsulation(self.other)
+        if outcome.passed or not encapsulation:
+            return outcome
+        with socket.socket(self.peer.family, socket.SOCK_DGRAM) as plain:
+            plain.setsockopt(socket.IPPROTO_UDP, _UDP_ENCAP, encapsulation)
+            plain.bind((self.sock.getsockname()[0], 0))
+            if _refused(plain, address) != arrived:
+                return outcome
+        limit = (
+            "The kernel shows ICMP errors to no socket with UDP_ENCAP, so that a peer who is gone is silent."
+        )
+        return replace(outcome, passed=True, limit=limit)
 
     def _switched_off(self) -> Outcome:
         """Switch the option off, and send one datagram of each kind both ways."""
@@ -312,6 +327,32 @@ class _Run:
         words = "" if sent is None else show_bytes(sent)
         passed = arrived == solaris if passed is None else passed
         return Outcome(section, row, words, solaris, arrived, performer.value, woke, passed)
+
+
+def _refused(sock: socket.socket, address: Address) -> str:
+    """Return the error that `sock` sees when it is connected to `address`, where nobody is."""
+    sock.settimeout(0.3)
+    sock.connect(address)
+
+    def ask() -> object:
+        sock.send(b"is anybody there?")
+        return sock.recv(_ROOM)
+
+    for _ in range(4):  # an error that comes late surfaces in the next call
+        answer = _errno_of(ask)
+        if answer != _TIMED_OUT:
+            break
+    return answer
+
+
+def _encapsulation(sock: socket.socket) -> int:
+    """Return the value of UDP_ENCAP; 0 where there is no such option."""
+    if sys.platform != "linux":
+        return 0
+    try:
+        return sock.getsockopt(socket.IPPROTO_UDP, _UDP_ENCAP)
+    except OSError:
+        return 0
 
 
 def introduce(
@@ -392,6 +433,8 @@ def show_bytes(data: bytes) -> str:
 
 
 def _error(error: OSError) -> str:
+    if isinstance(error, TimeoutError):
+        return _TIMED_OUT
     return errno.errorcode.get(error.errno or 0, "") or f"{type(error).__name__}: {error}"
 
 

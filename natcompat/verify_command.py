@@ -13,7 +13,7 @@
     a list: ``backend``, ``mode``, ``duties``, ``passed``, ``counts``: a list of the keys of
     `natcompat.replay.Count`
 ``nat``
-    ``nft`` or ``iptables``; null without a NAT
+    ``nft``, ``iptables`` or ``iptables-legacy``; null without a NAT
 ``skipped``
     a list: ``what``, ``reason``, ``remedy``
 """
@@ -187,7 +187,7 @@ def _through_nat(
 
 def show(found: Verification) -> None:
     """Print the report for people."""
-    from natcompat.report import Printer, bad, good, quiet
+    from natcompat.report import Printer, bad, doubtful, good, quiet
 
     out = Printer()
     for name in dict.fromkeys(each.backend for each in found.trials):
@@ -208,6 +208,18 @@ def show(found: Verification) -> None:
             ["", ""],
             [[_HEADS[each], _describe(each)] for each in dict.fromkeys(trial.path for trial in found.trials)],
         )
+    limits = list(
+        dict.fromkeys(
+            f"{trial.backend}, {each.row}: {each.limit}"
+            for trial in found.trials
+            for each in trial.outcomes
+            if each.limit
+        )
+    )
+    if limits:
+        out.heading("Limits", "what the kernel denies to every socket that is served in this way")
+        for line in limits:
+            out.line(doubtful("  limit  "), line)
     differences = list(_differences(found))
     if differences:
         out.heading("Differences")
@@ -219,19 +231,21 @@ def show(found: Verification) -> None:
             ["", "", ""],
             [[each["what"], each["reason"].rstrip(".") + ".", each["remedy"]] for each in found.skipped],
         )
-    count = sum(len(each.outcomes) for each in found.trials) + sum(len(e.counts) for e in found.replays)
+    checks = [each.passed for trial in found.trials for each in trial.outcomes]
+    checks += [each.passed for replayed in found.replays for each in replayed.counts]
     out.heading("Result")
     if found.passed:
-        out.line(good("As on Solaris"), f": {count} checks, no difference.")
+        but = " but what the limits say" if limits else ""
+        out.line(good("As on Solaris"), f": {len(checks)} checks, no difference{but}.")
     elif differences:
-        out.line(bad("Not as on Solaris"), f": {len(differences)} of {count} checks differ.")
+        out.line(bad("Not as on Solaris"), f": {checks.count(False)} of {len(checks)} checks differ.")
     else:
         out.line(bad("Nothing was verified."), quiet(" See above."))
 
 
 def _show_section(out: Any, title: str, section: str, trials: list[Trial]) -> None:
     """Print one table: a row for each row of the contract, a column for each path."""
-    from natcompat.report import bad, good
+    from natcompat.report import bad, doubtful, good
 
     outcomes = [[(trial, each) for each in trial.outcomes if each.section == section] for trial in trials]
     paths = list(dict.fromkeys(each.path for each in trials))
@@ -241,7 +255,10 @@ def _show_section(out: Any, title: str, section: str, trials: list[Trial]) -> No
         cells = []
         for path in paths:
             differ = [f"v{trial.version}" for trial, each in same if trial.path == path and not each.passed]
-            cells.append(bad(f"DIFFERS {' '.join(differ)}") if differ else good("ok"))
+            limited = any(each.limit for trial, each in same if trial.path == path)
+            cells.append(
+                bad(f"DIFFERS {' '.join(differ)}") if differ else doubtful("limit") if limited else good("ok")
+            )
         here = worst.arrived if worst.passed else bad(worst.arrived)
         rows.append([worst.row, worst.sent, worst.solaris, here, worst.performer, *cells])
     out.heading(title)
@@ -291,13 +308,18 @@ def _duties(duties: dict[str, str]) -> str:
 
 
 def _differences(found: Verification) -> Iterator[str]:
+    """Yield what differs, a line for each row: the paths on which it does so in the same way are with it."""
+    where: dict[str, list[str]] = {}
     for trial in found.trials:
         for each in trial.outcomes:
             if not each.passed:
-                yield (
-                    f"{trial.backend}, {trial.path}, IPv{trial.version}, {each.section}, row {each.row!r}: "
-                    f"Solaris: {each.solaris}; here: {each.arrived} (by {each.performer})"
+                what = (
+                    f"{trial.backend}, {each.section}, row {each.row!r}: Solaris: {each.solaris}; "
+                    f"here: {each.arrived} (by {each.performer})"
                 )
+                where.setdefault(what, []).append(f"{trial.path} IPv{trial.version}")
+    for what, paths in where.items():
+        yield f"{what}; {', '.join(paths)}"
     for replayed in found.replays:
         for count in replayed.counts:
             if not count.passed:
@@ -339,7 +361,9 @@ def command(names: tuple[str, ...], no_nat: bool, as_json: bool) -> int:
     switching off. Then a recorded conversation of two strongSwan daemons goes through an endpoint.
 
     The NAT needs root or user namespaces, and nft or iptables. What cannot be had is left out, and the
-    report says why and what would help; the rest needs no privilege. The namespaces have no names and
+    report says why and what would help; the rest needs no privilege. What the kernel denies to every
+    program that uses it in the same way is a limit: it is found on a plain socket alongside, told, and
+    not counted as a difference. The namespaces have no names and
     end with the command, however it ends. Nothing else on the system is touched.
 
     \b

@@ -126,7 +126,7 @@ def test_large_messages(network: Topology) -> None:
     assert network.router.call(bytes.upper, b"a" * 3_000_000) == b"A" * 3_000_000
 
 
-@pytest.mark.parametrize("nat", ["nft", "iptables"])
+@pytest.mark.parametrize("nat", ["nft", "iptables", "iptables-legacy"])
 def test_either_tool_makes_the_nat(nat: str) -> None:
     if shutil.which(nat, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
         pytest.skip(f"{nat} is not installed")
@@ -138,7 +138,7 @@ def test_without_a_tool_the_remedy_is_named(network: Topology) -> None:
     with pytest.raises(NatCompatError, match=r"apt install nftables") as caught:
         network.router.call(_masquerade_without_tools)
     assert caught.value.errno == errno.ENOENT
-    assert "nft is not installed; iptables is not installed" in str(caught.value)
+    assert "nft is not installed; iptables is not installed; iptables-legacy is not" in str(caught.value)
 
 
 def _masquerade_without_tools() -> None:

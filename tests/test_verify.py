@@ -76,6 +76,19 @@ BROKEN = """
         return Backend("cuts-messages", ((give, 0, 0, 8 + 1000),))
 
 
+    def encapsulates():  # no difference: the kernel shows ICMP errors to nobody who does this
+        class Encapsulating(Backend):
+            hands_over_esp = False
+
+            def attach(self, sock, diversion):
+                sock.setsockopt(socket.IPPROTO_UDP, 100, 2)  # UDP_ENCAP, UDP_ENCAP_ESPINUDP
+                attachment = InLineAttachment("encapsulates")
+                attachment.detach = lambda sock: sock.setsockopt(socket.IPPROTO_UDP, 100, 0)
+                return attachment
+
+        return Encapsulating("encapsulates")
+
+
     def loses_everything():
         return Backend("loses-everything", ((0x06, 0, 0, 0),))
 """
@@ -99,7 +112,7 @@ def broken(tmp_path: Path) -> dict[str, str]:
     about = tmp_path / "broken_backends-1.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-backends\nVersion: 1\n")
-    names = "loses_four_bytes", "claims_too_much", "cuts_messages", "loses_everything"
+    names = "loses_four_bytes", "claims_too_much", "cuts_messages", "loses_everything", "encapsulates"
     points = "".join(f"{name.replace('_', '-')} = broken_backends:{name}\n" for name in names)
     (about / "entry_points.txt").write_text(f"[natcompat.backends]\n{points}")
     return {"PYTHONPATH": str(tmp_path)}
@@ -201,11 +214,24 @@ class TestDifferences:
         done = run("verify", "--no-nat", "--backend", "loses-four-bytes", env=broken)
         assert done.returncode == 1
         assert (
-            "differs  loses-four-bytes, loopback, IPv4, inbound, row 'bare marker': "
-            "Solaris: IKE, 0 bytes; here: nothing (by process)" in done.stdout
+            "differs  loses-four-bytes, inbound, row 'bare marker': Solaris: IKE, 0 bytes; "
+            "here: nothing (by process); loopback IPv4, loopback IPv6" in done.stdout
         )
         assert "differs  loses-four-bytes, recorded conversation, keepalive: 7 recorded" in done.stdout
         assert "Not as on Solaris: 11 of " in done.stdout
+
+    def test_a_limit_of_the_kernel_is_told_and_no_difference(self, broken: dict[str, str]) -> None:
+        found = report(*ON_LOOPBACK, "--backend", "encapsulates", env=broken)
+        limits = [
+            (each["row"], each["arrived"])
+            for trial in found["trials"]
+            for each in trial["outcomes"]
+            if each["limit"]
+        ]
+        assert limits == [("to a closed port", "nothing")] * 2
+        assert "limit  encapsulates, to a closed port: The kernel shows ICMP errors to no socket" in (
+            run("verify", "--no-nat", "--backend", "encapsulates", env=broken).stdout
+        )
 
     def test_a_backend_that_loses_everything_ends_in_time(self, broken: dict[str, str]) -> None:
         script = (
