@@ -43,7 +43,7 @@ conformance: .venv/.test ## 100,000 random datagrams against the contract (a min
 	  $(BIN)/python -m pytest -s --timeout 3600 tests/test_differential.py $(ARGS)
 
 bench: .venv/.test ## what natcompat costs, beside bare sockets (ARGS="--json")
-	@$(BIN)/python tests/bench $(ARGS)
+	@$(BIN)/python -m tests.bench $(ARGS)
 
 nox: .venv/.test ## the tests on every Python from 3.11, with the lowest versions, without options
 	@$(BIN)/nox $(ARGS)
