@@ -116,6 +116,14 @@ class Topology:
     there can be none. May be made in any thread, which then has to outlive it (see PR_SET_PDEATHSIG).
     """
 
+    router: Namespace
+    initiator: Namespace
+    responder: Namespace
+    user_namespace: bool
+    """Whether they are inside a user namespace, since this process is not privileged."""
+    nat: str
+    """What masquerades: a name as in the argument."""
+
     def __init__(self, nat: str | None = None) -> None:
         if sys.platform != "linux":
             raise NatCompatError(errno.ENOTSUP, "network namespaces are a feature of Linux")
@@ -140,7 +148,6 @@ class Topology:
             for _, channel in pairs:
                 channel.close()
             self.user_namespace = self.router.call(_start)
-            """Whether they are inside a user namespace, since this process is not privileged."""
             for each in (self.router, self.initiator, self.responder):
                 each.pid = each.call(os.getpid)
             self.router.call(_link, self.initiator.pid, self.responder.pid)
@@ -149,7 +156,6 @@ class Topology:
             self.router.call(_configure, "inside", ROUTER_INSIDE, None)
             self.router.call(_configure, "outside", ROUTER_OUTSIDE, None)
             self.nat = self.router.call(_masquerade, nat)
-            """What masquerades: a name as in the argument."""
             for version in (4, 6):
                 self._settle(version)
         except BaseException:

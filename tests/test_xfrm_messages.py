@@ -12,7 +12,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("XFRM is the IPsec of Linux", allow_module_level=True)
 
-from natcompat.xfrm import messages
+from natcompat.xfrm import _messages as messages
 
 REQUESTS = json.loads((Path(__file__).parent / "golden" / "xfrm_requests.json").read_text())
 

@@ -19,7 +19,7 @@ from natcompat.ipsec import (
     SaId,
     Usage,
 )
-from natcompat.xfrm import messages
+from natcompat.xfrm import _messages as messages
 from natcompat.xfrm.netlink import NLMSG_OVERRUN, Netlink, messages_in
 from natcompat.xfrm.readback import decode, sa_id_of, usage_of
 from natcompat.xfrm.translate import address_of, lifetime_of, selector_of

@@ -20,7 +20,7 @@ from natcompat.errors import NatCompatError
 from natcompat.ipsec import IPAddress, SaId, SecurityAssociation, Usage
 from natcompat.xfrm.bypass import bypass
 
-logger = logging.getLogger("natcompat.xfrm")
+logger: logging.Logger = logging.getLogger("natcompat.xfrm")
 
 HOP_LIMIT = 64
 CHECKS_PER_INTERVAL = 4

@@ -25,7 +25,7 @@ from natcompat.ipsec import (
     UDPEncapsulation,
     Usage,
 )
-from natcompat.xfrm import messages
+from natcompat.xfrm import _messages as messages
 from natcompat.xfrm.bypass import bypass
 from natcompat.xfrm.events import RECEIVE_BUFFER, XfrmEvents
 from natcompat.xfrm.keepalive import KeepaliveSender

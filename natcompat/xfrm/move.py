@@ -17,7 +17,7 @@ from types import EllipsisType
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import Direction, IPAddress, SaId, UDPEncapsulation
-from natcompat.xfrm import messages
+from natcompat.xfrm import _messages as messages
 from natcompat.xfrm.netlink import HEADER, LocalAddresses, Netlink, attributes
 from natcompat.xfrm.probe import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, UDP_ENCAP_ESPINUDP
 from natcompat.xfrm.readback import XFRMA, refuse_withheld_keys

@@ -92,7 +92,9 @@ class Netlink:
         self._sequence = 0
         self._forks = _forks
         try:
-            self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+            self.socket: socket.socket = socket.socket(
+                socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
+            )
         except (AttributeError, OSError) as error:
             raise NatCompatError(
                 getattr(error, "errno", None) or errno.EAFNOSUPPORT,

@@ -21,7 +21,7 @@ from natcompat.ipsec import (
     UDPEncapsulation,
     Usage,
 )
-from natcompat.xfrm import messages
+from natcompat.xfrm import _messages as messages
 from natcompat.xfrm.netlink import LocalAddresses, attributes
 from natcompat.xfrm.translate import (
     BODY,

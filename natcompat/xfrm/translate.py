@@ -30,7 +30,7 @@ from natcompat.ipsec import (
     TrafficSelector,
     UDPEncapsulation,
 )
-from natcompat.xfrm import messages
+from natcompat.xfrm import _messages as messages
 from natcompat.xfrm.netlink import HEADER, attributes
 from natcompat.xfrm.probe import MODULES, UDP_ENCAP_ESPINUDP
 

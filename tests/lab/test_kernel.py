@@ -31,7 +31,7 @@ from natcompat.ipsec import (
     TrafficSelector,
     UDPEncapsulation,
 )
-from natcompat.xfrm import messages
+from natcompat.xfrm import _messages as messages
 from natcompat.xfrm.kernel import XfrmIPsec
 from natcompat.xfrm.netlink import attributes
 from natcompat.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
