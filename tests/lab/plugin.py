@@ -62,7 +62,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     found = item.config.stash.get(_FOUND, None)
     if found is None or item.get_closest_marker("kernel_esp") is None:
         return None
@@ -70,6 +70,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     for report in _reports(item, found):
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # As the protocol that this replaces does it: what only tests before this one needed is torn down.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
@@ -96,9 +98,17 @@ def _reports(item: pytest.Item, found: Reports | str) -> list[pytest.TestReport]
         return [_report(item, "skipped", (path, line or 0, f"Skipped: no kernel with ESP: {found}"), "setup")]
     inner = found.get(item.nodeid)
     if not inner:
-        return [_report(item, "failed", f"no result came out of the lab. {found['']}", "call")]
+        return [_report(item, "failed", f"no result came out of the lab. {found[''][0]['output']}", "call")]
     hook = item.config.hook
-    return [hook.pytest_report_from_serializable(config=item.config, data=dict(each)) for each in inner]
+    reports = [hook.pytest_report_from_serializable(config=item.config, data=dict(each)) for each in inner]
+    for report in reports:
+        if isinstance(report.longrepr, list):  # of a skip: path, line, reason; JSON knows no tuples
+            report.longrepr = tuple(report.longrepr)
+    if reports[-1].when != "teardown":
+        reports.append(
+            _report(item, "failed", f"the lab died in this test. {found[''][0]['output']}", "call")
+        )
+    return reports
 
 
 def _report(item: pytest.Item, outcome: Any, text: Any, when: Any) -> pytest.TestReport:
@@ -133,7 +143,9 @@ def _run(names: list[str], root: Path) -> Reports | str:
             f"@{directory}/names",
         ]
         environment = {"PATH": os.environ["PATH"], "HOME": "/root", RESULTS: str(results), "LANG": "C.UTF-8"}
-        environment["PYTHONPATH"] = str(root)
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        )
         environment["PATH"] += ":/usr/sbin:/sbin"
         ending = ""
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import errno
 import select
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
@@ -606,6 +608,30 @@ def test_hard_and_soft_expiry(ipsec: XfrmIPsec) -> None:
         wait_for("both expiries", both)
     assert found == [Expire(sa_id=sa_id, reqid=7, hard=False), Expire(sa_id=sa_id, reqid=7, hard=True)]
     assert ipsec.list_sas() == []
+
+
+def test_events_can_be_waited_for_in_event_loops(ipsec: XfrmIPsec) -> None:
+    async def in_asyncio() -> None:
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(events, readable.set)
+        ipsec.add_sa(make(lifetime=Lifetime(soft_seconds=1)))
+        await asyncio.wait_for(readable.wait(), 10)
+        loop.remove_reader(events)
+
+    async def in_trio() -> None:
+        ipsec.add_sa(make(lifetime=Lifetime(soft_seconds=1)))
+        with trio.fail_after(10):
+            await trio.lowlevel.wait_readable(events.fileno())
+
+    for in_trio_too in (False, True):
+        with ipsec.events() as events:
+            if in_trio_too:
+                trio.run(in_trio)
+            else:
+                asyncio.run(in_asyncio())
+            assert events.read() == [Expire(sa_id=make().sa_id, reqid=7, hard=False)]
+        ipsec.flush_sas()
 
 
 def test_lost_events_are_said_and_found_out(ipsec: XfrmIPsec) -> None:

@@ -356,6 +356,8 @@ def test_the_nat_mapping_changes_under_traffic(network: Network) -> None:
             assert (change.old_port, str(change.old_address)) == (connection.peer[1], NAT_ADDRESS)
             assert 30000 <= change.new_port <= 30999
             assert str(change.new_address) == NAT_ADDRESS
+            network.initiator.ping("10.2.0.1", "-W", "1", count=1)
+            assert events.read() == []  # not for every packet (MAPPING_INTERVAL)
             # The daemon decides, and says so for both SAs.
             sequence = network.responder.ipsec.get_sa(connection.ids["responder out"]).sequence
             for name in ("responder in", "responder out"):
