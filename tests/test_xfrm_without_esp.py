@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import errno
+import itertools
 import os
 import socket
 import sys
@@ -15,11 +17,13 @@ if sys.platform != "linux":
     pytest.skip("XFRM is the IPsec of Linux", allow_module_level=True)
 
 from natcompat.errors import NatCompatError
-from natcompat.ipsec import Direction, Encr, SecurityAssociation
+from natcompat.ipsec import Direction, Encr, Integ, Key, Mode, SecurityAssociation, UDPEncapsulation
 from natcompat.xfrm.kernel import XfrmIPsec
 from natcompat.xfrm.probe import EspSupport, probe_esp
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
+
+PORTS = UDPEncapsulation(local_port=4500, remote_port=34567)
 
 SA = SecurityAssociation(
     spi=0xC0DE0001,
@@ -80,6 +84,44 @@ def test_a_larval_sa_needs_no_esp() -> None:
             return [4096 <= spi <= 8191, larval.larval, larval.sa_id.spi == spi]
 
     assert in_a_namespace(attempt) == "[True, True, True]"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a network namespace, which takes root")
+def test_the_kernel_finds_nothing_wrong_but_that_it_has_no_esp() -> None:
+    """Also with the attributes of newer kernels: direction, keepalive. What they forbid is not sent."""
+    if probe_esp().support is not EspSupport.NO_ESP:
+        pytest.skip("this kernel is not without ESP")
+
+    def attempt() -> set[Any]:
+        answers: set[Any] = set()
+        with XfrmIPsec() as ipsec:
+            for direction, esn, window, ports, mode, copy in itertools.product(
+                Direction, (False, True), (1, 32, 64, 1024), (None, PORTS), Mode, (False, True)
+            ):
+                sa = dataclasses.replace(
+                    SA,
+                    direction=direction,
+                    mode=mode,
+                    esn=esn,
+                    replay_window=window,
+                    encapsulation=ports,
+                    encryption=Encr.AES_CBC,
+                    encryption_key=Key(bytes(16)),
+                    integrity=Integ.HMAC_SHA2_256_128,
+                    integrity_key=Key(bytes(32)),
+                    nat_keepalive=20 if ports and direction is Direction.OUT else None,
+                    tfc=1000 if mode is Mode.TUNNEL else 0,
+                    copy_dscp=copy,
+                    copy_ecn=copy,
+                    copy_df=copy,
+                )
+                try:
+                    ipsec.add_sa(sa)
+                except NatCompatError as error:
+                    answers.add((error.errno, (error.strerror or "").split(": ")[1]))
+        return answers
+
+    assert in_a_namespace(attempt) == str({(errno.EPROTONOSUPPORT, "Requested type not found")})
 
 
 def test_a_kernel_without_xfrm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import select
@@ -399,6 +400,57 @@ def test_a_move_to_another_address(network: Network) -> None:
                 assert network.initiator.ipsec.get_sa(new_in).sequence == 6
                 usage = network.responder.ipsec.get_sa(connection.ids["responder in"])
                 assert (usage.sequence, usage.replay_drops, usage.packets) == (6, 0, 6)
+    finally:
+        network.initiator.run("ip", "addr", "del", "192.168.1.7/24", "dev", "lan")
+
+
+def test_moves_under_load_send_nothing_in_the_clear_and_no_number_twice(network: Network) -> None:
+    network.initiator.run("ip", "addr", "add", "192.168.1.7/24", "dev", "lan")
+    with inside("router"):
+        tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
+    tap.bind(("one", 0x0800))
+    tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+    try:
+        with (
+            tap,
+            connect(network, network.initiator, 1) as connection,
+            network.initiator.udp("10.1.0.1", 5000, encap=False) as sender,
+        ):
+            connection.add_sas()
+            connection.add_policies()
+            stop = threading.Event()
+            sent = 0
+
+            def stream() -> None:
+                nonlocal sent
+                while not stop.is_set():
+                    with contextlib.suppress(OSError):  # EAGAIN while there is no SA
+                        sender.sendto(b"secret", socket.MSG_DONTWAIT, ("10.2.0.1", 5000))
+                        sent += 1
+
+            thread = threading.Thread(target=stream)
+            thread.start()
+            ipsec, sa_id = network.initiator.ipsec, connection.ids["initiator out"]
+            try:
+                for number in range(20):
+                    before = sent
+                    wait_for("traffic", lambda: sent > before + 20)  # noqa: B023
+                    sa_id = ipsec.update_sa(sa_id, source=("192.168.1.7", "192.168.1.2")[number % 2])
+            finally:
+                stop.set()
+                thread.join()
+            tap.setblocking(False)
+            seen = {"clear": 0, "ESP": 0}
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    packet, _ = tap.recvfrom(2048)
+                    if packet[9] == 17:
+                        seen["clear" if b"secret" in packet else "ESP"] += 1
+            assert seen["ESP"] > 400
+            assert seen["clear"] == 0
+            usage = network.responder.ipsec.get_sa(connection.ids["responder in"])
+            assert usage.replay_drops == usage.window_drops == usage.integrity_drops == 0
+            assert usage.sequence == usage.packets == ipsec.get_sa(sa_id).sequence
     finally:
         network.initiator.run("ip", "addr", "del", "192.168.1.7/24", "dev", "lan")
 
