@@ -115,7 +115,16 @@ def test_every_transform(ipsec: XfrmIPsec, transform: Encr) -> None:
     for sa_id, sa in expected.items():
         association = found[sa_id]
         assert association is not None
-        for name in ("encryption", "encryption_key", "integrity", "integrity_key", "mode", "esn", "reqid"):
+        for name in (
+            "encryption",
+            "encryption_key",
+            "integrity",
+            "integrity_key",
+            "mode",
+            "esn",
+            "reqid",
+            "direction",
+        ):
             assert getattr(association, name) == getattr(sa, name), name
 
 
@@ -158,6 +167,17 @@ def test_replay_windows(ipsec: XfrmIPsec, window: int, esn: bool) -> None:
     (found,) = ipsec.list_sas()
     assert found.association is not None
     assert (found.association.replay_window, found.association.esn) == (window, esn)
+
+
+def test_the_direction_of_sas_of_others(ipsec: XfrmIPsec) -> None:
+    ids = [ipsec.add_sa(make(1001, destination="127.0.0.1")), ipsec.add_sa(make(1002))]
+    with XfrmIPsec() as other:
+        found = {each.sa_id: each.association for each in other.list_sas()}
+    expected = (Direction.OUT,) if ipsec.features.sa_direction else (Direction.IN, Direction.OUT)
+    for sa_id, direction in zip(ids, expected * 2, strict=False):
+        association = found[sa_id]
+        assert association is not None
+        assert association.direction is direction
 
 
 def test_ip_xfrm_agrees(ipsec: XfrmIPsec) -> None:
@@ -409,10 +429,8 @@ def test_everything_else_is_kept_when_addresses_change(
     assert association.destination == ip_address(change.get("destination", sa.destination))
     assert (association.encryption_key, association.esn) == (sa.encryption_key, esn)
     assert association.lifetime == sa.lifetime
-    # The kernel does not know the direction here, and natcompat takes it from the addresses: outbound.
-    expected = change.get("encapsulation", sa.encapsulation if direction is Direction.OUT else ...)
-    if expected is not ...:
-        assert association.encapsulation == expected
+    assert association.direction is direction
+    assert association.encapsulation == change.get("encapsulation", sa.encapsulation)
     assert found.usage.octets == 5000
     assert found.usage.packets == 50
 
