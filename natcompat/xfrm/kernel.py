@@ -193,20 +193,29 @@ class XfrmIPsec:
         if by_process:
             self._keepalives.check()
         reserved = (sa.destination, sa.spi) in self._reserved
-        if reserved and self._is_larval(sa_id):
-            self._install(sa, messages.XFRM_MSG_UPDSA, NLM_F_ACK)
-        else:
+        if not (reserved and self._complete(sa)):
             try:
                 self._install(sa, messages.XFRM_MSG_NEWSA, _NEW)
             except NatCompatError as error:
-                if error.errno != errno.EEXIST or not self._is_larval(sa_id):
+                if error.errno != errno.EEXIST or not self._complete(sa):
                     raise
-                self._install(sa, messages.XFRM_MSG_UPDSA, NLM_F_ACK)
         self._reserved.pop((sa.destination, sa.spi), None)
         self._known[sa_id] = Known(sa.reqid, sa.direction)
         if by_process:
             self._keepalives.watch(sa)
         return sa_id
+
+    def _complete(self, sa: SecurityAssociation) -> bool:
+        """Make `sa` of the larval SA of its name; return False where there is none (any more)."""
+        if not self._is_larval(sa.sa_id):
+            return False
+        try:
+            self._install(sa, messages.XFRM_MSG_UPDSA, NLM_F_ACK)
+        except NatCompatError as error:
+            if error.errno == errno.ESRCH:
+                return False
+            raise
+        return True
 
     def _install(self, sa: SecurityAssociation, kind: int, flags: int) -> None:
         message = encode_sa(sa, self._kernel)

@@ -10,6 +10,7 @@ import socket
 import struct
 import subprocess
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,21 @@ def test_a_reservation_outlives_the_larval_sa(ipsec: XfrmIPsec) -> None:
             assert events.read() == []
     finally:
         expires.write_text(before)
+
+
+def test_threads_take_turns(ipsec: XfrmIPsec) -> None:
+    def work(number: int) -> None:
+        for each in range(40):
+            spi = ipsec.allocate_spi("192.0.2.1", f"192.0.2.{10 + number}")
+            sa_id = ipsec.add_sa(make(spi, destination=f"192.0.2.{10 + number}", encapsulation=PORTS))
+            ipsec.update_sa(sa_id, source="192.0.2.7")
+            assert ipsec.get_sa(sa_id).packets == 0
+            if each % 2:
+                ipsec.delete_sa(sa_id)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert len(ipsec.list_sas()) == 80
 
 
 def test_an_spi_that_is_free_again(ipsec: XfrmIPsec) -> None:

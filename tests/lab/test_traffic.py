@@ -644,3 +644,28 @@ def test_keepalives_go_out_while_nothing_else_does(network: Network, version: in
         while select.select([listener], [], [], 0)[0]:
             listener.recvfrom(100)
         assert not select.select([listener], [], [], 1.6)[0]
+
+
+def test_keepalives_follow_the_sa_and_wait_while_it_sends(network: Network) -> None:
+    with connect(network, network.initiator, 1) as connection, ExitStack() as stack:
+        near, far = network.initiator, network.responder
+        listener = stack.enter_context(far.udp(port=4600, encap=False))
+        for name, host, sa in connection.associations():
+            keepalive = 1 if name == "initiator out" else None
+            connection.ids[name] = host.ipsec.add_sa(dataclasses.replace(sa, nat_keepalive=keepalive))
+        connection.add_policies()
+        near.ipsec.update_sa(
+            connection.ids["initiator out"], encapsulation=UDPEncapsulation(local_port=4500, remote_port=4600)
+        )
+        assert listener.recv(100) == b"\xff"
+        # Traffic instead (its ESP goes to the same port, and nobody answers): no keepalive is due.
+        seen = set()
+        with near.udp("10.1.0.1", 5000, encap=False) as sender:
+            end = time.monotonic() + 2.5
+            while time.monotonic() < end:
+                sender.sendto(b"x", ("10.2.0.1", 5000))
+                if select.select([listener], [], [], 0.2)[0]:
+                    seen.add(len(listener.recv(2048)))
+        assert seen
+        assert 1 not in seen
+        assert listener.recv(2048)
