@@ -59,6 +59,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if not shared.exists():
             shared.write_text(json.dumps(_run(names, config.rootpath)))
         config.stash[_FOUND] = json.loads(shared.read_text())
+        with (directory / "readers").open("a+") as readers:
+            readers.write("x")
+            last = readers.tell() == int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    if last:
+        shutil.rmtree(directory)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -7,13 +7,12 @@ import time
 
 import pytest
 
-pytest.importorskip("natcompat.endpoint", reason="the sockets are developed apart from this")
-
-from natcompat.endpoint import set_nat_t_endpoint  # type: ignore[import-not-found,unused-ignore]
-
 from natcompat.ipsec import Mode
 from tests.lab.test_traffic import Connection
 from tests.lab.topology import Host, Network, inside
+
+endpoint = pytest.importorskip("natcompat.endpoint", reason="the sockets are developed apart from this")
+
 
 pytestmark = pytest.mark.kernel_esp
 
@@ -23,7 +22,7 @@ def endpoint_socket(host: Host) -> socket.socket:
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         sock.bind((host.address, 4500))
         sock.settimeout(5)
-        set_nat_t_endpoint(sock, backend="linux")
+        endpoint.set_nat_t_endpoint(sock, backend="linux")
     return sock
 
 

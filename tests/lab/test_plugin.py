@@ -48,7 +48,8 @@ def run(directory: Path, **environment: str) -> str:
     (directory / "pyproject.toml").write_text(
         '[tool.pytest.ini_options]\nmarkers = ["kernel_esp: in the lab"]\n'
     )
-    inherited = {name: value for name, value in os.environ.items() if name not in ("CI", "NATCOMPAT_LAB")}
+    hidden = ("CI", "NATCOMPAT_LAB", "PYTEST_")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider"],
         cwd=directory,
