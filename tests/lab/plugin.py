@@ -59,6 +59,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         if not shared.exists():
             shared.write_text(json.dumps(_run(names, config.rootpath)))
         config.stash[_FOUND] = json.loads(shared.read_text())
+        with (directory / "readers").open("a+") as readers:
+            readers.write("x")
+            last = readers.tell() == int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    if last:
+        shutil.rmtree(directory)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -72,6 +77,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     # what the test before this one left set up for it
     item.session._setupstate.teardown_exact(nextitem)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # As the protocol that this replaces does it: what only tests before this one needed is torn down.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
@@ -98,9 +105,17 @@ def _reports(item: pytest.Item, found: Reports | str) -> list[pytest.TestReport]
         return [_report(item, "skipped", (path, line or 0, f"Skipped: no kernel with ESP: {found}"), "setup")]
     inner = found.get(item.nodeid)
     if not inner:
-        return [_report(item, "failed", f"no result came out of the lab. {found['']}", "call")]
+        return [_report(item, "failed", f"no result came out of the lab. {found[''][0]['output']}", "call")]
     hook = item.config.hook
-    return [hook.pytest_report_from_serializable(config=item.config, data=dict(each)) for each in inner]
+    reports = [hook.pytest_report_from_serializable(config=item.config, data=dict(each)) for each in inner]
+    for report in reports:
+        if isinstance(report.longrepr, list):  # of a skip: path, line, reason; JSON knows no tuples
+            report.longrepr = tuple(report.longrepr)
+    if reports[-1].when != "teardown":
+        reports.append(
+            _report(item, "failed", f"the lab died in this test. {found[''][0]['output']}", "call")
+        )
+    return reports
 
 
 def _report(item: pytest.Item, outcome: Any, text: Any, when: Any) -> pytest.TestReport:
@@ -135,7 +150,9 @@ def _run(names: list[str], root: Path) -> Reports | str:
             f"@{directory}/names",
         ]
         environment = {"PATH": os.environ["PATH"], "HOME": "/root", RESULTS: str(results), "LANG": "C.UTF-8"}
-        environment["PYTHONPATH"] = str(root)
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        )
         environment["PATH"] += ":/usr/sbin:/sbin"
         ending = ""
         try:
