@@ -25,7 +25,7 @@ from natcompat.ipsec import (
     TrafficSelector,
     UDPEncapsulation,
 )
-from natcompat.xfrm import messages
+from natcompat.xfrm import _messages as messages
 from natcompat.xfrm.netlink import NLM_F_DUMP_INTR, Netlink
 from natcompat.xfrm.translate import (
     KernelFeatures,

@@ -241,7 +241,8 @@ def test_families_in_each_other(network: Network, outer: int, inner: int) -> Non
         connection.add_sas(esn=inner == 6)
         connection.add_policies(inside_near, inside_far)
         assert near.ping(inside_far, "-I", inside_near) == 3
-        assert {name: connection.packets(name) for name in connection.ids} == dict.fromkeys(connection.ids, 3)
+        # or more: TCP of the test before may still be saying goodbye between the same addresses
+        assert all(connection.packets(name) >= 3 for name in connection.ids)
 
 
 def test_two_initiators_behind_one_nat(network: Network) -> None:
