@@ -200,7 +200,7 @@ class NatTEndpoint:
                 )
             self._pid = os.getpid()
             chosen = backend or self._backend
-            if (esp or self._half.diversion.wanted) and not chosen.hands_over_esp:
+            if (esp is not None or self._half.diversion.wanted) and not chosen.hands_over_esp:
                 chosen = backends.select(backend, hands_over_esp=True)  # or the reason why not
             before = self._backend, self._half.diversion
             try:
