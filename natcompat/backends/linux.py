@@ -128,7 +128,9 @@ def _viability() -> Viability:
         return Viability("linux", bool(found), duties, found.reason + weaker, found.remedy)
     unprivileged = probe_esp_unprivileged()
     if unprivileged.support is EspSupport.NO_ESP:
-        return Viability("linux", False, duties, unprivileged.reason, unprivileged.remedy, automatic=False)
+        return Viability(
+            "linux", False, duties, unprivileged.reason + weaker, unprivileged.remedy, automatic=False
+        )
     return Viability(
         "linux",
         True,
