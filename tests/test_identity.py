@@ -389,6 +389,26 @@ def test_a_duplicate_shares_the_endpoint(pair: Pair) -> None:
     assert type(other) is socket.socket
 
 
+class Closing(socket.socket):
+    """Switches the option off while a duplicate is made, as another thread might."""
+
+    endpoint: ClassVar[Any] = None
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        if Closing.endpoint is not None:
+            Closing.endpoint.close()
+
+
+def test_a_duplicate_of_what_goes_off_meanwhile_is_plain(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = pair.plain(Closing)
+    monkeypatch.setattr(Closing, "endpoint", pair.switch_on(app))
+    with app.dup() as other:
+        assert type(other) is type(app) is Closing
+        pair.peer.sendto(MARKER + b"raw", app.getsockname())
+        assert other.recv(100) == MARKER + b"raw"
+
+
 def test_a_with_statement_ends_the_endpoint_with_the_socket(pair: Pair) -> None:
     with pair.app:
         assert get_nat_t_endpoint(pair.app) is pair.endpoint
