@@ -398,7 +398,7 @@ def test_a_timeout_is_a_deadline_while_a_flood_goes_on(pair: Pair, receive: Oper
         with pytest.raises(TimeoutError, match="timed out"):
             receive(pair.app)
         elapsed = time.monotonic() - begun
-    assert 0.29 <= elapsed < 2
+    assert 0.29 <= elapsed < 10  # a prolonged one would last as long as the flood: without end
 
 
 @pytest.mark.parametrize(
@@ -406,19 +406,22 @@ def test_a_timeout_is_a_deadline_while_a_flood_goes_on(pair: Pair, receive: Oper
 )
 def test_what_is_dropped_now_and_then_does_not_prolong_a_timeout(pair: Pair, receive: Operation) -> None:
     pair.app.settimeout(0.3)
+    enough = threading.Event()
 
     def trickle() -> None:
-        for _ in range(8):
+        for _ in range(100):
             pair.peer.sendto(ESP, pair.address)
-            time.sleep(0.1)
+            if enough.wait(0.1):
+                break
 
     wait = in_thread(trickle)
     begun = time.monotonic()
     with pytest.raises(TimeoutError):
         receive(pair.app)
     elapsed = time.monotonic() - begun
+    enough.set()
     wait()
-    assert 0.29 <= elapsed < 0.65
+    assert 0.29 <= elapsed < 5  # a prolonged one would outlast what comes for 10 s
 
 
 @each_receive
