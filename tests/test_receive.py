@@ -10,6 +10,7 @@ import selectors
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
