@@ -246,6 +246,17 @@ def test_a_send_binds_a_socket_and_the_option_takes_hold(pair: Pair, send: str) 
     assert endpoint.mode == pair.endpoint.mode
 
 
+def test_a_bind_behind_our_back_is_found_by_the_first_send(pair: Pair) -> None:
+    app = pair.plain(bound=False)
+    endpoint = pair.switch_on(app)
+    with socket.socket(fileno=app.fileno()) as alias:
+        alias.bind((pair.host, 0))
+        alias.detach()
+    app.sendto(b"message", pair.peer.getsockname())
+    assert pair.peer.recvfrom(100) == (MARKER + b"message", app.getsockname())
+    assert endpoint.mode == pair.endpoint.mode
+
+
 def test_threads_may_send_first_at_once(pair: Pair) -> None:
     for _ in range(10):
         app = pair.plain(bound=False)
