@@ -48,7 +48,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     names = [item.nodeid for item in items]
     worker = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     if worker is None:
-        config.stash[_FOUND] = _run(names, config.rootpath)
+        config.stash[_FOUND] = _run(names, config.rootpath, _measures_coverage(config))
         return
     # Of several xdist workers, each of which has collected all tests, the first runs the lab.
     directory = Path(tempfile.gettempdir()) / f"natcompat-lab-{worker}"
@@ -57,7 +57,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         shared = directory / "found.json"
         if not shared.exists():
-            shared.write_text(json.dumps(_run(names, config.rootpath)))
+            shared.write_text(json.dumps(_run(names, config.rootpath, _measures_coverage(config))))
         config.stash[_FOUND] = json.loads(shared.read_text())
         with (directory / "readers").open("a+") as readers:
             readers.write("x")
@@ -129,8 +129,15 @@ def _report(item: pytest.Item, outcome: Any, text: Any, when: Any) -> pytest.Tes
     )
 
 
-def _run(names: list[str], root: Path) -> Reports | str:
-    """Run the tests `names` in the lab; return their reports (and the output under ""), or why not."""
+def _measures_coverage(config: pytest.Config) -> bool:
+    return bool(getattr(config.option, "cov_source", None)) and not config.option.no_cov
+
+
+def _run(names: list[str], root: Path, coverage: bool) -> Reports | str:
+    """Run the tests `names` in the lab; return their reports (and the output under ""), or why not.
+
+    With `coverage` what the inner run covers is left beside the outer run's data, which includes it.
+    """
     place = os.environ.get("NATCOMPAT_LAB") or ("native" if _kernel_has_esp() else "guest")
     if place == "guest":
         problem = _install_packages()
@@ -141,7 +148,11 @@ def _run(names: list[str], root: Path) -> Reports | str:
         (directory / "names").write_text("\n".join(names) + "\n")
         results = directory / "results"
         results.touch()
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={root}"]
+        command = [sys.executable, "-m"]
+        if coverage:
+            options = f"--rcfile={root}/pyproject.toml", f"--data-file={directory}/.coverage"
+            command += ["coverage", "run", *options, "-m"]
+        command += ["pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={root}"]
         command += [
             "-c",
             str(root / "pyproject.toml"),
@@ -166,6 +177,8 @@ def _run(names: list[str], root: Path) -> Reports | str:
             ending = str(error)
             if not results.stat().st_size:
                 return ending
+        for data in directory.glob(".coverage.*"):
+            shutil.copyfile(data, root / data.name)
         found: Reports = {"": []}
         for line in results.read_text().splitlines():
             with contextlib.suppress(ValueError):  # the last line of a run that was cut off
