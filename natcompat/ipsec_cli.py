@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import click
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 Row: TypeAlias = dict[str, Any]
 """One object of the JSON output: names to strings, numbers, booleans, None and lists."""
 
-as_json = click.option("--json", "json_output", is_flag=True, help="Write JSON.")
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+as_json: Callable[[_Command], _Command] = click.option(
+    "--json", "json_output", is_flag=True, help="Write JSON."
+)
 
 
 def open_ipsec() -> IPsec:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
@@ -652,6 +651,8 @@ def test_events_can_be_waited_for_in_event_loops(ipsec: XfrmIPsec) -> None:
         ipsec.add_sa(make(lifetime=Lifetime(soft_seconds=1)))
         await asyncio.wait_for(readable.wait(), 10)
         loop.remove_reader(events)
+
+    trio = pytest.importorskip("trio")
 
     async def in_trio() -> None:
         ipsec.add_sa(make(lifetime=Lifetime(soft_seconds=1)))
