@@ -197,6 +197,9 @@ def test_what_defines_addition_is_sent_as_it_is(pair: Pair) -> None:
     """The arrays of numpy do, and a plain socket takes them."""
     pair.app.sendto(Summing(b"message"), pair.peer.getsockname())
     assert pair.peer.recv(100) == MARKER + b"message"
+    pair.app.connect(pair.peer.getsockname())
+    pair.app.send(Summing(b"message"))
+    assert pair.peer.recv(100) == MARKER + b"message"
 
 
 def test_the_largest_datagram_is_the_marker_smaller(pair: Pair) -> None:
