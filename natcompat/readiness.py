@@ -14,6 +14,8 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Final, Protocol
 
+from natcompat.system import in_trio_task
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -46,8 +48,7 @@ class Waits(Protocol):
 
 def running_loop() -> ModuleType | asyncio.AbstractEventLoop:
     """Return the module trio in a task of trio's, else asyncio's loop. Raises RuntimeError if none runs."""
-    trio = sys.modules.get("trio")
-    return trio if trio is not None and trio.lowlevel.in_trio_task() else asyncio.get_running_loop()
+    return sys.modules["trio"] if in_trio_task() else asyncio.get_running_loop()
 
 
 def waits_on(sock: socket.socket) -> Waits:

@@ -130,10 +130,20 @@ def let_greenlets_run(root: type) -> None:
 
 def on_event_loop() -> bool:
     """Tell whether a callback or a task of asyncio's or trio's calls."""
-    asyncio, trio = sys.modules.get("asyncio"), sys.modules.get("trio")
-    return (asyncio is not None and asyncio._get_running_loop() is not None) or (
-        trio is not None and trio.lowlevel.in_trio_task()
-    )
+    asyncio = sys.modules.get("asyncio")
+    return (asyncio is not None and asyncio._get_running_loop() is not None) or in_trio_task()
+
+
+def in_trio_task() -> bool:
+    """Tell whether a task of trio's calls; trio itself tells from 0.31 on."""
+    trio = sys.modules.get("trio")
+    if trio is None:
+        return False
+    try:
+        trio.lowlevel.current_task()
+    except RuntimeError:
+        return False
+    return True
 
 
 def is_connected(sock: Any) -> bool:

@@ -28,6 +28,7 @@ import natcompat  # noqa: E402
 from natcompat import NAT_KEEPALIVE, NON_ESP_MARKER, get_nat_t_endpoint, set_nat_t_endpoint  # noqa: E402
 from natcompat.aio import AsyncNatTSocket, create_nat_t_endpoint, open_nat_t_endpoint  # noqa: E402
 from natcompat.contract import OUTBOUND_TABLE, TABLE  # noqa: E402
+from natcompat.system import in_trio_task  # noqa: E402
 
 PATIENCE = 10.0
 ESP = b"\xc0\xde\x00\x01\0\0\0\x01" + bytes(100)
@@ -818,7 +819,7 @@ class TestAwaitableSocket:
                         assert (await ike.recvfrom(100))[0] == b"%d" % number
                 done = True
 
-            if trio.lowlevel.in_trio_run():
+            if in_trio_task():
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(other, trio.sleep)
                     nursery.start_soon(receive)
