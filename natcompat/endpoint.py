@@ -166,6 +166,7 @@ class NatTEndpoint:
             if sock is None or self._closed:
                 return
             self._closed = True
+            self._half.on = False
             try:
                 self._detach(sock)
             finally:  # what the kernel does not let go of it keeps; the process lets go of it all
@@ -299,6 +300,7 @@ class NatTEndpoint:
 
     def _release(self) -> None:
         self._closed = True
+        self._half.on = False
         attachment, self._attachment = self._attachment, None
         if attachment is not None:
             attachment.release()

@@ -66,16 +66,16 @@ class NatTSocket(_Socket):
         root = half.root
         datagram = root.recv(self, bufsize + HEADROOM)
         if datagram[:MARKER_LENGTH] == NON_ESP_MARKER and not datagram.startswith(half.prefix):
-            half = half_of(self)  # it may have been switched off while this thread waited
-            if half is not None:
+            if half.on:  # it may have been switched off while this thread waited
                 half.counters.ike += 1
                 return datagram[MARKER_LENGTH : MARKER_LENGTH + bufsize]
         return receive_ike(self, root, bufsize, 0, 0, (datagram, [], 0, None))[0]
 
     def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, Any]:
         """Receive one message and its source; see `recvfrom(2)`."""
-        half: ProcessHalf | None = getattr(self, "_nat_t", None)  # half_of() without a call
-        if half is None:
+        try:
+            half = self._nat_t  # half_of() without a call
+        except AttributeError:
             return root_of(self).recvfrom(self, bufsize, flags)
         root = half.root
         if flags or bufsize < 0 or half.draining:
@@ -84,8 +84,7 @@ class NatTSocket(_Socket):
         begun = time.monotonic() if half.room else None
         datagram, source = root.recvfrom(self, half.room or bufsize + HEADROOM)
         if datagram[:MARKER_LENGTH] == NON_ESP_MARKER and not datagram.startswith(half.prefix):
-            half = getattr(self, "_nat_t", None)  # it may have been switched off while this thread waited
-            if half is not None:
+            if half.on:  # it may have been switched off while this thread waited
                 half.counters.ike += 1
                 return datagram[MARKER_LENGTH : MARKER_LENGTH + bufsize], source
         message = receive_ike(self, root, bufsize, 0, 0, (datagram, [], 0, source), begun)
@@ -149,8 +148,9 @@ class NatTSocket(_Socket):
             flags, address = 0, flags_or_address
         else:
             flags = flags_or_address
-        half: ProcessHalf | None = getattr(self, "_nat_t", None)
-        if half is None:
+        try:
+            half = self._nat_t
+        except AttributeError:
             return root_of(self).sendto(self, data, flags, address)
         if flags or half.unbound or half.in_piece or half.note_sent is not None:
             if address is None:  # to sendmsg() that means the peer
