@@ -1,0 +1,95 @@
+"""The transforms that IKEv2 negotiates for ESP, and the keys that they take."""
+
+from __future__ import annotations
+
+import enum
+from typing import NoReturn, Self, SupportsIndex
+
+
+class Encr(enum.IntEnum):
+    """Encryption transforms, by their IANA numbers of IKEv2 (transform type 1)."""
+
+    NULL = 11
+    AES_CBC = 12
+    AES_CTR = 13
+    AES_CCM_8 = 14
+    AES_CCM_12 = 15
+    AES_CCM_16 = 16
+    AES_GCM_8 = 18
+    AES_GCM_12 = 19
+    AES_GCM_16 = 20
+    NULL_AUTH_AES_GMAC = 21
+    CHACHA20_POLY1305 = 28
+
+    @property
+    def is_aead(self) -> bool:
+        """Whether the transform protects the integrity, too, and so takes no `Integ`."""
+        return self not in (Encr.NULL, Encr.AES_CBC, Encr.AES_CTR)
+
+    @property
+    def salt_length(self) -> int:
+        """Bytes of salt or nonce at the end of the key (RFC 3686, 4106, 4309, 4543, 7634)."""
+        return {Encr.NULL: 0, Encr.AES_CBC: 0, Encr.AES_CCM_8: 3, Encr.AES_CCM_12: 3, Encr.AES_CCM_16: 3}.get(
+            self, 4
+        )
+
+    @property
+    def icv_length(self) -> int:
+        """Bytes of integrity check value that an AEAD appends; 0 for the others."""
+        lengths = {Encr.AES_CCM_8: 8, Encr.AES_CCM_12: 12, Encr.AES_GCM_8: 8, Encr.AES_GCM_12: 12}
+        return lengths.get(self, 16) if self.is_aead else 0
+
+    @property
+    def key_lengths(self) -> tuple[int, ...]:
+        """Bytes that a key may have, salt included."""
+        if self is Encr.NULL:
+            return (0,)
+        sizes = (32,) if self is Encr.CHACHA20_POLY1305 else (16, 24, 32)
+        return tuple(size + self.salt_length for size in sizes)
+
+
+class Integ(enum.IntEnum):
+    """Integrity transforms, by their IANA numbers of IKEv2 (transform type 3)."""
+
+    NONE = 0
+    HMAC_SHA1_96 = 2
+    AES_XCBC_96 = 5
+    AES_CMAC_96 = 8
+    HMAC_SHA2_256_128 = 12
+    HMAC_SHA2_384_192 = 13
+    HMAC_SHA2_512_256 = 14
+
+    @property
+    def key_length(self) -> int:
+        """Bytes of the key."""
+        lengths = {0: 0, 2: 20, 12: 32, 13: 48, 14: 64}
+        return lengths.get(self.value, 16)
+
+    @property
+    def icv_length(self) -> int:
+        """Bytes of the integrity check value in each packet."""
+        lengths = {0: 0, 12: 16, 13: 24, 14: 32}
+        return lengths.get(self.value, 12)
+
+
+class Key(bytes):
+    """Key material: bytes whose text says only how many they are, and which refuse to be pickled."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<key of {len(self)} bytes>"
+
+    __str__ = __repr__
+
+    def __format__(self, _: str) -> str:
+        return repr(self)
+
+    def __reduce_ex__(self, _: SupportsIndex) -> NoReturn:
+        raise TypeError("keys are not pickled by accident; send bytes(key) where you must")
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
