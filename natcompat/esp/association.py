@@ -1,0 +1,351 @@
+"""The state of one SA, and what it does with a packet.
+
+Everything that changes does so under the lock of the SA. What concerns others (expiries, a new
+mapping) is noted in `due`, for the engine to act on when the lock is free.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from ipaddress import IPv6Address, ip_address
+from struct import Struct
+from typing import Any, Final, TypeAlias
+
+from natcompat.esp import packet as packets
+from natcompat.esp.crypto import HEADER_LENGTH, Packet, make_cipher
+from natcompat.esp.replay import ReplayWindow
+from natcompat.esp.results import DROPPED, Destination, Dropped, Reason
+from natcompat.ipsec import IPAddress, Mode, SecurityAssociation, UDPEncapsulation, Usage
+
+SOFT, HARD, MOVED = 1, 2, 4
+"""What may be due: the soft limit is reached, the hard one is, packets come from another address."""
+
+_UNLIMITED: Final = 1 << 64
+_IV_MASK: Final = (1 << 64) - 1
+_HEADER: Final = Struct("!II")
+_HEADER_AND_IV: Final = Struct("!IIQ")
+_LARGEST_UDP: Final = {4: 65535 - 20 - 8, 6: 65535 - 8}
+
+Link: TypeAlias = tuple[Mode, int, bytes, bytes]
+"""What ties an SA to policies: mode, reqid, outer addresses; inbound transport mode has none."""
+
+Address: TypeAlias = tuple[Any, ...]
+
+
+class Association:
+    """What both directions have in common."""
+
+    __slots__ = (
+        "added",
+        "cipher",
+        "due",
+        "encapsulation",
+        "first_used",
+        "gone",
+        "integrity_drops",
+        "last_used",
+        "link",
+        "lock",
+        "next_bytes",
+        "next_packets",
+        "octets",
+        "packets",
+        "replay_drops",
+        "sa",
+        "soft",
+        "window_drops",
+    )
+    encapsulation: UDPEncapsulation
+    highest: int
+    """The sequence number of the last packet sent, or the highest received."""
+
+    def __init__(self, sa: SecurityAssociation, link: Link) -> None:
+        self.cipher = make_cipher(sa.encryption, sa.encryption_key, sa.integrity, sa.integrity_key)
+        self.lock = threading.Lock()
+        self.link = link
+        self.gone = self.soft = False
+        self.due = 0
+        self.packets = self.octets = 0
+        self.replay_drops = self.window_drops = self.integrity_drops = 0
+        self.added = time.time()
+        self.first_used: float | None = None
+        self.last_used: float | None = None
+        self.place(sa)
+
+    def place(self, sa: SecurityAssociation) -> None:
+        """Take the addresses and ports of `sa`, which is otherwise what it was."""
+        if sa.encapsulation is None:
+            raise ValueError("encapsulation: this SA has none")
+        self.sa = sa
+        self.encapsulation = sa.encapsulation
+        self._set_limits()
+
+    def _set_limits(self) -> None:
+        """Set the limits that come next: the soft ones, or when they are behind the hard ones."""
+        lifetime = self.sa.lifetime
+        packets, octets = lifetime.hard_packets or _UNLIMITED, lifetime.hard_bytes or _UNLIMITED
+        if not self.soft:
+            packets = min(packets, lifetime.soft_packets or _UNLIMITED)
+            octets = min(octets, lifetime.soft_bytes or _UNLIMITED)
+        self.next_packets, self.next_bytes = packets, octets
+
+    def _use(self, octets: int, now: float) -> None:
+        """Count a packet, and note the limits that it reaches."""
+        self.packets += 1
+        self.octets += octets
+        self.last_used = now
+        if self.first_used is None:
+            self.first_used = now
+        if self.packets >= self.next_packets or self.octets >= self.next_bytes:
+            lifetime = self.sa.lifetime
+            packets, octets = lifetime.hard_packets or _UNLIMITED, lifetime.hard_bytes or _UNLIMITED
+            self.expire(hard=self.packets >= packets or self.octets >= octets)
+
+    def expire(self, *, hard: bool) -> None:
+        """Note that a limit is reached; at the hard one this SA is over. The caller holds the lock."""
+        if hard:
+            self.gone = True
+            self.due |= HARD
+        elif not self.soft:
+            self.soft = True
+            self.due |= SOFT
+            self._set_limits()
+
+    def take_due(self) -> int:
+        """Return what is due, and leave nothing."""
+        with self.lock:
+            due, self.due = self.due, 0
+            return due
+
+    def retire(self) -> bool:
+        """End this SA; return whether it had not ended before."""
+        with self.lock:
+            before, self.gone = self.gone, True
+            return not before
+
+    def usage(self) -> Usage:
+        """Return the counters."""
+        with self.lock:
+            return Usage(
+                packets=self.packets,
+                octets=self.octets,
+                added=self.added,
+                first_used=self.first_used,
+                last_used=self.last_used,
+                replay_drops=self.replay_drops,
+                window_drops=self.window_drops,
+                integrity_drops=self.integrity_drops,
+                sequence=self.highest,
+            )
+
+
+class Inbound(Association):
+    """An SA that opens packets."""
+
+    __slots__ = ("_fixed", "_home", "moved_to", "window")
+
+    def __init__(self, sa: SecurityAssociation, link: Link) -> None:
+        self.window = ReplayWindow(sa.replay_window)
+        self.moved_to: Address = ()
+        """Where the newest authentic packet came from, if not from where it should."""
+        super().__init__(sa, link)
+        self._fixed = HEADER_LENGTH + self.cipher.iv_length + self.cipher.icv_length
+
+    def place(self, sa: SecurityAssociation) -> None:
+        """Take the addresses and ports of `sa`."""
+        super().place(sa)
+        self._home: Address = (str(sa.source), self.encapsulation.remote_port)
+        self.moved_to = ()
+
+    @property
+    def highest(self) -> int:  # type: ignore[override]
+        """The highest sequence number received."""
+        return self.window.top
+
+    def open(
+        self, packet: Packet, low: int, source: Address, traffic_class: int, now: float
+    ) -> bytes | Dropped:
+        """Return the inner packet. `low`: the sequence number that `packet` shows; it has 8 bytes or more."""
+        with self.lock:
+            return self._open(packet, low, source, traffic_class, now)
+
+    def _open(
+        self, packet: Packet, low: int, source: Address, traffic_class: int, now: float
+    ) -> bytes | Dropped:
+        if self.gone:
+            return DROPPED[Reason.NO_SA]
+        cipher, window, sa = self.cipher, self.window, self.sa
+        length = len(packet) - self._fixed
+        if length < 2 or length % cipher.block_length:
+            return DROPPED[Reason.SHORT]
+        sequence, high = low, b""
+        if sa.esn:
+            sequence = window.infer(low)
+            high = (sequence >> 32 & 0xFFFF_FFFF).to_bytes(4)
+        reason = window.check(sequence)
+        if reason is not None:
+            if reason is Reason.REPLAYED:
+                self.replay_drops += 1
+            else:
+                self.window_drops += 1
+            return DROPPED[reason]
+        plaintext = cipher.open(packet, high)
+        if plaintext is None:
+            self.integrity_drops += 1
+            return DROPPED[Reason.INTEGRITY]
+
+        # authentic from here on
+        newest = sequence > window.top
+        window.commit(sequence)
+        length, next_header = packets.strip_trailer(plaintext)
+        self._use(max(length, 0), now)
+        if newest and source != self._home:
+            self._notice(source)
+        if length < 0:
+            return DROPPED[Reason.PADDING]
+        if next_header == packets.DUMMY:
+            return DROPPED[Reason.DUMMY]
+        if sa.mode is Mode.TRANSPORT:
+            payload = packets.fix_transport_checksum(
+                next_header,
+                plaintext[:length],
+                sa.source,
+                sa.destination,
+                self.encapsulation.original_address,
+            )
+            return packets.join_for_transport(sa.source, sa.destination, next_header, payload, traffic_class)
+        return self._leave_tunnel(plaintext, length, next_header, traffic_class)
+
+    def _leave_tunnel(
+        self, plaintext: bytes, length: int, next_header: int, traffic_class: int
+    ) -> bytes | Dropped:
+        if next_header != packets.IPV4 and next_header != packets.IPV6:
+            return DROPPED[Reason.NEXT_HEADER]
+        inner = plaintext[:length]
+        total = packets.inner_length(inner)
+        if not total or (inner[0] >> 4 == 4) != (next_header == packets.IPV4):
+            return DROPPED[Reason.MALFORMED]
+        if total != length:
+            inner = inner[:total]  # the rest is TFC padding (RFC 4303, 2.7)
+        if traffic_class & 3 and self.sa.copy_ecn:
+            return packets.decapsulate_ecn(inner, traffic_class) or DROPPED[Reason.ECN]
+        return inner
+
+    def _notice(self, source: Address) -> None:
+        """Note a source that is not the SA's; `_home` becomes what is quick to compare with."""
+        try:
+            address: IPAddress = ip_address(str(source[0]).partition("%")[0])
+            port = int(source[1])
+        except (ValueError, IndexError, TypeError):
+            return  # not a socket address: the caller does not want to know
+        if isinstance(address, IPv6Address):
+            address = address.ipv4_mapped or address
+        self._home = source
+        moved = (address, port)
+        if moved == (self.sa.source, self.encapsulation.remote_port):
+            self.moved_to = ()
+        elif moved != self.moved_to:
+            self.moved_to = moved
+            self.due |= MOVED
+
+
+class Outbound(Association):
+    """An SA that seals packets."""
+
+    __slots__ = ("_destinations", "_fixed", "_last", "draw_iv", "highest")
+
+    def __init__(self, sa: SecurityAssociation, link: Link, sequence: int) -> None:
+        """`sequence`: the last number that is not to be used again."""
+        self.draw_iv: Callable[[], int] | None = None
+        """Makes the IVs for ciphers that count; set before the first packet."""
+        self.highest = sequence
+        self._last = 0xFFFF_FFFF_FFFF_FFFF if sa.esn else 0xFFFF_FFFF
+        super().__init__(sa, link)
+        self._fixed = HEADER_LENGTH + self.cipher.iv_length + self.cipher.icv_length
+
+    def place(self, sa: SecurityAssociation) -> None:
+        """Take the addresses and ports of `sa`."""
+        super().place(sa)
+        self._destinations: dict[tuple[int, bool], Destination] = {}
+
+    def seal(self, inner: bytes, now: float) -> tuple[bytes, Destination] | Dropped:
+        """Return the ESP packet that carries `inner`, an IP packet whose lengths are right."""
+        tunnel = self.sa.mode is Mode.TUNNEL
+        if tunnel:
+            payload, next_header = inner, packets.IPV4 if inner[0] >> 4 == 4 else packets.IPV6
+        else:
+            split = packets.split_for_transport(inner)
+            if isinstance(split, Reason):
+                return DROPPED[split]
+            next_header, payload = split
+        octets = len(payload)
+        if octets < self.sa.tfc:
+            payload = payload.ljust(self.sa.tfc, b"\0")
+        with self.lock:
+            if self.gone:
+                return DROPPED[Reason.NO_SA]
+            sealed = self._seal(payload, next_header)
+            if isinstance(sealed, Dropped):
+                return sealed
+            self._use(octets, now)
+            return sealed, self._destination_of(inner, tunnel)
+
+    def seal_dummy(self, length: int, now: float) -> tuple[bytes, Destination] | Dropped:
+        """Return a dummy packet with `length` bytes of payload (RFC 4303, 2.6)."""
+        with self.lock:
+            if self.gone:
+                return DROPPED[Reason.NO_SA]
+            sealed = self._seal(os.urandom(length), packets.DUMMY)
+            if isinstance(sealed, Dropped):
+                return sealed
+            self._use(length, now)
+            return sealed, self.destination(0, False)
+
+    def _seal(self, payload: bytes, next_header: int) -> bytes | Dropped:
+        cipher = self.cipher
+        block = cipher.block_length if cipher.block_length > 4 else 4
+        pad = -(len(payload) + 2) % block
+        if len(payload) + 2 + pad + self._fixed > _LARGEST_UDP[self.sa.destination.version]:
+            return DROPPED[Reason.TOO_BIG]
+        sequence = self.highest + 1
+        if sequence > self._last:
+            self.expire(hard=True)
+            return DROPPED[Reason.SEQUENCE]
+        self.highest = sequence  # from here on it is used, whatever happens
+        high = b""
+        if self.sa.esn:
+            high = (sequence >> 32).to_bytes(4)
+            sequence &= 0xFFFF_FFFF
+        if self.draw_iv is not None:
+            prefix = _HEADER_AND_IV.pack(self.sa.spi, sequence, self.draw_iv() & _IV_MASK)
+        else:
+            prefix = _HEADER.pack(self.sa.spi, sequence)
+            if cipher.iv_length:
+                prefix += os.urandom(cipher.iv_length)
+        return cipher.seal(prefix, payload + packets.trailers(next_header)[pad], high)
+
+    def _destination_of(self, inner: bytes, tunnel: bool) -> Destination:
+        """Return where the packet goes, and its outer DSCP, ECN and DF (RFC 4301, 5.1.2; RFC 6040, 4.1)."""
+        sa = self.sa
+        traffic_class, dont_fragment = packets.outer_fields(inner)
+        if tunnel:
+            mask = (0xFC if sa.copy_dscp else 0) | (3 if sa.copy_ecn else 0)
+            traffic_class &= mask
+            dont_fragment = dont_fragment and sa.copy_df
+        return self.destination(traffic_class, dont_fragment)
+
+    def destination(self, traffic_class: int, dont_fragment: bool) -> Destination:
+        """Return where packets with these outer fields go."""
+        found = self._destinations.get((traffic_class, dont_fragment))
+        if found is None:
+            found = self._destinations[traffic_class, dont_fragment] = Destination(
+                str(self.sa.destination),
+                self.encapsulation.remote_port,
+                local_port=self.encapsulation.local_port,
+                traffic_class=traffic_class,
+                dont_fragment=dont_fragment,
+            )
+        return found

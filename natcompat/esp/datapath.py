@@ -1,0 +1,233 @@
+"""The portable data path: bursts of packets in, bursts of packets or reasons out.
+
+`DataPath` is the seam. The engine keeps the databases and the rules; a path only carries packets by
+them. This one is pure Python on `cryptography`, and the reference for any other.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from ipaddress import ip_address
+from struct import Struct
+from typing import Final, NamedTuple, Protocol, TypeAlias
+
+from natcompat.esp.association import Address, Association, Inbound, Outbound
+from natcompat.esp.crypto import HEADER_LENGTH, Packet
+from natcompat.esp.databases import (
+    AssociationDatabase,
+    PolicyDatabase,
+    PolicyEntry,
+    allows,
+    transport_link,
+)
+from natcompat.esp.packet import Flow, FlowKey, flow_key, flow_of, inner_length
+from natcompat.esp.results import DROPPED, Destination, Dropped, Opened, Reason
+from natcompat.ipsec import Action, Direction, Mode
+
+_HEADER: Final = Struct("!II")
+_MOST_FLOWS: Final = 16384
+"""Flows whose way is remembered; more, and it is found again."""
+
+Sealed: TypeAlias = tuple[bytes, Destination]
+
+
+class DataPath(Protocol):
+    """What carries packets."""
+
+    def open_burst(
+        self, burst: Iterable[tuple[Packet, Address]], traffic_classes: Sequence[int] | None
+    ) -> list[Opened | Dropped]:
+        """Return what each ESP packet of `burst` holds, in order."""
+        ...
+
+    def seal_burst(self, burst: Iterable[Packet]) -> list[Sealed | Dropped]:
+        """Return the ESP packet for each inner packet of `burst`, in order."""
+        ...
+
+    def forget(self) -> None:
+        """The databases have changed: what was derived from them is void."""
+        ...
+
+    def count(self, results: Iterable[object]) -> None:
+        """Count the drops among `results`, made elsewhere."""
+        ...
+
+    def counters(self) -> Mapping[Reason, int]:
+        """Return how many packets went no further, by reason."""
+        ...
+
+
+class _Way(NamedTuple):
+    """What becomes of the packets of an outbound flow."""
+
+    association: Outbound | None
+    entry: PolicyEntry | None
+    dropped: Dropped
+
+
+class PortableDataPath:
+    """A `DataPath` that works everywhere. Any thread may call it."""
+
+    def __init__(
+        self,
+        associations: AssociationDatabase,
+        policies: PolicyDatabase,
+        report: Callable[[Association], None],
+        acquire: Callable[[PolicyEntry, Flow], None],
+    ) -> None:
+        """`report` is called with an SA of which something is due, `acquire` for packets without an SA."""
+        self._associations = associations
+        self._policies = policies
+        self._report = report
+        self._acquire = acquire
+        self._drops: Counter[Reason] = Counter()
+        self._lock = threading.Lock()
+        self.forget()
+
+    def forget(self) -> None:
+        """Find the ways of all flows again. Who is finding one now keeps it to himself."""
+        self._admitted: dict[FlowKey, tuple[Inbound, PolicyEntry | None]] = {}
+        self._ways: dict[FlowKey, _Way] = {}
+
+    def counters(self) -> Mapping[Reason, int]:
+        """Return how many packets went no further, by reason."""
+        with self._lock:
+            return dict(self._drops)
+
+    def count(self, results: Iterable[object]) -> None:
+        """Count the drops among `results`."""
+        dropped = [each.reason for each in results if isinstance(each, Dropped)]
+        if dropped:
+            with self._lock:
+                self._drops.update(dropped)
+
+    def open_burst(
+        self, burst: Iterable[tuple[Packet, Address]], traffic_classes: Sequence[int] | None = None
+    ) -> list[Opened | Dropped]:
+        """Return what each ESP packet of `burst` holds, in order."""
+        now = time.time()
+        if traffic_classes is None:
+            results = [self._open(packet, source, 0, now) for packet, source in burst]
+        else:
+            results = [
+                self._open(packet, source, traffic_class, now)
+                for (packet, source), traffic_class in zip(burst, traffic_classes, strict=True)
+            ]
+        self.count(results)
+        return results
+
+    def _open(self, packet: Packet, source: Address, traffic_class: int, now: float) -> Opened | Dropped:
+        if len(packet) < HEADER_LENGTH:
+            return DROPPED[Reason.SHORT]
+        spi, low = _HEADER.unpack_from(packet)
+        found = self._associations.inbound.get(spi)
+        if found is None:
+            return DROPPED[Reason.NO_SA]
+        association = found[0] if len(found) == 1 else _choose(found, source)
+        inner = association.open(packet, low, source, traffic_class, now)
+        if association.due:
+            self._report(association)
+        if isinstance(inner, Dropped):
+            return inner
+        key = flow_key(inner)
+        if key is None:
+            return DROPPED[Reason.MALFORMED]
+        admitted = self._admitted.get(key)
+        if admitted is None or admitted[0] is not association:
+            admitted = self._admit(association, key, inner)
+            if admitted is None:
+                return DROPPED[Reason.SELECTOR]
+        if admitted[1] is not None:
+            admitted[1].last_used = now
+        return Opened(inner, association.sa)
+
+    def _admit(
+        self, association: Inbound, key: FlowKey, inner: bytes
+    ) -> tuple[Inbound, PolicyEntry | None] | None:
+        """Return the SA and the policy that let the flow in, or None: it came by the wrong SA."""
+        admitted = self._admitted
+        flow = key if isinstance(key, Flow) else flow_of(inner)
+        if flow is None:
+            return None
+        entry = None
+        if association.sa.selectors:
+            if not allows(association.sa.selectors, flow):
+                return None
+        else:
+            entry = self._policies.look_up(Direction.IN, flow)
+            if entry is None or entry.policy.action is not Action.PROTECT or entry.link != association.link:
+                return None
+        if len(admitted) >= _MOST_FLOWS:
+            admitted.clear()
+        admitted[key] = association, entry
+        return association, entry
+
+    def seal_burst(self, burst: Iterable[Packet]) -> list[Sealed | Dropped]:
+        """Return the ESP packet for each inner packet of `burst`, in order."""
+        now = time.time()
+        results = [self._seal(packet, now) for packet in burst]
+        self.count(results)
+        return results
+
+    def _seal(self, packet: Packet, now: float) -> Sealed | Dropped:
+        inner = packet if isinstance(packet, bytes) else bytes(packet)
+        length = inner_length(inner)
+        key = flow_key(inner) if length and length == len(inner) else None
+        if key is None:
+            return DROPPED[Reason.MALFORMED]
+        for _ in range(2):
+            way = self._ways.get(key) or self._find_way(key, inner)
+            association, entry, dropped = way
+            if entry is not None:
+                entry.last_used = now
+            if association is None:
+                if dropped.reason is Reason.ACQUIRE and entry is not None:
+                    return self._ask(key, entry, inner)
+                return dropped
+            result = association.seal(inner, now)
+            if association.due:
+                self._report(association)
+            if not isinstance(result, Dropped) or result.reason is not Reason.NO_SA:
+                return result
+            self.forget()  # the SA ended while we held it
+        return DROPPED[Reason.ACQUIRE]
+
+    def _find_way(self, key: FlowKey, inner: bytes) -> _Way:
+        ways = self._ways
+        flow = key if isinstance(key, Flow) else flow_of(inner)
+        way = self._way(flow) if flow is not None else _Way(None, None, DROPPED[Reason.MALFORMED])
+        if len(ways) >= _MOST_FLOWS:
+            ways.clear()
+        ways[key] = way
+        return way
+
+    def _way(self, flow: Flow) -> _Way:
+        entry = self._policies.look_up(Direction.OUT, flow)
+        if entry is None:
+            return _Way(None, None, DROPPED[Reason.NO_POLICY])
+        policy = entry.policy
+        if policy.action is Action.DISCARD:
+            return _Way(None, entry, DROPPED[Reason.DISCARD])
+        if policy.action is Action.BYPASS:
+            return _Way(None, entry, DROPPED[Reason.BYPASS])
+        link = entry.link if policy.mode is Mode.TUNNEL else transport_link(policy.reqid, flow)
+        return _Way(self._associations.outbound_for(link, flow), entry, DROPPED[Reason.ACQUIRE])
+
+    def _ask(self, key: FlowKey, entry: PolicyEntry, inner: bytes) -> Dropped:
+        flow = key if isinstance(key, Flow) else flow_of(inner)
+        if flow is not None:
+            self._acquire(entry, flow)
+        return DROPPED[Reason.BYPASS if entry.policy.optional else Reason.ACQUIRE]
+
+
+def _choose(found: tuple[Inbound, ...], source: Address) -> Inbound:
+    """Return the SA that the peer at `source` means, of several with one SPI and other destinations."""
+    try:
+        address = ip_address(str(source[0]).partition("%")[0])
+    except (ValueError, IndexError):
+        return found[0]
+    address = getattr(address, "ipv4_mapped", None) or address
+    return next((each for each in found if each.sa.source == address), found[0])
