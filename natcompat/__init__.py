@@ -30,10 +30,12 @@ if TYPE_CHECKING:
         Verdict,
         classify,
     )
-    from natcompat.endpoint import NatTEndpoint, Stats, get_nat_t_endpoint, set_nat_t_endpoint
+    from natcompat.endpoint import NatTEndpoint, get_nat_t_endpoint, set_nat_t_endpoint
     from natcompat.errors import BackendUnavailableError, NatCompatError
+    from natcompat.keepalive import Keepalive
     from natcompat.option import install, uninstall
     from natcompat.sockets import NatTSocket
+    from natcompat.stats import Stats
 
 __version__ = "0.1.0"
 
@@ -50,10 +52,12 @@ _HOMES = {
         "Verdict",
         "classify",
     ),
-    "natcompat.endpoint": ("NatTEndpoint", "Stats", "get_nat_t_endpoint", "set_nat_t_endpoint"),
+    "natcompat.endpoint": ("NatTEndpoint", "get_nat_t_endpoint", "set_nat_t_endpoint"),
     "natcompat.errors": ("BackendUnavailableError", "NatCompatError"),
+    "natcompat.keepalive": ("Keepalive",),
     "natcompat.option": ("install", "uninstall"),
     "natcompat.sockets": ("NatTSocket",),
+    "natcompat.stats": ("Stats",),
 }
 
 __all__ = [
@@ -63,6 +67,7 @@ __all__ = [
     "UDP_NAT_T_ENDPOINT",
     "BackendUnavailableError",
     "Duty",
+    "Keepalive",
     "NatCompatError",
     "NatTEndpoint",
     "NatTSocket",

@@ -277,6 +277,8 @@ class SecurityAssociation:
             raise ValueError(f"integrity: {encryption.name} without integrity is forbidden (RFC 8221, 4)")
 
     def _check_services(self) -> None:
+        if self.esn and self.replay_window == 0 and self.direction is Direction.IN:
+            raise ValueError("replay_window: extended sequence numbers need one (RFC 4303, 3.4.3)")
         if self.nat_keepalive is not None:
             _in_range("nat_keepalive", self.nat_keepalive, 1, 3600)
             if self.direction is not Direction.OUT or self.encapsulation is None:

@@ -9,7 +9,7 @@ Sources: RFC 3948 (sections 2.1 to 2.4, 3.3); udp(4P) and ``zero_spi_check()`` i
 from __future__ import annotations
 
 import enum
-from collections import namedtuple
+from typing import NamedTuple
 
 UDP_NAT_T_ENDPOINT = 0x0103
 """Option name at level ``IPPROTO_UDP``; ``netinet/udp.h`` of Solaris and illumos."""
@@ -65,9 +65,10 @@ def classify(payload: bytes | bytearray | memoryview) -> Verdict:
     """Return what becomes of an inbound UDP `payload` on a socket with the option.
 
     Pure and total: any length, any content. Nothing behind the first word is looked at, so a
-    four-byte payload that is not zero is already ESP, as on Solaris. A `memoryview` must be of
-    bytes (format ``B``, ``b`` or ``c``).
+    four-byte payload that is not zero is already ESP, as on Solaris.
     """
+    if type(payload) is memoryview and payload.format != "B":
+        payload = payload.cast("B")  # else it compares unequal to the same bytes
     if payload[:MARKER_LENGTH] == NON_ESP_MARKER:
         return Verdict.IKE
     if len(payload) >= MARKER_LENGTH:
@@ -75,10 +76,9 @@ def classify(payload: bytes | bytearray | memoryview) -> Verdict:
     return Verdict.KEEPALIVE if payload == NAT_KEEPALIVE else Verdict.RUNT
 
 
-class Row(namedtuple("Row", "name payload verdict delivered")):
+class Row(NamedTuple):
     """One inbound row of the contract."""
 
-    __slots__ = ()
     name: str
     """Words that name the case."""
     payload: bytes
@@ -89,10 +89,9 @@ class Row(namedtuple("Row", "name payload verdict delivered")):
     """What the application receives; None: nothing, and it is not woken."""
 
 
-class OutboundRow(namedtuple("OutboundRow", "name message wire")):
+class OutboundRow(NamedTuple):
     """One outbound row of the contract."""
 
-    __slots__ = ()
     name: str
     message: bytes
     """What the application sends."""

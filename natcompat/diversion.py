@@ -16,13 +16,21 @@ _log = logging.getLogger("natcompat")
 
 
 class Counters:
-    """What has passed an endpoint, as plain integers; see `natcompat.endpoint.Stats`.
+    """What has passed an endpoint, as plain integers; see `natcompat.Stats`.
 
     Incremented without a lock: one `+=` on a slot is not interrupted under the interpreter lock;
     a free-threaded interpreter may miss some when threads receive at once.
     """
 
     __slots__ = ("errors", "esp", "handed_back", "ike", "keepalives", "markers_inserted", "runts")
+
+    ike: int
+    esp: int
+    keepalives: int
+    runts: int
+    markers_inserted: int
+    handed_back: int
+    errors: int
 
     def __init__(self) -> None:
         self.ike = self.esp = self.keepalives = self.runts = 0
@@ -37,20 +45,20 @@ class HandBack:
     shown, can make one, so nobody can forge a source with it.
     """
 
-    __slots__ = ("_family", "prefix")
+    __slots__ = ("family", "prefix")
 
     _SOURCE = struct.Struct("!16sHII")  # address, port, flow information, scope; all in network byte order
     HEADROOM = MARKER_LENGTH + 16 + _SOURCE.size
 
     def __init__(self, family: int) -> None:
-        self._family = family
-        self.prefix = NON_ESP_MARKER + secrets.token_bytes(16)
+        self.family: int = family
+        self.prefix: bytes = NON_ESP_MARKER + secrets.token_bytes(16)
 
     def wrap(self, message: bytes | memoryview, source: Address) -> bytes:
         """Return the datagram that carries `message` from `source` to the application's socket."""
         host, port, *rest = source
         flow, scope = (*rest, 0, 0)[:2]
-        packed = socket.inet_pton(self._family, host.partition("%")[0])
+        packed = socket.inet_pton(self.family, host.partition("%")[0])
         return b"".join((self.prefix, self._SOURCE.pack(packed, port, flow, scope), message))
 
     def unwrap(self, datagram: bytes) -> tuple[bytes, Address] | None:
@@ -59,9 +67,9 @@ class HandBack:
             return None
         packed, port, flow, scope = self._SOURCE.unpack_from(datagram, len(self.prefix))
         message = datagram[self.HEADROOM :]
-        if self._family == socket.AF_INET:
-            return message, (socket.inet_ntop(self._family, packed[:4]), port)
-        host = socket.inet_ntop(self._family, packed)
+        if self.family == socket.AF_INET:
+            return message, (socket.inet_ntop(self.family, packed[:4]), port)
+        host = socket.inet_ntop(self.family, packed)
         return message, (host, port, flow, scope)
 
 
@@ -72,10 +80,10 @@ class Diversion:
     """
 
     def __init__(self, consumer: EspConsumer | None, family: int, counters: Counters | None = None) -> None:
-        self.counters = counters if counters is not None else Counters()
-        self.hand_back = HandBack(family)
+        self.counters: Counters = counters if counters is not None else Counters()
+        self.hand_back: HandBack = HandBack(family)
         self.consumer = consumer
-        self.coalesce = bool(getattr(consumer, "coalesce", False))
+        self.coalesce: bool = bool(getattr(consumer, "coalesce", False))
         """Whether the consumer gains by UDP_GRO on the sockets that ESP is steered to."""
         self.calling: set[int] = set()
         """Identifiers of the threads that are in the consumer now."""
@@ -100,7 +108,8 @@ class Diversion:
                     self.error("IKE was diverted")
         if not burst:
             return
-        self.counters.esp += len(burst)
+        count = len(burst)  # no call between the two halves of +=
+        self.counters.esp += count
         if self.consumer is None:
             return
         if isinstance(self.consumer, EspInbound):

@@ -10,52 +10,18 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 from natcompat import backends
+from natcompat.admission import admit, refuse_set_options, unwrap
 from natcompat.backends.base import Attachment, Backend, EspConsumer
 from natcompat.contract import NAT_KEEPALIVE, Duty, Performer
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
-from natcompat.sockets import ProcessHalf, make_class, refuse_set_options
-from natcompat.system import root_class
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What has passed an endpoint since the option was set, and how it is served.
-
-    Counts of datagrams. What the kernel drops or decapsulates by itself this process cannot tell
-    apart; it is in `dropped_in_kernel`, or in the counters of the SA.
-    """
-
-    backend: str
-    mode: str
-    """How the socket is served now; see `NatTEndpoint.mode`."""
-    reason: str
-    """Why not in a stronger mode; empty for the strongest."""
-    ike: int
-    """Delivered to the application."""
-    esp: int
-    """Diverted by this process or to a socket of natcompat's."""
-    keepalives: int
-    """NAT-keepalives that this process or a socket of natcompat's received and dropped."""
-    runts: int
-    """Other payloads under four bytes, likewise."""
-    markers_inserted: int
-    """Sent by the application."""
-    keepalives_sent: int
-    """By `NatTEndpoint.send_keepalive`."""
-    dropped_in_kernel: int | None
-    """On the application's socket: by filter and for want of room together, since the kernel does not
-    tell them apart. None where the kernel does not say."""
-    esp_dropped_in_kernel: int | None
-    """On the sockets that ESP is steered to, for want of room; None where nothing is steered."""
-    handed_back: int
-    """IKE that had come to a socket of natcompat's and was given back to the application's."""
-    errors: int
-    """Exceptions of the consumer of ESP, IKE that could not be handed back; logged to ``natcompat``."""
+from natcompat.process import LARGEST_DATAGRAM, ProcessHalf, bind_implicitly, half_of
+from natcompat.sockets import make_class
+from natcompat.stats import Stats
+from natcompat.system import SystemCalls
 
 
 class NatTEndpoint:
@@ -63,18 +29,23 @@ class NatTEndpoint:
 
     Methods may be called from any thread. It ends with the socket, or earlier by `close`. In a
     forked child the endpoint goes on stripping and inserting; to have ESP in the child, too, call
-    `set_nat_t_endpoint` there again. What a child switches off it switches off for itself.
+    `set_nat_t_endpoint` there again. What a child switches off it switches off for itself, as long as
+    its parent lives; a daemon that outlives its parent has the endpoint to itself.
+
+    Whoever switches off waits for the consumer of ESP, so he must hold no lock that it waits for.
     """
 
     def __init__(
         self, sock: socket.socket, root: type[socket.socket], backend: Backend, esp: EspConsumer | None
     ) -> None:
         self._backend = backend
-        self._pid = os.getpid()
+        self._pid = self._served_in = os.getpid()
         self._lock = threading.RLock()
         self._aliases: dict[int, weakref.finalize[[int], socket.socket]] = {}
-        self._attachment: Attachment | None = None
+        self._attachment: Attachment | None = None  # None also while it is being exchanged
+        self._closed = False
         self._keepalives_sent = 0
+        self._observers: dict[object, Callable[[Any], object]] = {}
         self._drops_before = _drops(sock)
         half = self._half = ProcessHalf(type(sock), root, Diversion(esp, sock.family))
         half.rearrange = self._rearrange
@@ -82,8 +53,8 @@ class NatTEndpoint:
         half.alias_made = self._add_alias
         half.alias_closed = self._alias_closed
         sock_class = make_class(half)
-        self._attach(sock)
         try:
+            self._attach(sock)
             sock.__class__ = sock_class
         except BaseException:
             self._detach(sock)
@@ -123,7 +94,7 @@ class NatTEndpoint:
     @property
     def closed(self) -> bool:
         """Whether the option is off again."""
-        return self._attachment is None
+        return self._closed
 
     def stats(self) -> Stats:
         """Return the counters."""
@@ -162,22 +133,44 @@ class NatTEndpoint:
             raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
         root = self._half.root
         if self._half.unbound:
-            sock.bind(("::" if sock.family == socket.AF_INET6 else "0.0.0.0", 0))  # noqa: S104
+            bind_implicitly(sock, self._half)
         if address is None:
             root.send(sock, NAT_KEEPALIVE)
         else:
             root.sendto(sock, NAT_KEEPALIVE, address)
         self._keepalives_sent += 1
 
+    def observe_sends(self, observer: Callable[[Any], object]) -> Callable[[], None]:
+        """Call `observer` with the destination of everything that is sent; None: the connected peer.
+
+        Keepalives are not told. It runs in the sending thread, after the send, and must not raise.
+        Returns a function that ends it, which may be called anywhere, in finalizers too.
+        """
+        key = object()
+        half = self._half
+
+        def end() -> None:
+            self._observers.pop(key, None)
+            half.note_sent = None
+            if self._observers:  # asked last: another thread may have added one
+                half.note_sent = self._tell
+
+        self._observers[key] = observer
+        half.note_sent = self._tell
+        return end
+
     def close(self) -> None:
         """Switch the option off; the socket stays open and is what it was before. May be repeated."""
         with self._control():
             sock = self._any_alias()
-            if sock is None or self._attachment is None:
+            if sock is None or self._closed:
                 return
-            self._detach(sock)
-            for other in self._living_aliases():
-                self._forget(other)
+            self._closed = True
+            try:
+                self._detach(sock)
+            finally:  # what the kernel does not let go of it keeps; the process lets go of it all
+                for other in self._living_aliases():
+                    self._forget(other)
 
     def __repr__(self) -> str:
         return f"<NatTEndpoint backend={self.backend!r} mode={self.mode!r}>"
@@ -188,41 +181,50 @@ class NatTEndpoint:
         """Set the option on a socket that has it: with other arguments, or in a forked child."""
         with self._control():
             sock = self._any_alias()
-            if sock is None or self._attachment is None:
+            if sock is None or self._attachment is None or self._closed:
                 raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
-            if self._pid != os.getpid():
+            if self._served_in != os.getpid():
                 self._attachment.adopt()
-                self._pid = os.getpid()
-            if (backend is None or backend is self._backend) and (
-                esp is None or esp is self._half.diversion.consumer
-            ):
+                self._served_in = os.getpid()
+            same_backend = backend is None or backend is self._backend
+            if same_backend and (esp is None or esp is self._half.diversion.consumer):
                 return
+            if not self._owned() and self.mode == "steering":
+                if same_backend:
+                    self._half.diversion.consumer = esp
+                    return
+                raise NatCompatError(
+                    errno.EBUSY,
+                    f"process {self._pid}, which made the endpoint, goes on steering",
+                    "Choose the backend there",
+                )
+            self._pid = os.getpid()
             chosen = backend or self._backend
             if (esp or self._half.diversion.wanted) and not chosen.hands_over_esp:
                 chosen = backends.select(
                     backend and backend.name, hands_over_esp=True
                 )  # or the reason why not
             before = self._backend, self._half.diversion
-            self._detach(sock)
-            self._backend = chosen
-            if esp is not None:
-                self._use(Diversion(esp, sock.family, self._half.counters))
             try:
+                self._detach(sock)
+                self._backend = chosen
+                if esp is not None:
+                    self._half.diversion = Diversion(esp, sock.family, self._half.counters)
+                    # what was handed back may still be in the queue
+                    self._half.diversion.hand_back = before[1].hand_back
                 self._attach(sock)
             except BaseException:
-                self._backend = before[0]
-                self._use(before[1])
-                self._attach(sock)
+                self._backend, self._half.diversion = before
+                self._attach_somehow(sock)
                 raise
 
-    def _use(self, diversion: Diversion) -> None:
-        half = self._half
-        half.diversion = diversion
-        half.prefix, half.unwrap = diversion.hand_back.prefix, diversion.hand_back.unwrap
+    def _tell(self, destination: Any) -> None:
+        for observer in list(self._observers.values()):
+            observer(destination)
 
     def _attach(self, sock: socket.socket) -> None:
         half = self._half
-        attachment = self._backend.attach(_system(sock, half), half.diversion)
+        attachment = self._backend.attach(SystemCalls(sock, half.root), half.diversion)
         self._attachment = attachment
         half.sensitive, half.hidden = attachment.sensitive, attachment.hidden
         half.unbound = attachment.mode == "unbound"
@@ -230,26 +232,32 @@ class NatTEndpoint:
             attachment.duties[duty] is not Performer.PROCESS for duty in (Duty.DROP_RUNTS, Duty.DIVERT_ESP)
         )
         # until the queue has been empty once it may hold what came before
-        half.simple, half.draining = False, exact
+        half.room, half.draining = LARGEST_DATAGRAM, exact
 
     def _detach(self, sock: socket.socket) -> None:
         half = self._half
-        half.simple = half.draining = half.unbound = False
+        half.room, half.draining, half.unbound = LARGEST_DATAGRAM, False, False
         attachment, self._attachment = self._attachment, None
         if attachment is None:
             return
-        if self._pid != os.getpid():
-            attachment.release()  # the kernel's part is the parent's
+        if self._owned():
+            attachment.detach(SystemCalls(sock, half.root))
         else:
-            attachment.detach(_system(sock, half))
+            attachment.release()  # the kernel's part is the parent's
+
+    def _owned(self) -> bool:
+        """Whether this process changes the kernel's socket: it made the endpoint, or outlived who did."""
+        if self._pid != os.getpid() and not _lives(self._pid):
+            self._pid = os.getpid()
+        return self._pid == os.getpid()
 
     def _rearrange(self, sock: socket.socket, operation: Callable[[], Any]) -> Any:
         """Do `operation`, which the attachment would be in the way of, without it."""
         with self._control():
-            if self._attachment is None or self._pid != os.getpid():
+            if self._closed or not self._owned():
                 return operation()
-            self._detach(sock)
             try:
+                self._detach(sock)
                 return operation()
             finally:
                 self._attach_somehow(sock)
@@ -270,9 +278,13 @@ class NatTEndpoint:
             self.close()
 
     def _add_alias(self, sock: socket.socket) -> None:
-        end = weakref.finalize(sock, self._alias_gone, id(sock))
-        end.atexit = False  # the process ends: nothing of ours outlives it
-        self._aliases[id(sock)] = end
+        with self._control():
+            if self._closed:  # by another thread, while `sock` was made
+                sock.__class__ = self._half.original
+                return
+            end = weakref.finalize(sock, self._alias_gone, id(sock))
+            end.atexit = False  # the process ends: nothing of ours outlives it
+            self._aliases[id(sock)] = end
 
     def _alias_closed(self, sock: socket.socket) -> None:
         """The application closes `sock` or gives up its descriptor."""
@@ -288,6 +300,7 @@ class NatTEndpoint:
             self._release()
 
     def _release(self) -> None:
+        self._closed = True
         attachment, self._attachment = self._attachment, None
         if attachment is not None:
             attachment.release()
@@ -314,7 +327,8 @@ class NatTEndpoint:
         not wait for him.
         """
         in_consumer = threading.get_ident() in self._half.diversion.calling
-        if not self._lock.acquire(timeout=1.0 if in_consumer else -1):
+        lock = self._lock  # a fork in between makes another
+        if not lock.acquire(timeout=1.0 if in_consumer else -1):
             raise NatCompatError(
                 errno.EDEADLK,
                 "another thread is switching this endpoint and waits for the consumer of ESP",
@@ -323,7 +337,7 @@ class NatTEndpoint:
         try:
             yield
         finally:
-            self._lock.release()
+            lock.release()
 
 
 @overload
@@ -371,19 +385,20 @@ def set_nat_t_endpoint(
     A thread that waits in a receive while the option goes on gets one datagram as it came. After
     fork both processes may go on; see `NatTEndpoint`.
     """
-    sock = _unwrap(sock)
-    root = _check(sock)
+    sock = unwrap(sock)
+    root = admit(sock)
     existing = get_nat_t_endpoint(sock)
     if not enable:
         if existing is not None:
             existing.close()
         return None
+    refuse_set_options(root, sock)
     if esp is not None and not callable(esp) and not hasattr(esp, "inbound"):
         raise TypeError(f"esp is to be a callable or an object with inbound(), not {type(esp).__name__}")
     if existing is not None:
         existing._set_again(None if backend is None else backends.select(backend), esp)
         return existing
-    _warn_of_bypass()
+    _warn_of_bypass(sock)
     return NatTEndpoint(sock, root, backends.select(backend, hands_over_esp=esp is not None), esp)
 
 
@@ -392,69 +407,11 @@ def get_nat_t_endpoint(sock: socket.socket) -> NatTEndpoint | None:
 
     Never raises, whatever `sock` is.
     """
-    half = getattr(_unwrap(sock), "_nat_t", None)
-    if not isinstance(half, ProcessHalf):
+    half = half_of(unwrap(sock))
+    if not isinstance(half, ProcessHalf):  # somebody else's attribute
         return None
     endpoint = half.rearrange.__self__  # type: ignore[attr-defined]
     return endpoint if isinstance(endpoint, NatTEndpoint) and not endpoint.closed else None
-
-
-def _unwrap(sock: Any) -> Any:
-    """Return the socket inside what asyncio's ``transport.get_extra_info("socket")`` gives."""
-    cls = type(sock)
-    if cls.__name__ == "TransportSocket" and cls.__module__ == "asyncio.trsock":
-        return sock._sock
-    return sock
-
-
-def _check(sock: Any) -> type[socket.socket]:
-    """Return the root class of `sock`, or raise the error that names the way."""
-    cls = type(sock)
-    if any(ancestor.__module__.partition(".")[0] == "trio" for ancestor in cls.__mro__):
-        raise TypeError(
-            "trio's sockets cannot be NAT-T endpoints: set the option on a socket.socket and read it "
-            "with natcompat.aio.open_nat_t_endpoint(), which works on trio"
-        )
-    if any((ancestor.__module__, ancestor.__name__) == ("ssl", "SSLSocket") for ancestor in cls.__mro__):
-        raise TypeError("an SSL socket cannot be a NAT-T endpoint: the option is for plain UDP sockets")
-    root = root_class(cls)
-    if root is None:
-        hint = "; wrap the descriptor: socket.socket(fileno=os.dup(fd))" if isinstance(sock, int) else ""
-        raise TypeError(f"expected a UDP socket.socket, not {cls.__name__}{hint}")
-    if sock.fileno() < 0:
-        raise NatCompatError(errno.EBADF, "the socket is closed")
-    if sock.family not in (socket.AF_INET, socket.AF_INET6):
-        raise NatCompatError(
-            errno.EAFNOSUPPORT, f"the option is for AF_INET and AF_INET6, not {_name(sock.family)}"
-        )
-    if sock.type & 0xF != socket.SOCK_DGRAM or sock.proto not in (0, socket.IPPROTO_UDP):
-        raise NatCompatError(
-            errno.ENOPROTOOPT,
-            f"the option is for UDP sockets, not {_name(sock.type)} of protocol {sock.proto}",
-            "Make the socket with socket.socket(family, socket.SOCK_DGRAM)",
-        )
-    refuse_set_options(root, sock)
-    return root
-
-
-def _name(value: Any) -> str:
-    return str(getattr(value, "name", value))
-
-
-def _system(sock: socket.socket, half: ProcessHalf) -> socket.socket:
-    """Return `sock` as backends see it: the plain system calls, whatever class it has."""
-    return _Plain(sock, half.root)  # type: ignore[return-value]
-
-
-class _Plain:
-    """The methods of the library's class on an endpoint's socket."""
-
-    def __init__(self, sock: socket.socket, root: type[socket.socket]) -> None:
-        self._sock, self._root = sock, root
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._root, name)
-        return found.__get__(self._sock) if hasattr(found, "__get__") else found
 
 
 def _drops(sock: socket.socket) -> int | None:
@@ -465,11 +422,21 @@ def _drops(sock: socket.socket) -> int | None:
     return drops(sock)
 
 
-def _warn_of_bypass() -> None:
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        pass
+    return True
+
+
+def _warn_of_bypass(sock: socket.socket) -> None:
     if "asyncio" in sys.modules:
         from natcompat.aio import warn_of_bypassing_loop
 
-        warn_of_bypassing_loop()
+        warn_of_bypassing_loop(sock)
 
 
 def _arrive(
@@ -496,6 +463,7 @@ _endpoints: weakref.WeakSet[NatTEndpoint] = weakref.WeakSet()
 def _after_fork() -> None:
     for endpoint in list(_endpoints):
         endpoint._lock = threading.RLock()
+        endpoint._half.diversion.calling.clear()  # of threads that are not here
 
 
 if hasattr(os, "register_at_fork"):

@@ -102,7 +102,10 @@ def attach_steering(sock: socket.socket, engines: int) -> None:
 
 
 def detach_steering(sock: socket.socket) -> None:
-    """Take the program off the group of `sock` (Linux 5.3). Raises OSError: ENOENT if there is none."""
+    """Take the program off the group of `sock` (Linux 5.3).
+
+    Raises OSError: ENOENT if there is none, EINVAL if there is no group.
+    """
     sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_REUSEPORT_BPF, 0)
 
 

@@ -69,10 +69,7 @@ def _has_option(sock: socket.socket) -> bool:
     """Tell whether Solaris knows the option on such a socket."""
     return (
         sock.fileno() >= 0
+        and sock.family in (socket.AF_INET, socket.AF_INET6)
         and sock.type & 0xF == socket.SOCK_DGRAM
-        and sock.family
-        in (
-            socket.AF_INET,
-            socket.AF_INET6,
-        )
+        and sock.proto in (0, socket.IPPROTO_UDP)
     )

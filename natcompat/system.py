@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import errno
+import os
 import selectors
 import socket
 import sys
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from natcompat.errors import NatCompatError
+
+if TYPE_CHECKING:
+    _Socket = socket.socket
+else:
+    _Socket = object
 
 Message: TypeAlias = tuple[bytes, list[tuple[int, int, bytes]], int, Any]
 """What `socket.recvmsg` returns: data, ancillary data, flags, address."""
@@ -20,6 +26,8 @@ _MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 def root_class(cls: type) -> type[socket.socket] | None:
     """Return the library's socket class that `cls` is or derives from: the stdlib's or gevent's."""
     for ancestor in cls.__mro__:
+        if "_nat_t" in vars(ancestor):
+            continue  # the class of an endpoint's socket has the names of the one that it replaces
         if ancestor.__name__ == "socket" and ancestor.__module__ in ("socket", "gevent._socket3"):
             return ancestor
     return None
@@ -42,7 +50,11 @@ def option_value(value: Any, *length: Any) -> bool:
 
 def option_answer(value: int, *length: int) -> int | bytes:
     """Return what getsockopt gives for an int option: the int, or up to `length` of its bytes."""
-    return value.to_bytes(4, sys.byteorder)[: length[0]] if length and length[0] else value
+    if not length or not length[0]:
+        return value
+    if not 0 < length[0] <= 1024:
+        raise OSError("getsockopt buflen out of range")
+    return value.to_bytes(4, sys.byteorder)[: length[0]]
 
 
 def cut(message: Message, start: int, size: int, flags: int) -> Message:
@@ -68,14 +80,15 @@ def receive_now(root: type[socket.socket], sock: Any, size: int, ancillary_size:
     if _of_gevent(root):  # its sockets wrap one that never waits
         inner = sock._sock
         return receive(type(inner), inner, size, ancillary_size, flags)
+    if not sock.gettimeout():
+        return receive(root, sock, size, ancillary_size, flags | _MSG_DONTWAIT)
     # A timeout of the object would wait in spite of MSG_DONTWAIT, so another object asks.
     import _socket
 
-    alias = _socket.socket(sock.family, sock.type, sock.proto, sock.fileno())
+    alias = _socket.socket(sock.family, sock.type, sock.proto, _descriptor(sock))
     try:
-        if sock.gettimeout() is not None:
-            alias.settimeout(0)  # the descriptor is non-blocking already
-        return receive(_socket.socket, alias, size, ancillary_size, flags | _MSG_DONTWAIT)  # type: ignore[arg-type]
+        alias.settimeout(0)  # the descriptor is non-blocking already
+        return receive(_socket.socket, alias, size, ancillary_size, flags)  # type: ignore[arg-type]
     finally:
         alias.detach()
 
@@ -84,23 +97,66 @@ def _of_gevent(root: type) -> bool:
     return root.__module__.startswith("gevent")
 
 
+def _descriptor(sock: Any) -> int:
+    descriptor: int = sock.fileno()
+    if descriptor < 0:  # closed by another thread
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    return descriptor
+
+
 def wait_readable(root: type, sock: Any, seconds: float) -> bool:
     """Wait until `sock` may be read, `seconds` at most; True if it may."""
     if _of_gevent(root) and seconds > 0:
         from gevent.socket import wait_read
 
         try:
-            wait_read(sock.fileno(), seconds)
+            wait_read(_descriptor(sock), seconds)
         except TimeoutError:
             return False
         return True
     # not DefaultSelector, which would make a descriptor; not select(), which knows only 1024
     with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
-        selector.register(sock.fileno(), selectors.EVENT_READ)
+        selector.register(_descriptor(sock), selectors.EVENT_READ)
         return bool(selector.select(seconds))
+
+
+def let_greenlets_run(root: type) -> None:
+    """Give others a turn where a receive that finds something would give them none."""
+    if _of_gevent(root):
+        import gevent
+
+        gevent.sleep(0)
+
+
+def on_event_loop() -> bool:
+    """Tell whether a callback or a task of asyncio's or trio's calls."""
+    asyncio, trio = sys.modules.get("asyncio"), sys.modules.get("trio")
+    return (asyncio is not None and asyncio._get_running_loop() is not None) or (
+        trio is not None and trio.lowlevel.in_trio_task()
+    )
+
+
+def is_connected(sock: Any) -> bool:
+    """Tell whether `sock` has a peer."""
+    try:
+        sock.getpeername()
+    except OSError as error:
+        return error.errno != errno.ENOTCONN
+    return True
 
 
 def own_address(sock: Any) -> Any:
     """Return the address at which `sock` reaches itself."""
     host, *rest = sock.getsockname()
     return ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), *rest)  # noqa: S104
+
+
+class SystemCalls(_Socket):
+    """An endpoint's socket as backends see it: the library's methods, whatever class it has now."""
+
+    def __init__(self, sock: socket.socket, root: type[socket.socket]) -> None:
+        self._sock, self._root = sock, root
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._root, name)
+        return found.__get__(self._sock) if hasattr(found, "__get__") else found

@@ -47,12 +47,20 @@ def probe() -> list[Viability]:
 
 
 def viability(name: str) -> Viability:
-    """Return whether the backend called `name` works here, and why not if it does not."""
+    """Return whether the backend called `name` works here, and why not if it does not.
+
+    Raises `natcompat.errors.BackendUnavailableError` (EINVAL) if nobody registered that name.
+    """
     platform = _PLATFORMS.get(name, sys.platform)
     if platform != sys.platform:
         return Viability(name, False, reason=f"it is for {platform}; this is {sys.platform}")
     try:
-        return get(name).viability()
+        found = get(name).viability()
+        if not isinstance(found, Viability):
+            raise TypeError(f"its viability() gave {type(found).__name__}")
+        return found
+    except BackendUnavailableError:
+        raise
     except Exception as error:  # noqa: BLE001 - somebody else's backend must not break the others
         return Viability(
             name, False, reason=f"it failed: {error}", remedy="Report this to the backend's authors."
@@ -92,7 +100,7 @@ def select(requested: str | Backend | None = None, *, hands_over_esp: bool = Fal
     """
     refusals: list[str] = []
     if requested is not None and not isinstance(requested, str):
-        if _check(requested, requested.viability(), hands_over_esp, refusals):
+        if _viable(requested.viability(), refusals) and _hands_over(requested, hands_over_esp, refusals):
             return requested
         raise BackendUnavailableError(errno.ENOTSUP, refusals[0])
     asked = requested or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
@@ -101,7 +109,7 @@ def select(requested: str | Backend | None = None, *, hands_over_esp: bool = Fal
             found = viability(candidate)
             if name == AUTO and not found.automatic:
                 continue
-            if _check(get(candidate), found, hands_over_esp, refusals):
+            if _viable(found, refusals) and _hands_over(get(candidate), hands_over_esp, refusals):
                 return get(candidate)
     source = f" ({ENVIRONMENT_VARIABLE}={asked})" if not requested and asked != AUTO else ""
     viable = ", ".join(found.backend for found in probe() if found.viable)
@@ -112,18 +120,19 @@ def select(requested: str | Backend | None = None, *, hands_over_esp: bool = Fal
     )
 
 
-def _check(backend: Backend, found: Viability, hands_over_esp: bool, refusals: list[str]) -> bool:
-    """Tell whether `backend` will do; if not, say why in `refusals`."""
+def _viable(found: Viability, refusals: list[str]) -> bool:
+    """Tell whether the backend works here; if not, say why in `refusals`."""
     if not found.viable:
-        refusals.append(
-            f"{backend.name}: {found.reason.rstrip('.')}"
-            + (f" ({found.remedy.rstrip('.')})" if found.remedy else "")
-        )
-    elif hands_over_esp and not backend.hands_over_esp:
+        remedy = f" ({found.remedy.rstrip('.')})" if found.remedy else ""
+        refusals.append(f"{found.backend}: {found.reason.rstrip('.')}{remedy}")
+    return found.viable
+
+
+def _hands_over(backend: Backend, wanted: bool, refusals: list[str]) -> bool:
+    """Tell whether `backend` gives ESP to this process, where that is wanted."""
+    if wanted and not backend.hands_over_esp:
         refusals.append(f"{backend.name}: ESP goes to the kernel, so the process cannot have it")
-    else:
-        return True
-    return False
+    return backend.hands_over_esp or not wanted
 
 
 def _entry_points() -> dict[str, Callable[[], object]]:

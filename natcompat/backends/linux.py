@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from typing import Final
 
 from natcompat import filters
+from natcompat.backends import features
 from natcompat.backends.base import Attachment, Viability
 from natcompat.backends.steering import UDP_ENCAP
-from natcompat.backends.userspace import filter_refused, put_filter, restore_gro, switch_gro_off
 from natcompat.contract import Duty, Performer
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
@@ -27,18 +27,16 @@ _UNFILTERED: Final[Mapping[Duty, Performer]] = {
 _FILTERED: Final[Mapping[Duty, Performer]] = {**_UNFILTERED, Duty.DROP_RUNTS: Performer.FILTER}
 
 _SENSITIVE: Final[frozenset[str | tuple[int, int]]] = frozenset(
-    {
-        (socket.SOL_SOCKET, filters.SO_ATTACH_FILTER),
-        (socket.SOL_SOCKET, filters.SO_DETACH_FILTER),
-        (socket.SOL_SOCKET, filters.SO_LOCK_FILTER),
-        (socket.SOL_SOCKET, filters.SO_ATTACH_BPF),
-        (socket.IPPROTO_UDP, UDP_ENCAP),
-    }
+    {*features.FILTER_OPTIONS, (socket.IPPROTO_UDP, UDP_ENCAP)}
 )
 
 
 class LinuxBackend:
-    """ESP is the kernel's: its SAs are installed by XFRM, by this process or another."""
+    """ESP is the kernel's: its SAs are installed by XFRM, by this process or another.
+
+    The kernel shows the ICMP errors of a socket with UDP_ENCAP to nobody, neither as ECONNREFUSED nor
+    in the error queue: it takes the socket for a tunnel's (``__udp4_lib_err()``, since Linux 5.0).
+    """
 
     name = "linux"
     hands_over_esp = False
@@ -68,12 +66,12 @@ class _Attachment:
                     "Run a kernel with CONFIG_XFRM, or choose NATCOMPAT_BACKEND=userspace",
                 ) from error
             undo.callback(sock.setsockopt, socket.IPPROTO_UDP, UDP_ENCAP, self._encapsulation)
-            self.reason = put_filter(sock, filters.IKE_ONLY)
+            self.reason = features.put_filter(sock, filters.IKE_ONLY)
             if not self.reason:
                 self._filtered = True
-                undo.callback(filters.detach_filter, sock)
+                undo.callback(features.take_filter_off, sock)
             # kernels that do not know of ESP in GRO would glue IKE and ESP to one
-            self.hidden = switch_gro_off(sock)
+            self.hidden = features.switch_gro_off(sock)
             self.mode = "filter" if self._filtered else "in line"
             self.duties = _FILTERED if self._filtered else _UNFILTERED
             undo.pop_all()
@@ -85,9 +83,9 @@ class _Attachment:
     def detach(self, sock: socket.socket) -> None:
         """Give UDP_ENCAP and UDP_GRO back and take the filter off."""
         with contextlib.ExitStack() as each:
-            each.callback(restore_gro, sock, self.hidden)
+            each.callback(features.restore_gro, sock, self.hidden)
             if self._filtered:
-                each.callback(filters.detach_filter, sock)
+                each.callback(features.take_filter_off, sock)
             each.callback(sock.setsockopt, socket.IPPROTO_UDP, UDP_ENCAP, self._encapsulation)
 
     def release(self) -> None:
@@ -101,10 +99,12 @@ class _Attachment:
 def _viability() -> Viability:
     from natcompat.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
 
-    duties = _UNFILTERED if filter_refused() else _FILTERED
+    no_filter = features.filter_refused()
+    duties = _UNFILTERED if no_filter else _FILTERED
     found = probe_esp()
+    weaker = f" No filter: {no_filter}." if no_filter else ""
     if found.support is not EspSupport.NO_PRIVILEGE:
-        return Viability("linux", bool(found), duties, found.reason, found.remedy)
+        return Viability("linux", bool(found), duties, found.reason + weaker, found.remedy)
     unprivileged = probe_esp_unprivileged()
     if unprivileged.support is EspSupport.NO_ESP:
         return Viability("linux", False, duties, unprivileged.reason, unprivileged.remedy, automatic=False)
@@ -112,7 +112,7 @@ def _viability() -> Viability:
         "linux",
         True,
         duties,
-        f"{found.reason} {unprivileged.reason}",
+        f"{found.reason} {unprivileged.reason}{weaker}",
         "Ask for it by name where another process installs the SAs, or grant CAP_NET_ADMIN.",
         automatic=False,
     )

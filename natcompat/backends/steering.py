@@ -8,19 +8,19 @@ Unprivileged; ``reuseport_select_sock()`` in net/core/sock_reuseport.c.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import select
 import socket
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final, TypeAlias
 
 from natcompat import filters
 from natcompat.backends.base import Address
 from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER
 from natcompat.diversion import Diversion, HandBack
+from natcompat.system import is_connected
 
 # Option numbers of Linux that Python does not name in every version
 IP_PKTINFO: Final = 8  # include/uapi/linux/in.h
@@ -47,6 +47,11 @@ _COPIED_BEFORE_BIND_6: Final[tuple[tuple[int, int], ...]] = (
     (socket.IPPROTO_UDP, _UDP_NO_CHECK6_RX),
 )
 
+_Destination: TypeAlias = tuple[str, int] | None
+"""Local address and interface that a datagram was sent to; None: to several hosts."""
+_Stray: TypeAlias = tuple[memoryview, Address, _Destination]
+"""IKE that came to the engine: datagram, source, destination."""
+
 _BURST: Final = 64  # datagrams taken from one socket before the next has its turn
 _LARGEST: Final = 65535
 _ANCILLARY: Final = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20) + socket.CMSG_SPACE(12)
@@ -65,37 +70,42 @@ class Steering:
         self._diversion = diversion
         self._port: int = sock.getsockname()[1]
         self._on_device = bool(_device(sock))
+        self._engines: list[socket.socket] = []
         with contextlib.ExitStack() as undo:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            undo.callback(sock.setsockopt, socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
-            self._engines = [undo.enter_context(self._join(sock)) for _ in range(engines)]
+            undo.callback(self._leave, sock)
+            for _ in range(engines):
+                self._engines.append(self._join(sock))
             filters.attach_steering(sock, engines)
-            undo.callback(_take_off_program, sock)
-            self._reader = undo.enter_context(contextlib.closing(_Reader(self._engines, self._take)))
+            self._reader = _Reader(self._engines, self._take)
             undo.pop_all()
 
     def detach(self, sock: socket.socket) -> None:
         """Leave `sock` alone on its port, as it was, with nothing of ours left."""
         self._reader.close()
-        _take_off_program(sock)
-        for engine in self._engines:
-            self._drain(engine)
-            engine.close()
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+        self._leave(sock)
 
     def release(self) -> None:
         """Close what is ours. In a forked child nothing but the child's descriptors is touched."""
-        self._reader.close()
-        for engine in self._engines:
-            engine.close()
+        self._reader.abandon()
 
     def adopt(self) -> None:
         """Read the inherited sockets in this process, a forked child, too."""
+        self._reader.close()
         self._reader = _Reader(self._engines, self._take)
 
     def drops(self) -> int:
         """Return how many datagrams the kernel dropped because the queues of ours were full."""
         return sum(filters.drops(engine) or 0 for engine in self._engines)
+
+    def _leave(self, sock: socket.socket) -> None:
+        # The program goes last: until then it keeps IKE out of our sockets, and when these are gone
+        # it names one that is not there, for which the kernel takes the only one that is.
+        with contextlib.ExitStack() as each:
+            each.callback(sock.setsockopt, socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+            each.callback(_take_off_program, sock)
+            for engine in self._engines:
+                each.callback(self._empty, engine, sock)
 
     def _join(self, sock: socket.socket) -> socket.socket:
         """Return a socket of ours that shares the address and port of `sock`."""
@@ -137,6 +147,15 @@ class Steering:
 
     def _take(self, engine: socket.socket) -> bool:
         """Take one burst from `engine`; False when its queue is empty."""
+        strays, diverted, more = self._receive(engine)
+        for stray in strays:
+            self._hand_back(engine, *stray)
+        self._diversion.take(diverted)
+        return more
+
+    def _receive(self, engine: socket.socket) -> tuple[list[_Stray], list[tuple[memoryview, Address]], bool]:
+        """Return one burst from `engine`: IKE, everything else, and whether there may be more."""
+        strays: list[_Stray] = []
         diverted: list[tuple[memoryview, Address]] = []
         more = True
         for _ in range(_BURST):
@@ -147,21 +166,19 @@ class Steering:
                 break
             except OSError as error:  # an ICMP error of something sent by this socket
                 self._diversion.error(f"receive of ESP: {error}")
-                continue
+                break
             destination, segment_size = _read_ancillary(ancillary)
             whole = memoryview(data)
             for start in range(0, len(data), segment_size) if segment_size else (0,):
                 segment = whole[start : start + segment_size] if segment_size else whole
                 if segment[:MARKER_LENGTH] == NON_ESP_MARKER:
-                    self._hand_back(engine, segment, source, destination)
+                    strays.append((segment, source, destination))
                 else:
                     diverted.append((segment, source))
-        if diverted:
-            self._diversion.take(diverted)
-        return more
+        return strays, diverted, more
 
     def _hand_back(
-        self, engine: socket.socket, datagram: memoryview, source: Address, destination: Any
+        self, sender: socket.socket, datagram: memoryview, source: Address, destination: _Destination
     ) -> None:
         """Send IKE that came here to the application's socket.
 
@@ -180,29 +197,39 @@ class Steering:
             return
         host, interface = destination
         address: Address = (host, self._port)
-        if engine.family == socket.AF_INET6:
+        if sender.family == socket.AF_INET6:
             address += (0, interface if host.startswith("fe80:") else 0)
         try:
-            engine.sendto(diversion.hand_back.wrap(datagram[MARKER_LENGTH:], source), address)
+            sender.sendto(diversion.hand_back.wrap(datagram[MARKER_LENGTH:], source), address)
         except OSError as error:
             diversion.error(f"IKE could not be handed back: {error}")
         else:
             diversion.counters.handed_back += 1
 
-    def _drain(self, engine: socket.socket) -> None:
-        # what is still queued came while the option was on; bounded, for it may come without end
-        for _ in range(64):
-            if not self._take(engine):
-                return
+    def _empty(self, engine: socket.socket, sock: socket.socket) -> None:
+        """Close `engine`. What is queued came while the option was on: ESP is taken, IKE handed back."""
+        kept: list[_Stray] = []
+        with engine:
+            more, bursts = True, 0
+            while more and bursts < 64:  # for ESP may come without end
+                strays, diverted, more = self._receive(engine)
+                kept += strays
+                self._diversion.take(diverted)
+                bursts += 1
+        for stray in kept:  # now that the application's socket is the only one that it can come to
+            self._hand_back(sock, *stray)
 
 
 class _Reader:
     """A thread that waits for the engine's sockets, and ends when it is told to."""
 
+    _PATIENCE: Final = 1.0  # seconds that a finalizer waits for the consumer of ESP
+
     def __init__(self, engines: list[socket.socket], take: Callable[[socket.socket], bool]) -> None:
         self._engines = {engine.fileno(): engine for engine in engines}
         self._take = take
         self._pid = os.getpid()
+        self._ended = self._abandoned = False
         self._awake, self._wake = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="natcompat-esp", daemon=True)
         try:
@@ -213,11 +240,31 @@ class _Reader:
 
     def close(self) -> None:
         """End the thread and wait for it: a socket in which a thread still waits stays in its group."""
-        if os.getpid() == self._pid:
+        self._end(None)
+        self._close_pair()
+
+    def abandon(self) -> None:
+        """End the thread and close the engine's sockets, whatever the consumer of ESP is doing.
+
+        A finalizer may run while its thread holds a lock that the consumer waits for, so it waits
+        for a while only; the thread closes the sockets when it ends.
+        """
+        self._abandoned = True
+        self._end(self._PATIENCE)
+        if os.getpid() != self._pid:
+            self._close_all()
+
+    def _end(self, patience: float | None) -> None:
+        self._ended = True
+        if os.getpid() == self._pid:  # threads do not survive a fork
             with contextlib.suppress(OSError):
                 self._wake.send(b"x")
             if self._thread is not threading.current_thread():
-                self._thread.join()
+                self._thread.join(patience)
+
+    def _close_all(self) -> None:
+        for engine in self._engines.values():
+            engine.close()
         self._close_pair()
 
     def _close_pair(self) -> None:
@@ -229,15 +276,14 @@ class _Reader:
         poller = select.poll()
         for descriptor in (awake, *self._engines):
             poller.register(descriptor, select.POLLIN)
-        while True:
-            ready = poller.poll()
-            for descriptor, _ in ready:
-                if descriptor != awake:
+        while not self._ended:
+            for descriptor, events in poller.poll():
+                if events & select.POLLNVAL:  # somebody closed it behind our back
+                    poller.unregister(descriptor)
+                elif descriptor != awake and not self._ended:
                     self._take(self._engines[descriptor])
-                if self._wake.fileno() < 0:  # closed by what the consumer of ESP called
-                    return
-            if any(descriptor == awake for descriptor, _ in ready):
-                return
+        if self._abandoned:
+            self._close_all()
 
 
 def refusal(sock: socket.socket) -> str:
@@ -247,7 +293,10 @@ def refusal(sock: socket.socket) -> str:
         return "the application set SO_REUSEPORT, so its group is its own"
     if is_connected(sock):
         return "the socket is connected, and a connected socket leaves its SO_REUSEPORT group"
-    if sock.getsockopt(socket.IPPROTO_IPV6 if v6 else socket.IPPROTO_IP, IPV6_RECVERR if v6 else IP_RECVERR):
+    # an IPv6 socket has both: the errors of its IPv4 peers go by the other
+    if sock.getsockopt(socket.IPPROTO_IP, IP_RECVERR) or (
+        v6 and sock.getsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR)
+    ):
         return "the application set IP_RECVERR, and errors would reach either socket of the group"
     if sock.getsockopt(socket.IPPROTO_UDP, UDP_ENCAP):
         return "the application set UDP_ENCAP, so the kernel takes ESP itself"
@@ -261,15 +310,6 @@ def _take_off_program(sock: socket.socket) -> None:
         filters.detach_steering(sock)
 
 
-def is_connected(sock: socket.socket) -> bool:
-    """Tell whether `sock` has a peer."""
-    try:
-        sock.getpeername()
-    except OSError as error:
-        return error.errno != errno.ENOTCONN
-    return True
-
-
 def _device(sock: socket.socket) -> bytes:
     try:
         return sock.getsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, 16).rstrip(b"\0")
@@ -277,7 +317,7 @@ def _device(sock: socket.socket) -> bytes:
         return b""
 
 
-def _read_ancillary(ancillary: list[tuple[int, int, bytes]]) -> tuple[tuple[str, int] | None, int]:
+def _read_ancillary(ancillary: list[tuple[int, int, bytes]]) -> tuple[_Destination, int]:
     """Return (local address, interface) that a datagram was sent to, and the size of its segments.
 
     None for what went to several hosts, 0 for what is in one piece.

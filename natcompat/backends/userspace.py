@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+import errno
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Final
 
 from natcompat.backends.base import Attachment, Viability
-from natcompat.contract import NON_ESP_MARKER, Duty, Performer
+from natcompat.contract import Duty, Performer
 from natcompat.diversion import Diversion
 
 _PROCESS: Final[Mapping[Duty, Performer]] = dict.fromkeys(Duty, Performer.PROCESS)
@@ -78,16 +78,19 @@ class UserspaceBackend:
             return Viability(
                 self.name, True, _PROCESS, "demultiplexing in line: steering is a feature of Linux"
             )
-        steering, filtering = steering_refused(), filter_refused()
+        from natcompat.backends import features
+
+        steering, filtering = features.steering_refused(), features.filter_refused()
+        no_filter = f"; no filter: {filtering}" if filtering else ""
         if not steering:
-            return Viability(self.name, True, _STEERING, "the kernel steers ESP to a socket of its own")
-        duties = _PROCESS if filtering else _NO_RUNTS
+            reason = f"the kernel steers ESP to a socket of its own{no_filter}"
+            return Viability(self.name, True, _STEERING, reason, features.SANDBOX_REMEDY if filtering else "")
         return Viability(
             self.name,
             True,
-            duties,
-            f"demultiplexing in line: {steering}",
-            "Allow setsockopt of SO_ATTACH_REUSEPORT_CBPF and SO_ATTACH_FILTER in the sandbox's policy",
+            _PROCESS if filtering else _NO_RUNTS,
+            f"demultiplexing in line: {steering}{no_filter}",
+            features.SANDBOX_REMEDY,
         )
 
     def attach(self, sock: socket.socket, diversion: Diversion) -> Attachment:
@@ -104,7 +107,7 @@ class _LinuxAttachment(InLineAttachment):
 
     def __init__(self, sock: socket.socket, diversion: Diversion) -> None:
         from natcompat import filters
-        from natcompat.backends import steering
+        from natcompat.backends import features, steering
 
         super().__init__("")
         self._steering: steering.Steering | None = None
@@ -115,10 +118,7 @@ class _LinuxAttachment(InLineAttachment):
                 "connect",
                 (socket.SOL_SOCKET, socket.SO_REUSEPORT),
                 (socket.SOL_SOCKET, steering.SO_BINDTODEVICE),
-                (socket.SOL_SOCKET, filters.SO_ATTACH_FILTER),
-                (socket.SOL_SOCKET, filters.SO_DETACH_FILTER),
-                (socket.SOL_SOCKET, filters.SO_LOCK_FILTER),
-                (socket.SOL_SOCKET, filters.SO_ATTACH_BPF),
+                *features.FILTER_OPTIONS,
                 (socket.SOL_SOCKET, filters.SO_ATTACH_REUSEPORT_CBPF),
                 (socket.SOL_SOCKET, filters.SO_ATTACH_REUSEPORT_EBPF),
                 (socket.SOL_SOCKET, filters.SO_DETACH_REUSEPORT_BPF),
@@ -134,10 +134,11 @@ class _LinuxAttachment(InLineAttachment):
                 self.reason = self._steer(sock, diversion, undo)
             self._filter(sock, diversion, undo)
             # the kernel would show a program several datagrams as one
-            self.hidden |= switch_gro_off(sock)
+            self.hidden |= features.switch_gro_off(sock)
             undo.pop_all()
 
     def _steer(self, sock: socket.socket, diversion: Diversion, undo: contextlib.ExitStack) -> str:
+        from natcompat.backends.features import steering_refused
         from natcompat.backends.steering import Steering, refusal
 
         reason = refusal(sock) or steering_refused()
@@ -146,7 +147,9 @@ class _LinuxAttachment(InLineAttachment):
         try:
             self._steering = Steering(sock, diversion)
         except OSError as error:
-            return f"joining the application's port was refused: {error}"
+            hint = ", as when the user id has changed since the socket was made"
+            hint = hint if error.errno == errno.EADDRINUSE else ""
+            return f"joining the application's port was refused{hint}: {error}"
         undo.callback(self._steering.detach, sock)
         self.mode, self.duties = "steering", _STEERING
         self.hidden[socket.SOL_SOCKET, socket.SO_REUSEPORT] = 0
@@ -155,6 +158,7 @@ class _LinuxAttachment(InLineAttachment):
     def _filter(self, sock: socket.socket, diversion: Diversion, undo: contextlib.ExitStack) -> None:
         """Put a filter on: against what may only be ESP for nobody, or at least against runts."""
         from natcompat import filters
+        from natcompat.backends.features import put_filter, take_filter_off
 
         strict = self._steering is not None or not diversion.wanted
         refused = put_filter(sock, filters.IKE_ONLY if strict else filters.NO_RUNTS)
@@ -162,7 +166,7 @@ class _LinuxAttachment(InLineAttachment):
             self.reason = self.reason or (refused if self._steering is None else "")
             return
         self._filtered = True
-        undo.callback(filters.detach_filter, sock)
+        undo.callback(take_filter_off, sock)
         if self._steering is None:
             self.duties = _FILTER if strict else _NO_RUNTS
             if strict and self.mode == "in line":
@@ -174,12 +178,12 @@ class _LinuxAttachment(InLineAttachment):
 
     def detach(self, sock: socket.socket) -> None:
         """Leave the group, take the filter off, give UDP_GRO back."""
-        from natcompat import filters
+        from natcompat.backends.features import restore_gro, take_filter_off
 
         with contextlib.ExitStack() as each:  # all of them, whatever one of them raises
             each.callback(restore_gro, sock, self.hidden)
             if self._filtered:
-                each.callback(filters.detach_filter, sock)
+                each.callback(take_filter_off, sock)
             if self._steering is not None:
                 each.callback(self._steering.detach, sock)
 
@@ -192,102 +196,3 @@ class _LinuxAttachment(InLineAttachment):
         """Start the thread again in a forked child."""
         if self._steering is not None:
             self._steering.adopt()
-
-
-def put_filter(sock: socket.socket, program: tuple[tuple[int, int, int, int], ...]) -> str:
-    """Put `program` on `sock` unless the application has a filter there; return why it was not done."""
-    from natcompat import filters
-
-    refused = filter_refused()
-    if refused:
-        return refused
-    if filters.has_filter(sock):
-        return "the application has a socket filter of its own"
-    try:
-        filters.attach_filter(sock, program)
-    except OSError as error:
-        return f"a socket filter was refused: {error}"
-    return ""
-
-
-def switch_gro_off(sock: socket.socket) -> dict[tuple[int, int], int]:
-    """Switch UDP_GRO off on `sock`; return what the application shall read of it."""
-    from natcompat.backends.steering import UDP_GRO
-
-    option = socket.IPPROTO_UDP, UDP_GRO
-    try:
-        wanted = sock.getsockopt(*option)
-    except OSError:  # before Linux 5.0
-        return {}
-    if wanted:
-        sock.setsockopt(*option, 0)
-    return {option: wanted}
-
-
-def restore_gro(sock: socket.socket, hidden: Mapping[tuple[int, int], int]) -> None:
-    """Put UDP_GRO on `sock` as the application wants it."""
-    from natcompat.backends.steering import UDP_GRO
-
-    if hidden.get((socket.IPPROTO_UDP, UDP_GRO)):
-        sock.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
-
-
-def _proof(prove: Callable[[socket.socket, socket.socket], str]) -> str:
-    """Run `prove` on two private loopback sockets; return why the feature cannot be used, or nothing."""
-    try:
-        with socket.socket(type=socket.SOCK_DGRAM) as sock, socket.socket(type=socket.SOCK_DGRAM) as peer:
-            sock.bind(("127.0.0.1", 0))
-            sock.settimeout(1)
-            return prove(sock, peer)
-    except OSError as error:
-        return str(error)
-
-
-@functools.cache
-def filter_refused() -> str:
-    """Return why no socket filter works here; empty if one has been seen to work."""
-    from natcompat import filters
-
-    def prove(sock: socket.socket, peer: socket.socket) -> str:
-        try:
-            filters.attach_filter(sock, filters.IKE_ONLY)
-        except OSError as error:
-            return f"the kernel or a sandbox refuses socket filters: {error}"
-        return _first_is_ike(sock, peer)
-
-    return _proof(prove)
-
-
-@functools.cache
-def steering_refused() -> str:
-    """Return why steering does not work here; empty if it has been seen to work."""
-    from natcompat.backends.steering import Steering
-
-    def prove(sock: socket.socket, peer: socket.socket) -> str:
-        try:
-            group = Steering(sock, Diversion(None, socket.AF_INET))
-        except OSError as error:
-            return f"the kernel or a sandbox refuses SO_REUSEPORT programs: {error}"
-        try:
-            return _first_is_ike(sock, peer)
-        finally:
-            group.detach(sock)
-
-    return _proof(prove)
-
-
-def _first_is_ike(sock: socket.socket, peer: socket.socket) -> str:
-    """Send a runt, ESP and IKE to `sock`, on which only IKE may arrive."""
-    try:
-        for payload in (b"\xff", b"\1" * 32, NON_ESP_MARKER + b"IKE"):
-            peer.sendto(payload, sock.getsockname())
-        if sock.recv(64) == NON_ESP_MARKER + b"IKE":
-            return ""
-    except OSError as error:
-        # without a loopback interface nothing can be proven; that it was accepted has to do
-        import errno
-
-        if error.errno in (errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.ENETDOWN):
-            return ""
-        return f"it was accepted, and a datagram that should pass did not arrive: {error}"
-    return "it was accepted and has no effect"

@@ -1,0 +1,71 @@
+# natcompat: `make verify` runs the main job, `make test` the tests; both set up what they need in
+# .venv (and, as root on Debian, with apt-get; APT=no forbids that). PYTHON=... names an interpreter.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+# what would make another Python, other packages or other results than a clean machine has
+unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONWARNINGS PYTHONOPTIMIZE VIRTUAL_ENV
+unexport PYTEST_ADDOPTS NATCOMPAT_BACKEND COVERAGE_PROCESS_START MYPYPATH
+
+BIN := .venv/bin
+UID := $(shell id -u)
+CHECKED := natcompat tests docs/examples $(wildcard noxfile.py)
+WORKERS ?= 2
+
+.PHONY: help verify test check pytest conformance bench nox format clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+verify: .venv/.main ## run natcompat verify: every row of the contract on every backend (ARGS="--json")
+	@$(BIN)/natcompat verify $(ARGS)
+
+test: check pytest ## check, then run all tests
+
+check: .venv/.test ## format, lint, types, completeness of the public types
+	@echo "[check] ruff format"; $(BIN)/ruff format --check --quiet .
+	@echo "[check] ruff"; $(BIN)/ruff check --quiet .
+	@echo "[check] mypy --strict"; $(BIN)/mypy $(CHECKED)
+	@echo "[check] pyright --verifytypes"; \
+	  PYTHONPATH=$(CURDIR) $(BIN)/pyright --pythonpath $(BIN)/python --verifytypes natcompat --ignoreexternal > .venv/pyright.log \
+	    || { cat .venv/pyright.log; exit 1; }; \
+	  grep '^Type completeness score' .venv/pyright.log
+
+pytest: .venv/.test ## run the tests alone (ARGS="-k steering")
+	@echo "[test] pytest, $(WORKERS) at a time"
+	@$(BIN)/python -m pytest -n $(WORKERS) --cov --cov-report=term $(ARGS)
+
+conformance: .venv/.test ## 100,000 random datagrams against the contract (a minute or two)
+	@NATCOMPAT_DATAGRAMS=$${NATCOMPAT_DATAGRAMS:-100000} \
+	  $(BIN)/python -m pytest -s --timeout 3600 tests/test_differential.py $(ARGS)
+
+bench: .venv/.test ## what natcompat costs, beside bare sockets (ARGS="--json")
+	@$(BIN)/python -m tests.bench $(ARGS)
+
+nox: .venv/.test ## the tests on every Python from 3.11, with the lowest versions, without options
+	@$(BIN)/nox $(ARGS)
+
+format: .venv/.test ## format and sort the sources
+	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+
+clean: ## remove everything that was made
+	rm -rf .venv .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- set-up, done once ------------------------------------------------------------------------------
+
+.venv/.main: pyproject.toml .ci/setup | .venv/.system-main-$(UID)
+	@.ci/setup python
+	@touch $@
+
+.venv/.test: pyproject.toml .ci/setup | .venv/.system-test-$(UID)
+	@.ci/setup python test,check
+	@touch $@ .venv/.main
+
+.venv/.system-%-$(UID): .ci/setup
+	@mkdir -p .venv
+	@.ci/setup system $*
+	@touch $@

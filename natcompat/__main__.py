@@ -1,0 +1,8 @@
+"""``python -m natcompat`` is the command ``natcompat``."""
+
+import sys
+
+from natcompat.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,490 @@
+"""What works on this machine, why, and what would help: ``natcompat doctor``.
+
+`examine` returns the report that ``--json`` prints. ``"schema": 1`` stands for these keys; later
+versions of natcompat may add some, and raise the number if one changes its meaning:
+
+``natcompat``
+    version of natcompat
+``auto``, ``auto_with_consumer``
+    the backend that is chosen when nobody asks for one, without and with a consumer of ESP in the
+    process (``esp=``); null if none is viable
+``requested``
+    what NATCOMPAT_BACKEND asks for: ``value`` (null: not set), the ``backend`` that it leads to, or
+    the ``error``
+``backends``
+    a list in the order of preference: ``name``, ``viable``, ``automatic`` (whether auto may choose it),
+    ``duties`` (drop_runts, divert_esp, strip_marker, insert_marker: kernel, filter, steering or
+    process), ``reason``, ``remedy``
+``esp``
+    whether this process could install an SA in the kernel: a list with ``family``, ``algorithm``,
+    ``support`` (see `natcompat.xfrm.probe.EspSupport`), ``reason``, ``remedy``
+``privileges``
+    ``user`` (effective user id), ``capabilities`` (name to true or false; null where there are none)
+``tun``
+    ``usable`` (null: cannot be told), ``reason``, ``remedy``
+``ports``
+    who holds UDP 500 and 4500: ``port``, ``family``, ``address``, ``user``, ``owners`` (a list of
+    ``pid`` and ``command``; empty when this process may not see them)
+``system``
+    ``kernel``, ``machine``, ``python``, ``sandbox`` (a list of what hints at one), ``seccomp``,
+    ``unprivileged_bpf``, ``gevent``, ``uvloop`` (versions, or null)
+``beyond_solaris``
+    what natcompat does and Solaris does not
+
+It changes nothing on the system: what is tried is tried on sockets and in a network namespace of
+its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from natcompat.contract import NAT_T_PORT, Duty
+
+SCHEMA: Final = 1
+_IKE_PORT: Final = 500  # RFC 7296, 2
+
+_CAPABILITIES: Final = {
+    "CAP_NET_BIND_SERVICE": 10,
+    "CAP_NET_ADMIN": 12,
+    "CAP_NET_RAW": 13,
+}  # linux/capability.h
+_WHAT_FOR: Final = {
+    "CAP_NET_ADMIN": "to install SAs and policies, and for TUN",
+    "CAP_NET_BIND_SERVICE": "to bind port 500; 4500 needs no privilege",
+    "CAP_NET_RAW": "to capture packets; natcompat does not need it",
+}
+
+_ALGORITHMS: Final = (
+    ("AES-GCM-16", "rfc4106(gcm(aes))", ""),
+    ("ChaCha20-Poly1305", "rfc7539esp(chacha20,poly1305)", ""),
+    ("AES-CBC with HMAC-SHA2-256", "cbc(aes)", "hmac(sha256)"),
+    ("AES-CBC with HMAC-SHA1", "cbc(aes)", "hmac(sha1)"),
+)
+
+_TUN: Final = Path("/dev/net/tun")
+_TUNSETIFF: Final = 0x400454CA  # linux/if_tun.h
+_IFF_TUN_NO_PI: Final = 0x1001
+
+_GVISOR: Final = "#1 SMP Sun Jan 10 15:06:54 PST 2016"
+"""What every gVisor gives for the version of its kernel (pkg/sentry/kernel)."""
+
+
+def examine() -> dict[str, Any]:
+    """Look at everything, and return the report; see the module for its keys. Takes well under a second."""
+    from natcompat import __version__, backends
+
+    return {
+        "schema": SCHEMA,
+        "natcompat": __version__,
+        "auto": _choice(backends.AUTO),
+        "auto_with_consumer": _choice(backends.AUTO, hands_over_esp=True),
+        "requested": _requested(),
+        "backends": [
+            {
+                "name": found.backend,
+                "viable": found.viable,
+                "automatic": found.automatic,
+                "duties": {
+                    str(duty.name).lower(): found.duties[duty].value for duty in Duty if duty in found.duties
+                },
+                "reason": _sentence(found.reason),
+                "remedy": _sentence(found.remedy),
+            }
+            for found in backends.probe()
+        ],
+        "esp": _kernel_esp(),
+        "privileges": {
+            "user": os.geteuid() if hasattr(os, "geteuid") else None,
+            "capabilities": _capabilities(),
+        },
+        "tun": _tun(),
+        "ports": [*_owners(_IKE_PORT), *_owners(NAT_T_PORT)],
+        "system": _system(),
+        "beyond_solaris": ["AF_INET6 sockets are served; Solaris answers EAFNOSUPPORT."],
+    }
+
+
+def _choice(name: str, *, hands_over_esp: bool = False) -> str | None:
+    from natcompat import backends
+    from natcompat.errors import BackendUnavailableError
+
+    try:
+        return backends.select(name, hands_over_esp=hands_over_esp).name
+    except BackendUnavailableError:
+        return None
+
+
+def _requested() -> dict[str, str | None]:
+    from natcompat import backends
+    from natcompat.errors import BackendUnavailableError
+
+    asked = os.environ.get(backends.ENVIRONMENT_VARIABLE) or None
+    try:
+        return {"value": asked, "backend": backends.select().name if asked else None, "error": None}
+    except BackendUnavailableError as error:
+        return {"value": asked, "backend": None, "error": error.strerror}
+
+
+def _sentence(text: str) -> str:
+    text = text.strip()
+    return f"{text[0].upper()}{text[1:].rstrip('.')}." if text else ""
+
+
+def _kernel_esp() -> list[dict[str, str]]:
+    from natcompat.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
+
+    rows = []
+    for family, version in ((socket.AF_INET, "IPv4"), (socket.AF_INET6, "IPv6")):
+        for algorithm, encryption, integrity in _ALGORITHMS:
+            found = probe_esp(encryption, integrity, family=family)
+            if found.support is EspSupport.NO_PRIVILEGE:
+                # whoever has the privilege may get further: say what can be seen from here
+                seen = probe_esp_unprivileged(family)
+                if seen.support is not EspSupport.AVAILABLE:
+                    found = seen
+            rows.append(
+                {
+                    "family": version,
+                    "algorithm": algorithm,
+                    "support": found.support.value,
+                    "reason": found.reason,
+                    "remedy": found.remedy,
+                }
+            )
+    return rows
+
+
+def _status() -> dict[str, str]:
+    """Return /proc/self/status; nothing where there is none."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return {}
+
+
+def _capabilities() -> dict[str, bool] | None:
+    try:
+        effective = int(_status()["CapEff"], 16)
+    except (KeyError, ValueError):
+        return None
+    return {name: bool(effective >> bit & 1) for name, bit in _CAPABILITIES.items()}
+
+
+def _tun() -> dict[str, Any]:
+    """Make a TUN device where nobody sees it, if this process may; it is gone when this returns."""
+
+    def answer(usable: bool | None, reason: str, remedy: str = "") -> dict[str, Any]:
+        return {"usable": usable, "reason": reason, "remedy": remedy}
+
+    if sys.platform != "linux":
+        return answer(None, "Only looked for on Linux.")
+    if not _TUN.exists():
+        return answer(
+            False,
+            f"There is no {_TUN}.",
+            "Load the module tun (modprobe tun), or give the container the device (docker run --device "
+            "/dev/net/tun).",
+        )
+    try:
+        os.close(os.open(_TUN, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        return answer(
+            False, f"{_TUN} cannot be opened: {error.strerror}.", f"Allow this user to open {_TUN}."
+        )
+    if not (_capabilities() or {}).get("CAP_NET_ADMIN"):
+        return answer(
+            None,
+            f"{_TUN} can be opened; making a device takes CAP_NET_ADMIN, so it was not tried.",
+            "Run as root, or grant CAP_NET_ADMIN.",
+        )
+    refusal = _try_tun()
+    if refusal:
+        return answer(False, f"A device could not be made: {refusal}.", "Allow TUNSETIFF to this process.")
+    return answer(True, "A device was made and taken away again.")
+
+
+def _try_tun() -> str:
+    """Return why no TUN device can be made; nothing if it can."""
+    refusals: list[str] = []
+
+    def attempt() -> None:
+        import ctypes
+        import fcntl
+
+        # this thread alone moves, and the namespace ends with it; without CAP_SYS_ADMIN it stays
+        ctypes.CDLL(None).unshare(0x40000000)  # CLONE_NEWNET, linux/sched.h
+        try:
+            descriptor = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", b"natcompat%d", _IFF_TUN_NO_PI))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            refusals.append(error.strerror or str(error))
+
+    thread = threading.Thread(target=attempt, name="natcompat TUN probe")
+    thread.start()
+    thread.join()
+    return "".join(refusals)
+
+
+def _owners(port: int) -> Iterator[dict[str, Any]]:
+    """Yield who is bound to UDP `port` in this network namespace."""
+    for name, version in (("udp", "IPv4"), ("udp6", "IPv6")):
+        try:
+            lines = Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for fields in map(str.split, lines):
+            address, _, number = fields[1].partition(":")
+            if int(number, 16) == port:
+                yield {
+                    "port": port,
+                    "family": version,
+                    "address": _address(address),
+                    "user": int(fields[7]),
+                    "owners": _holders(fields[9]),
+                }
+
+
+def _address(digits: str) -> str:
+    """Return the address of a line of /proc/net/udp: words in the machine's byte order."""
+    words = [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
+    packed = b"".join(struct.pack("=I", word) for word in words)
+    return socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, packed)
+
+
+def _holders(inode: str) -> list[dict[str, Any]]:
+    """Return the processes that have the socket with `inode` open, as far as this user may see them."""
+    wanted, found = f"socket:[{inode}]", []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if any(_target(link) == wanted for link in (process / "fd").iterdir()):
+                command = (process / "comm").read_text().strip()
+                found.append({"pid": int(process.name), "command": command})
+    return sorted(found, key=lambda each: int(each["pid"]))
+
+
+def _target(link: Path) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(link)
+    return ""
+
+
+def _system() -> dict[str, Any]:
+    status = _status()
+    return {
+        "kernel": f"{platform.system()} {platform.release()}",
+        "machine": platform.machine(),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "sandbox": list(_sandbox()),
+        "seccomp": {"0": "off", "1": "strict", "2": "filter"}.get(status.get("Seccomp", "")),
+        "unprivileged_bpf": _read_first("/proc/sys/kernel/unprivileged_bpf_disabled"),
+        "gevent": _version("gevent"),
+        "uvloop": _version("uvloop"),
+    }
+
+
+def _sandbox() -> Iterator[str]:
+    """Yield what hints at something between this process and a kernel of its own."""
+    if _GVISOR in platform.version():
+        yield "gVisor (a kernel in user space, without socket filters)"
+    if "microsoft" in platform.release().lower():
+        yield "WSL"
+    if "User Mode Linux" in (_read_first("/proc/cpuinfo", "\nvendor_id") or ""):
+        yield "User Mode Linux"
+    for mark, what in (("/.dockerenv", "a Docker container"), ("/run/.containerenv", "a Podman container")):
+        if Path(mark).exists():
+            yield what
+    manager = os.environ.get("container")  # noqa: SIM112 - systemd's interface to containers
+    if manager:
+        yield f"a container ({manager})"
+    if os.environ.get("KUBERNETES_SERVICE_HOST"):
+        yield "a pod of Kubernetes"
+
+
+def _read_first(path: str, key: str = "") -> str | None:
+    """Return the first line of a file, or of what follows `key`; None if it cannot be read."""
+    try:
+        text = Path(path).read_text()
+    except OSError:
+        return None
+    return (text.partition(key)[2] if key else text).partition("\n")[0].strip(" \t:")
+
+
+def _version(distribution: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def show(report: dict[str, Any]) -> None:
+    """Print `report` for people."""
+    from natcompat.report import Printer, Words, bad, doubtful, good, quiet
+
+    out = Printer()
+    system, requested = report["system"], report["requested"]
+    out.line(
+        f"natcompat {report['natcompat']} on {system['kernel']} {system['machine']}, {system['python']}, "
+        f"user {report['privileges']['user']}"
+    )
+
+    out.heading("Backends", "who would do each duty: the kernel, a filter or steering in it, this process")
+    out.table(
+        ["name", "viable", "runts", "ESP", "strip", "insert", "why"],
+        [
+            [
+                each["name"],
+                good("yes") if each["viable"] else bad("no"),
+                *[each["duties"].get(str(duty.name).lower(), "-") for duty in Duty],
+                each["reason"],
+            ]
+            for each in report["backends"]
+        ],
+    )
+    for each in report["backends"]:
+        if each["remedy"]:
+            out.line(Words(f"  {each['name']}: ", "bold"), each["remedy"])
+    if report["auto"] is None:
+        out.line(bad("auto finds no backend that works here."))
+    elif report["auto"] == report["auto_with_consumer"]:
+        out.line("auto takes ", Words(report["auto"], "bold green"), " here.")
+    else:
+        out.line(
+            "auto takes ",
+            Words(report["auto"], "bold green"),
+            " here, and where the program takes ESP itself (esp=) ",
+            Words(report["auto_with_consumer"] or "none", "bold green"),
+            ".",
+        )
+    if requested["error"]:
+        out.line(bad(f"NATCOMPAT_BACKEND={requested['value']} cannot be had: "), requested["error"])
+    elif requested["value"]:
+        out.line(f"NATCOMPAT_BACKEND={requested['value']} takes {requested['backend']} instead.")
+    else:
+        out.line(quiet("NATCOMPAT_BACKEND is not set."))
+
+    out.heading(
+        "ESP in the kernel", "by a request for an SA that the kernel has to refuse; none was installed"
+    )
+    out.table(["family", "algorithm", "SA", "why"], list(_esp_rows(report["esp"])))
+    for remedy in dict.fromkeys(each["remedy"] for each in report["esp"] if each["remedy"]):
+        out.line("  ", remedy)
+
+    out.heading("Privileges and devices")
+    rows: list[list[str]] = []
+    for name, has in (report["privileges"]["capabilities"] or {}).items():
+        rows.append([name, good("yes") if has else doubtful("no"), _WHAT_FOR[name]])
+    tun = report["tun"]
+    usable = {True: good("yes"), False: doubtful("no"), None: doubtful("?")}[tun["usable"]]
+    rows.append(["TUN", usable, " ".join(filter(None, (tun["reason"], tun["remedy"])))])
+    out.table(["", "", ""], rows)
+
+    out.heading("UDP ports of IKE", "in this network namespace")
+    out.table(["", "", ""], list(_port_rows(report["ports"])))
+
+    out.heading("System")
+    seccomp = {"off": "off", "strict": "strict", "filter": "a filter is on: it may refuse socket options"}
+    bpf = {"0": "allowed", "1": "forbidden", "2": "forbidden"}.get(
+        system["unprivileged_bpf"] or "", "unknown"
+    )
+    out.table(
+        ["", ""],
+        [
+            ["sandbox", ", ".join(system["sandbox"]) or "no sign of one"],
+            ["seccomp", seccomp.get(system["seccomp"] or "", "unknown")],
+            ["unprivileged eBPF", f"{bpf}; natcompat uses classic BPF, which needs no permission"],
+            [
+                "gevent",
+                f"{system['gevent']}; its sockets are served" if system["gevent"] else "not installed",
+            ],
+            [
+                "uvloop",
+                f"{system['uvloop']}; use natcompat.aio on its loops"
+                if system["uvloop"]
+                else "not installed",
+            ],
+            *(["beyond Solaris", each] for each in report["beyond_solaris"]),
+        ],
+    )
+
+
+def _esp_rows(esp: list[dict[str, str]]) -> Iterator[list[str]]:
+    """Yield a row for each algorithm; one for all of a family where they have the reason in common."""
+    from natcompat.report import bad, doubtful, good
+
+    words = {"available": good("yes"), "no privilege": doubtful("?"), "unknown": doubtful("?")}
+    for family in dict.fromkeys(each["family"] for each in esp):
+        found = [each for each in esp if each["family"] == family]
+        if len({each["reason"] for each in found}) == 1:
+            found = [{**found[0], "algorithm": "any"}]
+        for each in found:
+            yield [family, each["algorithm"], words.get(each["support"], bad("no")), each["reason"]]
+
+
+def _port_rows(ports: list[dict[str, Any]]) -> Iterator[list[str]]:
+    from natcompat.report import doubtful, good
+
+    for port in (_IKE_PORT, NAT_T_PORT):
+        held = [each for each in ports if each["port"] == port]
+        for each in held:
+            owners = ", ".join(f"{owner['command']} (pid {owner['pid']})" for owner in each["owners"])
+            hidden = f"a process of user {each['user']}, which this user may not see"
+            address = f"[{each['address']}]" if each["family"] == "IPv6" else each["address"]
+            yield [str(port), doubtful("taken"), f"{address} by {owners or hidden}"]
+        if not held:
+            yield [str(port), good("free"), "over IPv4 and IPv6"]
+
+
+@click.command("doctor", short_help="Tell what works on this machine, and what would help.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; natcompat/doctor.py documents its keys.")
+@click.pass_context
+def command(context: click.Context, as_json: bool) -> int:
+    """Tell what works on this machine, why, and what would help.
+
+    For every backend: whether it is viable, the reason, a remedy, and who would do each of the four
+    duties (drop runts, divert ESP, strip the marker, insert the marker). Further: which backend is
+    chosen here and what NATCOMPAT_BACKEND asks for; whether the kernel would install an ESP SA, by
+    address family and algorithm; privileges, TUN, who holds UDP 500 and 4500, and signs of a sandbox.
+
+    That a kernel accepts the option UDP_ENCAP proves nothing, so ESP is asked for by a request that
+    the kernel has to refuse, filters and steering by datagrams over loopback, and TUN by a device in
+    a network namespace that ends with the command. The system is not changed.
+
+    It needs no privilege. An ordinary user may not see the processes of others, and without
+    CAP_NET_ADMIN the kernel does not say which algorithms it has; the report tells which it was.
+
+    \b
+    Exit status:
+      0  there is a backend that works here
+      1  there is none
+
+    \b
+    Examples:
+      natcompat doctor
+      natcompat doctor --json | jq -r .auto
+      NATCOMPAT_BACKEND=linux natcompat doctor
+    """
+    report = examine()
+    if as_json:
+        from natcompat.report import print_json
+
+        print_json(report)
+    else:
+        show(report)
+    return 0 if report["auto"] is not None else 1

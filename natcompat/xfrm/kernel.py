@@ -1,0 +1,405 @@
+"""`IPsec` over XFRM: the security association and policy databases of the Linux kernel."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import struct
+import time
+from ipaddress import ip_address
+from types import EllipsisType
+from typing import Self
+
+from natcompat.errors import NatCompatError
+from natcompat.ipsec import (
+    LARGEST_SPI,
+    SMALLEST_SPI,
+    Direction,
+    Features,
+    InstalledSA,
+    IPAddress,
+    Policy,
+    PolicyUsage,
+    SaId,
+    SecurityAssociation,
+    UDPEncapsulation,
+    Usage,
+)
+from natcompat.xfrm import _messages as messages
+from natcompat.xfrm.bypass import bypass
+from natcompat.xfrm.events import RECEIVE_BUFFER, XfrmEvents
+from natcompat.xfrm.keepalive import KeepaliveSender
+from natcompat.xfrm.move import move_sa
+from natcompat.xfrm.netlink import LocalAddresses, Netlink, attributes, failure
+from natcompat.xfrm.probe import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL
+from natcompat.xfrm.readback import XFRMA, decode, installed_sa, usage_of
+from natcompat.xfrm.translate import (
+    INFO_END,
+    KernelFeatures,
+    encode_allocate,
+    encode_policy,
+    encode_policy_id,
+    encode_sa,
+    encode_sa_id,
+    kernel_directions,
+    modules_of,
+    policy_of,
+)
+
+_NEW = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
+_ALGORITHMS = {XFRMA[name] for name in ("ALG_AEAD", "ALG_CRYPT", "ALG_AUTH", "ALG_AUTH_TRUNC")}
+QUEUE = 1 << 20
+"""Bytes of queue for answers, and for the report of a deletion among those of other SAs."""
+
+_ALLOCATION_ATTEMPTS = 16
+_POLICY_REMEDIES = {
+    errno.EEXIST: "Delete the other one first, or tell them apart by marks",
+    errno.EINVAL: "Outbound tunnel policies cannot be optional: add a BYPASS policy until there is an SA",
+}
+
+
+class XfrmIPsec:
+    """The kernel's IPsec (see `natcompat.ipsec.IPsec` for what the methods have in common).
+
+    What is installed belongs to the kernel and stays when this object is closed. It acts in the
+    network namespace in which it was opened. Opening takes CAP_NET_ADMIN: EPERM.
+    """
+
+    def __init__(self) -> None:
+        self._netlink = Netlink(receive_buffer=QUEUE)
+        try:
+            self._kernel = self._ask_kernel()
+            self._local = LocalAddresses()
+        except BaseException:
+            self._netlink.close()
+            raise
+        self._reserved: dict[tuple[IPAddress, int], float] = {}
+        self._known: dict[SaId, int] = {}
+        self._keepalives = KeepaliveSender(self.get_sa, enable=not self._kernel.keepalive)
+
+    def close(self) -> None:
+        """Close the sockets and stop this process's keepalives; SAs and policies stay."""
+        self._keepalives.close()
+        self._local.close()
+        self._netlink.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def features(self) -> Features:
+        """What this kernel can do, found out by asking it."""
+        return Features(
+            requires_udp_encapsulation=False,
+            mapping_events=True,
+            kernel_keepalive=self._kernel.keepalive,
+            marks=True,
+            interface_ids=True,
+            sa_direction=self._kernel.sa_direction,
+        )
+
+    def _ask_kernel(self) -> KernelFeatures:
+        """Find out which attributes the kernel knows, by bad values for them.
+
+        A kernel ignores attributes that it does not know and refuses bad values of those that it
+        knows (nla_policy of xfrm_user.c: ERANGE), before it looks at anything else. What is asked
+        for is an SA of no address family, which is refused in any case.
+        """
+
+        def knows(name: str, bad: bytes) -> bool:
+            message = bytearray(INFO_END) + struct.pack("=HH4s", 4 + len(bad), XFRMA[name], bad)
+            try:
+                self._netlink.request("Opening XFRM", message, messages.XFRM_MSG_NEWSA)
+            except NatCompatError as error:
+                if error.errno == errno.EPERM:
+                    raise
+                return error.errno == errno.ERANGE
+            return False
+
+        return KernelFeatures(
+            sa_direction=knows("SA_DIR", b"\xff"), keepalive=knows("NAT_KEEPALIVE_INTERVAL", b"\0")
+        )
+
+    # -- security associations
+
+    def allocate_spi(
+        self,
+        source: IPAddress | str,
+        destination: IPAddress | str,
+        *,
+        reqid: int = 0,
+        minimum: int = SMALLEST_SPI,
+        maximum: int = LARGEST_SPI,
+        lifetime: float = 165.0,
+        sequence: int = 0,
+    ) -> int:
+        """Reserve an SPI of `destination` (an address of this host) and return it.
+
+        The kernel keeps its larval SA for 30 s (net.core.xfrm_acq_expires). This object goes on to
+        know the SPI as taken for `lifetime` seconds (the default is strongSwan's time for a whole
+        exchange with retransmissions), gives it to nobody else, and `add_sa` works until then and
+        after, whether or not the larval SA is still there. `sequence` is that of an `Acquire`.
+
+        ENOENT: no SPI is free between `minimum` and `maximum`.
+        """
+        source, destination = ip_address(source), ip_address(destination)
+        if not SMALLEST_SPI <= minimum <= maximum <= LARGEST_SPI:
+            raise ValueError(f"minimum, maximum: {minimum}..{maximum} is no range within 256..4294967295")
+        now = time.monotonic()
+        for key in [key for key, deadline in list(self._reserved.items()) if deadline < now]:
+            self._reserved.pop(key, None)
+        what = f"Allocating an SPI for {destination}"
+        for _ in range(_ALLOCATION_ATTEMPTS):
+            request = encode_allocate(
+                source, destination, reqid=reqid, minimum=minimum, maximum=maximum, sequence=sequence
+            )
+            try:
+                answer = self._netlink.request(what, request, messages.XFRM_MSG_ALLOCSPI, 0)
+            except NatCompatError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                continue  # the kernel guesses, and in a narrow range does not always hit what is free
+            spi = int(decode(messages.xfrm_usersa_info, answer)["id_spi"])
+            if (destination, spi) not in self._reserved:
+                self._reserved[destination, spi] = now + lifetime
+                return spi
+            # Still promised to somebody, though the kernel had forgotten: it has its larval SA again.
+        raise NatCompatError(errno.ENOENT, f"{what}: all are taken", "Ask for a wider range")
+
+    def _is_there(self, sa_id: SaId) -> bool:
+        """Whether an SPI is reserved, or an SA of this name is in the kernel."""
+        if self._reserved.get((sa_id.destination, sa_id.spi), 0.0) > time.monotonic():
+            return True
+        try:
+            self._get(sa_id)
+        except NatCompatError as error:
+            if error.errno == errno.ESRCH:
+                return False
+            raise
+        return True
+
+    def add_sa(self, sa: SecurityAssociation) -> SaId:
+        """Install `sa` and return its name; completes a larval SA of the same destination and SPI.
+
+        EEXIST: there is an SA with this destination and SPI (and mark). ENOSYS: the kernel lacks a
+        transform; EPROTONOSUPPORT: it lacks ESP. Where the kernel sends no keepalives, a thread of
+        this process does from now on, until the SA or this object is gone.
+        """
+        sa_id = sa.sa_id
+        by_process = sa.nat_keepalive is not None and not self._kernel.keepalive
+        if by_process:
+            self._keepalives.check()
+        reserved = (sa.destination, sa.spi) in self._reserved
+        if reserved and self._is_larval(sa_id):
+            self._install(sa, messages.XFRM_MSG_UPDSA, NLM_F_ACK)
+        else:
+            try:
+                self._install(sa, messages.XFRM_MSG_NEWSA, _NEW)
+            except NatCompatError as error:
+                if error.errno != errno.EEXIST or not self._is_larval(sa_id):
+                    raise
+                self._install(sa, messages.XFRM_MSG_UPDSA, NLM_F_ACK)
+        self._reserved.pop((sa.destination, sa.spi), None)
+        self._known[sa_id] = sa.reqid
+        if by_process:
+            self._keepalives.watch(sa)
+        return sa_id
+
+    def _install(self, sa: SecurityAssociation, kind: int, flags: int) -> None:
+        message = encode_sa(sa, self._kernel)
+        remedies = {errno.ENOSYS: modules_of(sa), errno.ENOENT: modules_of(sa)}
+        self._netlink.request(f"Adding {sa.sa_id}", message, kind, flags, remedies=remedies)
+
+    def _is_larval(self, sa_id: SaId) -> bool:
+        """Whether the kernel has an SA of this name without any algorithm: only the SPI is taken."""
+        try:
+            answer = self._get(sa_id)
+        except NatCompatError as error:
+            if error.errno == errno.ESRCH:
+                return False
+            raise
+        return not any(kind in _ALGORITHMS for kind, _, _ in attributes(answer, INFO_END))
+
+    def _get(self, sa_id: SaId) -> bytes:
+        return self._netlink.request(f"Looking at {sa_id}", encode_sa_id(sa_id), messages.XFRM_MSG_GETSA, 0)
+
+    def get_sa(self, sa_id: SaId) -> Usage:
+        """Return what the SA has done so far. ESRCH: there is none of this name."""
+        return usage_of(self._get(sa_id))
+
+    def update_sa(
+        self,
+        sa_id: SaId,
+        *,
+        source: IPAddress | str | None = None,
+        destination: IPAddress | str | None = None,
+        encapsulation: UDPEncapsulation | EllipsisType | None = ...,
+    ) -> SaId:
+        """Move an SA to other addresses or ports and return its name from now on.
+
+        What is not given stays; None for `encapsulation` ends it. New ports are changed in place.
+        For anything else the kernel has no way, so the SA is deleted and added again with the
+        sequence number, replay window, counters and age that the kernel reported when it deleted it:
+        no sequence number is used twice, and packets in between are dropped, not sent in the clear.
+        When the second half fails, the old SA is put back and the error raised.
+
+        ESRCH: there is no such SA. EEXIST: there is one of the new name. ENOBUFS: the kernel's report
+        of the deletion was lost; the SA is gone and a new one must be negotiated.
+        """
+        new, ports = move_sa(
+            self._netlink,
+            sa_id,
+            source=None if source is None else ip_address(source),
+            destination=None if destination is None else ip_address(destination),
+            encapsulation=encapsulation,
+            local=self._local,
+        )
+        reqid = self._known.pop(sa_id, None)
+        if reqid is not None:
+            self._known[new] = reqid
+        if new.source is not None:
+            self._keepalives.move(sa_id, new, new.source, ports)
+        return new
+
+    def delete_sa(self, sa_id: SaId) -> None:
+        """Remove one SA. ESRCH: there is none of this name."""
+        self._netlink.request(f"Deleting {sa_id}", encode_sa_id(sa_id), messages.XFRM_MSG_DELSA)
+        self._forget(sa_id)
+
+    def _forget(self, sa_id: SaId) -> None:
+        self._known.pop(sa_id, None)
+        self._reserved.pop((sa_id.destination, sa_id.spi), None)
+        self._keepalives.forget(sa_id)
+
+    def flush_sas(self) -> None:
+        """Remove every ESP SA of this network namespace, whoever installed it."""
+        message = messages.xfrm_usersa_flush()
+        message["proto"] = socket.IPPROTO_ESP
+        message.encode()
+        self._netlink.request("Flushing SAs", bytearray(message.data), messages.XFRM_MSG_FLUSHSA)
+        self._known.clear()
+        self._reserved.clear()
+        self._keepalives.forget()
+
+    def _dump_sas(self) -> list[bytes]:
+        return self._netlink.dump("Listing SAs", bytearray(INFO_END), messages.XFRM_MSG_GETSA)
+
+    def list_sas(self) -> list[InstalledSA]:
+        """Return every SA of this network namespace, with keys.
+
+        A direction that the kernel does not know is told from the addresses of this host.
+        """
+        return [installed_sa(answer, self._local) for answer in self._dump_sas()]
+
+    # -- policies
+
+    def add_policy(self, policy: Policy) -> None:
+        """Install `policy`. EEXIST: there is one with this selector, direction, mark and interface.
+
+        What comes in may be for this host or for another behind it, so that an IN policy is
+        installed for FWD, too (except in transport mode, which is for this host only). Outbound
+        tunnel policies cannot be `optional` with kernels since 2022: EINVAL.
+        """
+        done: list[int] = []
+        for direction in kernel_directions(policy):
+            try:
+                message = encode_policy(policy, direction)
+                self._netlink.request(
+                    f"Adding the policy for {_words(policy)}",
+                    message,
+                    messages.XFRM_MSG_NEWPOLICY,
+                    _NEW,
+                    remedies=_POLICY_REMEDIES,
+                )
+            except BaseException:
+                for each in done:
+                    self._delete_policy(policy, each)
+                raise
+            done.append(direction)
+
+    def get_policy(self, policy: Policy) -> PolicyUsage:
+        """Return the installed policy of this selector, direction, mark and interface. ESRCH: none."""
+        message = encode_policy_id(policy, kernel_directions(policy)[0])
+        what = f"Looking at the policy for {_words(policy)}"
+        try:
+            return _policy_usage(self._netlink.request(what, message, messages.XFRM_MSG_GETPOLICY, 0))
+        except NatCompatError as error:
+            raise _no_policy(error) from None
+
+    def delete_policy(self, policy: Policy) -> None:
+        """Remove the policy of this selector, direction, mark and interface. ESRCH: there is none."""
+        self._delete_policy(policy, kernel_directions(policy)[0])
+        if policy.direction is Direction.IN:
+            try:
+                self._delete_policy(policy, messages.XFRM_POLICY_FWD)
+            except NatCompatError as error:
+                if error.errno != errno.ESRCH:
+                    raise
+
+    def _delete_policy(self, policy: Policy, direction: int) -> None:
+        what = f"Deleting the policy for {_words(policy)}"
+        try:
+            self._netlink.request(what, encode_policy_id(policy, direction), messages.XFRM_MSG_DELPOLICY)
+        except NatCompatError as error:
+            raise _no_policy(error) from None
+
+    def flush_policies(self) -> None:
+        """Remove every policy of this network namespace, whoever installed it; sockets keep their own."""
+        message = messages.xfrm_userpolicy_flush()
+        message.encode()
+        self._netlink.request("Flushing policies", bytearray(message.data), messages.XFRM_MSG_FLUSHPOLICY)
+
+    def list_policies(self) -> list[PolicyUsage]:
+        """Return every IN and OUT policy that this package has words for (FWD comes with IN)."""
+        found = []
+        empty = messages.xfrm_userpolicy_id()
+        empty.encode()
+        for answer in self._netlink.dump(
+            "Listing policies", bytearray(empty.data), messages.XFRM_MSG_GETPOLICY
+        ):
+            try:
+                found.append(_policy_usage(answer))
+            except NatCompatError:
+                continue
+        return found
+
+    # -- the rest
+
+    def bypass(self, sock: socket.socket) -> None:
+        """Exempt `sock` from all policies, in both directions (see `natcompat.xfrm.bypass`)."""
+        bypass(sock)
+
+    def events(self, *, receive_buffer: int = RECEIVE_BUFFER) -> XfrmEvents:
+        """Start listening, in the network namespace of the calling thread, where this was opened, too.
+
+        `receive_buffer` bytes of queue are asked for.
+        """
+        return XfrmEvents(self._dump_sas, self._known, self._is_there, receive_buffer=receive_buffer)
+
+
+def open_xfrm() -> XfrmIPsec:
+    """Open the kernel's IPsec."""
+    return XfrmIPsec()
+
+
+def _words(policy: Policy) -> str:
+    selector = policy.selector
+    return f"{selector.source} to {selector.destination} ({policy.direction.value})"
+
+
+def _no_policy(error: NatCompatError) -> NatCompatError:
+    """Say ESRCH for a policy that is not there, as for an SA; the kernel says ENOENT."""
+    if error.errno != errno.ENOENT:
+        return error
+    return failure((error.strerror or "").split(":")[0], errno.ESRCH, "there is no such policy")
+
+
+def _policy_usage(answer: bytes) -> PolicyUsage:
+    message = decode(messages.xfrm_userpolicy_info, answer)
+    last_used = float(message["curlft_use_time"])
+    return PolicyUsage(
+        policy=policy_of(message), added=float(message["curlft_add_time"]), last_used=last_used or None
+    )

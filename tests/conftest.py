@@ -1,0 +1,87 @@
+"""What all tests share: sockets that close, both families, and the rule that CI skips nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Generator, Iterator
+
+import pytest
+
+from tests.pairs import KINDS, Kind, Pair
+
+pytest_plugins = ("tests.lab.plugin",)
+
+MakeSocket = Callable[..., socket.socket]
+
+NO_SKIPS = os.environ.get("CI") == "true" and hasattr(os, "geteuid") and os.geteuid() == 0
+"""Continuous integration runs as root and has everything: a skip there is a hole in the tests."""
+
+
+@pytest.fixture(params=[socket.AF_INET, socket.AF_INET6], ids=["IPv4", "IPv6"])
+def family(request: pytest.FixtureRequest) -> socket.AddressFamily:
+    """Every address family that the option is for."""
+    chosen: socket.AddressFamily = request.param
+    return chosen
+
+
+@pytest.fixture
+def loopback(family: socket.AddressFamily) -> tuple[str, int]:
+    """The loopback address of the family, with a port of the kernel's choice."""
+    return ("::1" if family == socket.AF_INET6 else "127.0.0.1"), 0
+
+
+@pytest.fixture
+def udp(family: socket.AddressFamily, loopback: tuple[str, int]) -> Iterator[MakeSocket]:
+    """Make UDP sockets on loopback, with a timeout of 5 s; closed at the end of the test."""
+    with contextlib.ExitStack() as open_sockets:
+
+        def make(cls: type[socket.socket] = socket.socket, *, bound: bool = True) -> socket.socket:
+            sock = open_sockets.enter_context(cls(family, socket.SOCK_DGRAM))
+            sock.settimeout(5)
+            if bound:
+                sock.bind(loopback)
+            return sock
+
+        yield make
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
+def kind(request: pytest.FixtureRequest) -> Kind:
+    """Every way of serving a socket."""
+    chosen: Kind = request.param
+    return chosen
+
+
+@pytest.fixture
+def pair(kind: Kind, family: socket.AddressFamily) -> Iterator[Pair]:
+    """An endpoint on loopback and its peer."""
+    with contextlib.ExitStack() as stack:
+        yield Pair(kind, family, stack)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Turn a skip into a failure where nothing may skip."""
+    report = yield
+    if NO_SKIPS and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", _complaint(report.longrepr)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Turn the skip of a whole module into an error where nothing may skip."""
+    report = yield
+    if NO_SKIPS and report.skipped:
+        report.outcome, report.longrepr = "failed", _complaint(report.longrepr)
+    return report
+
+
+def _complaint(skip: object) -> str:
+    reason = skip[2] if isinstance(skip, tuple) else skip
+    return (
+        f"{reason}\n\nAs root with CI=true no test may skip: give it what it needs (.ci/setup names the "
+        "packages), or take CI out of the environment."
+    )

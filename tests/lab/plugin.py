@@ -1,0 +1,203 @@
+"""Runs the tests marked ``kernel_esp`` on a kernel with ESP, and counts them as if they had run here.
+
+Before the first test, all of them are run together by a second pytest: in a private network
+namespace where the running kernel has ESP, otherwise in one guest (tests/lab/guest.py). Their reports
+come back and are reported in their turn. Where neither works they are skipped with the reason; with
+CI=true in the environment they fail instead.
+
+NATCOMPAT_LAB=native or NATCOMPAT_LAB=guest chooses the place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab import guest
+
+RESULTS = "NATCOMPAT_LAB_RESULTS"
+"""Environment variable of the second pytest: the file for its reports, one JSON object a line."""
+
+LIMIT = 540
+"""Seconds for all tests of the lab together."""
+
+Reports = dict[str, list[dict[str, Any]]]
+_FOUND: pytest.StashKey[Reports | str] = pytest.StashKey()
+
+
+def _lab_items(items: list[pytest.Item]) -> list[pytest.Item]:
+    return [item for item in items if item.get_closest_marker("kernel_esp")]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    config = session.config
+    items = _lab_items(session.items)
+    if RESULTS in os.environ or config.option.collectonly or not items:
+        return
+    names = [item.nodeid for item in items]
+    worker = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if worker is None:
+        config.stash[_FOUND] = _run(names, config.rootpath)
+        return
+    # Of several xdist workers, each of which has collected all tests, the first runs the lab.
+    directory = Path(tempfile.gettempdir()) / f"natcompat-lab-{worker}"
+    directory.mkdir(exist_ok=True)
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        shared = directory / "found.json"
+        if not shared.exists():
+            shared.write_text(json.dumps(_run(names, config.rootpath)))
+        config.stash[_FOUND] = json.loads(shared.read_text())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    found = item.config.stash.get(_FOUND, None)
+    if found is None or item.get_closest_marker("kernel_esp") is None:
+        return None
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in _reports(item, found):
+        item.ihook.pytest_runtest_logreport(report=report)
+    # what the test before this one left set up for it
+    item.session._setupstate.teardown_exact(nextitem)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if RESULTS in os.environ and _inner_config:
+        data = _inner_config[0].hook.pytest_report_to_serializable(config=_inner_config[0], report=report)
+        with open(os.environ[RESULTS], "a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"nodeid": report.nodeid, "report": data}, default=str) + "\n")
+
+
+_inner_config: list[pytest.Config] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if RESULTS in os.environ:
+        _inner_config.append(config)
+
+
+def _reports(item: pytest.Item, found: Reports | str) -> list[pytest.TestReport]:
+    if isinstance(found, str):
+        path, line, _ = item.location
+        if os.environ.get("CI") == "true":
+            return [_report(item, "failed", f"the lab did not run, and in CI it must: {found}", "setup")]
+        return [_report(item, "skipped", (path, line or 0, f"Skipped: no kernel with ESP: {found}"), "setup")]
+    inner = found.get(item.nodeid)
+    if not inner:
+        return [_report(item, "failed", f"no result came out of the lab. {found['']}", "call")]
+    hook = item.config.hook
+    return [hook.pytest_report_from_serializable(config=item.config, data=dict(each)) for each in inner]
+
+
+def _report(item: pytest.Item, outcome: Any, text: Any, when: Any) -> pytest.TestReport:
+    return pytest.TestReport(
+        nodeid=item.nodeid,
+        location=item.location,
+        keywords=dict.fromkeys(item.keywords, 1),
+        outcome=outcome,
+        longrepr=text,
+        when=when,
+    )
+
+
+def _run(names: list[str], root: Path) -> Reports | str:
+    """Run the tests `names` in the lab; return their reports (and the output under ""), or why not."""
+    place = os.environ.get("NATCOMPAT_LAB") or ("native" if _kernel_has_esp() else "guest")
+    if place == "guest":
+        problem = _install_packages()
+        if problem:
+            return problem
+    with tempfile.TemporaryDirectory(prefix="natcompat-lab-") as name:
+        directory = Path(name)
+        (directory / "names").write_text("\n".join(names) + "\n")
+        results = directory / "results"
+        results.touch()
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={root}"]
+        command += [
+            "-c",
+            str(root / "pyproject.toml"),
+            "-o",
+            "addopts=--strict-markers",
+            f"@{directory}/names",
+        ]
+        environment = {"PATH": os.environ["PATH"], "HOME": "/root", RESULTS: str(results), "LANG": "C.UTF-8"}
+        environment["PYTHONPATH"] = str(root)
+        environment["PATH"] += ":/usr/sbin:/sbin"
+        ending = ""
+        try:
+            status = (
+                _run_natively(command, directory, environment)
+                if place == "native"
+                else guest.run(command, directory, limit=LIMIT, environment=environment)
+            )
+            ending = f"The inner run ended with status {status}."
+        except (guest.GuestError, OSError, subprocess.SubprocessError) as error:
+            ending = str(error)
+            if not results.stat().st_size:
+                return ending
+        found: Reports = {"": []}
+        for line in results.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # the last line of a run that was cut off
+                entry = json.loads(line)
+                found.setdefault(entry["nodeid"], []).append(entry["report"])
+        output = (directory / "output").read_text(errors="replace")[-4000:]
+        found[""] = [{"output": f"{ending}\n{output}"}]
+        return found
+
+
+def _kernel_has_esp() -> bool:
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return False
+    from natcompat.xfrm.probe import probe_esp
+
+    return bool(probe_esp()) and bool(probe_esp("rfc4106(gcm(aes))", "", family=socket.AF_INET6))
+
+
+def _run_natively(command: list[str], directory: Path, environment: dict[str, str]) -> int:
+    """Run `command` in namespaces of its own, which end with it."""
+    script = 'mkdir -p /run/netns && mount -t tmpfs names /run/netns && ip link set lo up && exec "$@"'
+    with (directory / "output").open("wb") as output:
+        return subprocess.run(
+            ["unshare", "--net", "--mount", "sh", "-ec", script, "sh", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            timeout=LIMIT,
+            check=False,
+        ).returncode
+
+
+def _install_packages() -> str:
+    """Install what the guest needs, where this process may; return what is in the way, if anything."""
+    if guest.kernel() and shutil.which("iptables-legacy", path="/usr/sbin:/sbin") and shutil.which("swanctl"):
+        return ""
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        return "the guest is a Linux program for x86-64"
+    if os.geteuid() != 0 or not shutil.which("apt-get"):
+        missing = " ".join(guest.PACKAGES)
+        return "" if guest.kernel() else f"User Mode Linux is missing (as root: apt-get install {missing})"
+    for step in (["update"], ["install", "-y", "--no-install-recommends", *guest.PACKAGES]):
+        done = subprocess.run(
+            ["apt-get", "-q", *step],
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    return "" if guest.kernel() else f"apt-get could not install User Mode Linux: {done.stderr[-500:]}"

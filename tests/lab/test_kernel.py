@@ -1,0 +1,646 @@
+"""`XfrmIPsec` against a real kernel: what is installed, changed, refused, and reported."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import select
+import socket
+import struct
+import subprocess
+import traceback
+from ipaddress import IPv4Address, ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from natcompat.errors import NatCompatError
+from natcompat.ipsec import (
+    Action,
+    Direction,
+    Encr,
+    EventsLost,
+    Expire,
+    Integ,
+    Lifetime,
+    Mark,
+    Mode,
+    Policy,
+    SecurityAssociation,
+    TrafficSelector,
+    UDPEncapsulation,
+)
+from natcompat.xfrm import _messages as messages
+from natcompat.xfrm.kernel import XfrmIPsec
+from natcompat.xfrm.netlink import attributes
+from natcompat.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
+from natcompat.xfrm.readback import decode
+from natcompat.xfrm.translate import INFO_END, encode_sa_id
+from tests.lab.topology import wait_for
+from tests.test_xfrm_probe import as_nobody
+
+pytestmark = pytest.mark.kernel_esp
+
+OUTER = {4: ("192.0.2.1", "192.0.2.2"), 6: ("2001:db8::1", "2001:db8::2")}
+
+
+def make(spi: int = 0xC0DE0001, version: int = 4, **changes: Any) -> SecurityAssociation:
+    arguments: dict[str, Any] = {
+        "spi": spi,
+        "source": OUTER[version][0],
+        "destination": OUTER[version][1],
+        "direction": Direction.OUT,
+        "encryption": Encr.AES_GCM_16,
+        "encryption_key": bytes(range(1, 21)),
+        "reqid": 7,
+    }
+    return SecurityAssociation(**{**arguments, **changes})
+
+
+def cbc(spi: int = 0xC0DE0001, **changes: Any) -> SecurityAssociation:
+    return make(
+        spi,
+        **{
+            "encryption": Encr.AES_CBC,
+            "encryption_key": bytes(range(16)),
+            "integrity": Integ.HMAC_SHA2_256_128,
+            "integrity_key": bytes(range(32)),
+            **changes,
+        },
+    )
+
+
+PORTS = UDPEncapsulation(local_port=4500, remote_port=34567)
+
+
+def test_the_probes_say_available() -> None:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        assert probe_esp(family=family).support is EspSupport.AVAILABLE
+        assert probe_esp("rfc4106(gcm(aes))", "", family=family)
+        assert probe_esp_unprivileged(family)
+
+
+# -- what is installed is what was asked for
+
+
+@pytest.mark.parametrize("transform", list(Encr), ids=lambda each: each.name)
+def test_every_transform(ipsec: XfrmIPsec, transform: Encr) -> None:
+    """With every key length, integrity, mode, family and direction, with ESN, UDP, and without."""
+    spi = 1000
+    expected = {}
+    for key_length in transform.key_lengths:
+        for integrity in [Integ.NONE] if transform.is_aead else list(Integ)[1:]:
+            for version in (4, 6):
+                for mode in Mode:
+                    for direction in Direction:
+                        spi += 1
+                        sa = make(
+                            spi,
+                            version,
+                            direction=direction,
+                            mode=mode,
+                            encryption=transform,
+                            encryption_key=bytes(range(1, key_length + 1)),
+                            integrity=integrity,
+                            integrity_key=bytes(range(1, integrity.key_length + 1)),
+                            esn=spi % 2 == 0,
+                            encapsulation=PORTS if spi % 3 == 0 else None,
+                        )
+                        expected[ipsec.add_sa(sa)] = sa
+    found = {each.sa_id: each.association for each in ipsec.list_sas()}
+    assert found.keys() == expected.keys()
+    for sa_id, sa in expected.items():
+        association = found[sa_id]
+        assert association is not None
+        for name in ("encryption", "encryption_key", "integrity", "integrity_key", "mode", "esn", "reqid"):
+            assert getattr(association, name) == getattr(sa, name), name
+
+
+@pytest.mark.parametrize("version", [4, 6], ids=["IPv4", "IPv6"])
+def test_what_the_kernel_shows_is_what_was_asked_for(ipsec: XfrmIPsec, version: int) -> None:
+    sa = make(
+        version=version,
+        encapsulation=PORTS,
+        lifetime=Lifetime(
+            soft_seconds=100, hard_seconds=200, soft_bytes=3000, hard_bytes=2**40, hard_packets=9
+        ),
+        mark=Mark(value=0x2A, mask=0xFF),
+        interface_id=17,
+        tfc=1200,
+        copy_dscp=False,
+        copy_ecn=False,
+        copy_df=False,
+        selectors=[
+            TrafficSelector(source="10.1.0.0/16", destination="10.2.0.0/24", protocol=17, source_port=9)
+        ],
+    )
+    sa_id = ipsec.add_sa(sa)
+    (found,) = ipsec.list_sas()
+    assert found.sa_id == sa_id
+    assert found.association is not None
+    assert dataclasses.replace(found.association, replay_window=64) == sa
+    usage = ipsec.get_sa(sa_id)
+    assert (usage.packets, usage.octets, usage.first_used, usage.sequence) == (0, 0, None, 0)
+    assert usage == found.usage
+
+
+@pytest.mark.parametrize("window", [0, 32, 33, 64, 1024, 4096])
+@pytest.mark.parametrize("esn", [False, True], ids=["32 bit", "ESN"])
+def test_replay_windows(ipsec: XfrmIPsec, window: int, esn: bool) -> None:
+    if esn and not window:
+        with pytest.raises(ValueError, match="need one"):
+            make(direction=Direction.IN, esn=True, replay_window=0)
+        return
+    ipsec.add_sa(make(direction=Direction.IN, esn=esn, replay_window=window))
+    (found,) = ipsec.list_sas()
+    assert found.association is not None
+    assert (found.association.replay_window, found.association.esn) == (window, esn)
+
+
+def test_ip_xfrm_agrees(ipsec: XfrmIPsec) -> None:
+    ipsec.add_sa(cbc(encapsulation=PORTS))
+    shown = subprocess.run(["ip", "xfrm", "state"], capture_output=True, text=True, check=True).stdout
+    assert "src 192.0.2.1 dst 192.0.2.2" in shown
+    assert "proto esp spi 0xc0de0001 reqid 7 mode tunnel" in shown
+    assert "auth-trunc hmac(sha256)" in shown
+    assert "encap type espinudp sport 4500 dport 34567" in shown
+
+
+def test_ports_depend_on_the_direction(ipsec: XfrmIPsec) -> None:
+    ipsec.add_sa(make(1001, encapsulation=PORTS))
+    ipsec.add_sa(make(1002, direction=Direction.IN, encapsulation=PORTS))
+    shown = subprocess.run(["ip", "xfrm", "state"], capture_output=True, text=True, check=True).stdout
+    assert shown.count("sport 4500 dport 34567") == shown.count("sport 34567 dport 4500") == 1
+
+
+def test_messages_of_the_kernel_are_understood(ipsec: XfrmIPsec) -> None:
+    """Every attribute in every answer is known and none has bytes left over."""
+    ipsec.add_sa(cbc(1001, encapsulation=PORTS, direction=Direction.IN, esn=True))
+    ipsec.add_sa(make(1002, mark=3, interface_id=4, tfc=1000))
+    answers = ipsec._dump_sas()
+    assert len(answers) == 2
+    for answer in answers:
+        message = decode(messages.xfrm_usersa_info, answer)
+        names = [slot.name for slot in message["attrs"]]
+        assert "UNKNOWN" not in names
+        again = messages.xfrm_usersa_info()
+        for name, _ in message.fields:
+            again[name] = message[name]
+        again["header"] = dict(message["header"])
+        again["attrs"] = [(slot.name, slot.value) for slot in message["attrs"]]
+        again.encode()
+        assert bytes(again.data) == answer
+
+
+# -- larval SAs
+
+
+def test_an_spi_is_reserved_and_completed(ipsec: XfrmIPsec) -> None:
+    spi = ipsec.allocate_spi("192.0.2.1", "192.0.2.2", reqid=7, minimum=0x1000, maximum=0x1FFF)
+    assert 0x1000 <= spi <= 0x1FFF
+    (larval,) = ipsec.list_sas()
+    assert larval.larval
+    assert larval.association is None
+    sa_id = ipsec.add_sa(make(spi, direction=Direction.IN))
+    (found,) = ipsec.list_sas()
+    assert (found.larval, found.sa_id) == (False, sa_id)
+    assert found.association is not None
+    assert found.association.encryption_key == bytes(range(1, 21))
+
+
+def test_a_larval_sa_of_another_process_is_completed(ipsec: XfrmIPsec) -> None:
+    with XfrmIPsec() as other:
+        spi = other.allocate_spi("192.0.2.1", "192.0.2.2")
+    ipsec.add_sa(make(spi, direction=Direction.IN))
+    assert [each.larval for each in ipsec.list_sas()] == [False]
+
+
+def test_a_reservation_outlives_the_larval_sa(ipsec: XfrmIPsec) -> None:
+    expires = Path("/proc/sys/net/core/xfrm_acq_expires")
+    before = expires.read_text()
+    expires.write_text("1")
+    try:
+        with ipsec.events() as events:
+            spi = ipsec.allocate_spi("192.0.2.1", "192.0.2.2", minimum=5000, maximum=5001)
+            wait_for("the larval SA to go", lambda: not ipsec.list_sas())
+            other = ipsec.allocate_spi("192.0.2.1", "192.0.2.2", minimum=5000, maximum=5001)
+            assert {spi, other} == {5000, 5001}
+            with pytest.raises(NatCompatError) as caught:
+                ipsec.allocate_spi("192.0.2.1", "192.0.2.2", minimum=5000, maximum=5001)
+            assert caught.value.errno == errno.ENOENT
+            wait_for("the larval SAs to go", lambda: not ipsec.list_sas())
+            ipsec.add_sa(make(spi, direction=Direction.IN))
+            ipsec.add_sa(make(other, direction=Direction.IN))
+            assert len(ipsec.list_sas()) == 2
+            assert events.read() == []
+    finally:
+        expires.write_text(before)
+
+
+def test_an_spi_that_is_free_again(ipsec: XfrmIPsec) -> None:
+    spi = ipsec.allocate_spi("192.0.2.1", "192.0.2.2", minimum=5000, maximum=5000, lifetime=0)
+    ipsec.delete_sa(make(spi).sa_id)
+    assert ipsec.allocate_spi("192.0.2.1", "192.0.2.2", minimum=5000, maximum=5000) == spi
+
+
+# -- bad input
+
+
+def refused(what: Any, *arguments: Any, **options: Any) -> NatCompatError:
+    with pytest.raises(NatCompatError) as caught:
+        what(*arguments, **options)
+    return caught.value
+
+
+def test_duplicate_spi(ipsec: XfrmIPsec) -> None:
+    ipsec.add_sa(make())
+    error = refused(ipsec.add_sa, make(encryption_key=bytes(range(20))))
+    assert error.errno == errno.EEXIST
+    assert "0xc0de0001" in str(error)
+    assert "another SPI" in error.remedy
+    (left,) = ipsec.list_sas()
+    assert left.association is not None
+    assert left.association.encryption_key == bytes(range(1, 21))
+
+
+def test_marks_tell_sas_apart(ipsec: XfrmIPsec) -> None:
+    ids = [ipsec.add_sa(make(mark=mark)) for mark in (5, 6)]
+    assert {each.sa_id for each in ipsec.list_sas()} == set(ids)
+    ipsec.delete_sa(ids[0])
+    assert [each.sa_id for each in ipsec.list_sas()] == ids[1:]
+    ipsec.flush_sas()
+    ipsec.add_sa(make())  # one without a mark is for all of them
+    assert refused(ipsec.add_sa, make(mark=5)).errno == errno.EEXIST
+
+
+def test_unknown_sa(ipsec: XfrmIPsec) -> None:
+    nobody = make().sa_id
+    for error in (refused(ipsec.get_sa, nobody), refused(ipsec.delete_sa, nobody)):
+        assert error.errno == errno.ESRCH
+        assert error.remedy
+    assert refused(ipsec.update_sa, nobody, source="192.0.2.7").errno == errno.ESRCH
+    policy = Policy(
+        direction=Direction.OUT,
+        selector=TrafficSelector(source="10.1.0.0/16", destination="10.2.0.0/16"),
+        action=Action.DISCARD,
+    )
+    assert refused(ipsec.get_policy, policy).errno == errno.ESRCH
+    assert refused(ipsec.delete_policy, policy).errno == errno.ESRCH
+
+
+def test_a_missing_algorithm(ipsec: XfrmIPsec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this kernel had no GCM: the request names an algorithm that nobody has."""
+    from natcompat.xfrm import probe, translate
+
+    monkeypatch.setitem(translate.ENCRYPTION_NAMES, Encr.AES_GCM_16, "rfc4106(rot13(aes))")
+    monkeypatch.setitem(probe.MODULES, "rfc4106(rot13(aes))", "gcm, ctr and ghash")
+    translate._template.cache_clear()
+    error = refused(ipsec.add_sa, make())
+    translate._template.cache_clear()
+    assert error.errno == errno.ENOSYS
+    assert "Requested AEAD algorithm not found" in str(error)
+    assert "modules gcm, ctr and ghash" in error.remedy
+    assert ipsec.list_sas() == []
+
+
+def test_no_privilege() -> None:
+    def attempt() -> list[Any]:
+        try:
+            XfrmIPsec()
+        except NatCompatError as error:
+            return [error.errno, error.remedy]
+        return []
+
+    code, remedy = as_nobody(attempt)
+    assert code == errno.EPERM
+    assert "CAP_NET_ADMIN" in remedy
+
+
+def test_keys_are_not_in_the_locals_of_our_frames(ipsec: XfrmIPsec) -> None:
+    sa = make(encryption_key=b"swordfish-swordfish!")
+    ipsec.add_sa(sa)
+    ipsec.add_sa(make(destination="192.0.2.9"))
+    for error in (refused(ipsec.add_sa, sa), refused(ipsec.update_sa, sa.sa_id, destination="192.0.2.9")):
+        stack = traceback.TracebackException.from_exception(error, capture_locals=True).stack
+        shown = "".join(str(frame.locals) for frame in stack if "natcompat/xfrm" in frame.filename)
+        assert shown
+        assert "swordfish" not in shown
+
+
+def test_a_forked_child_is_told(ipsec: XfrmIPsec) -> None:
+    def attempt() -> list[Any]:
+        try:
+            ipsec.flush_sas()
+        except NatCompatError as error:
+            return [error.errno, error.remedy]
+        return []
+
+    code, remedy = as_nobody(attempt)
+    assert code == errno.EINVAL
+    assert "after fork" in remedy
+
+
+# -- moving an SA
+
+
+def test_ports_change_in_place(ipsec: XfrmIPsec) -> None:
+    sa_id = ipsec.add_sa(make(encapsulation=PORTS))
+    added = ipsec.get_sa(sa_id).added
+    with Deletions() as deletions:
+        new = ipsec.update_sa(sa_id, encapsulation=UDPEncapsulation(local_port=4501, remote_port=1024))
+        assert deletions.seen() == 0
+    assert new == sa_id
+    (found,) = ipsec.list_sas()
+    assert found.association is not None
+    assert found.association.encapsulation == UDPEncapsulation(local_port=4501, remote_port=1024)
+    assert found.usage.added == added
+
+
+class Deletions:
+    """Counts the SAs that the kernel reports as deleted."""
+
+    def __enter__(self) -> Deletions:
+        self.socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 6)
+        self.socket.bind((0, 1 << (messages.XFRMNLGRP_SA - 1)))
+        self.socket.setblocking(False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
+    def seen(self) -> int:
+        count = 0
+        while True:
+            try:
+                count += struct.unpack_from("=H", self.socket.recv(65536), 4)[0] == messages.XFRM_MSG_DELSA
+            except BlockingIOError:
+                return count
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": "192.0.2.9"},
+        {"destination": "192.0.2.9"},
+        {"source": "192.0.2.8", "destination": "192.0.2.9"},
+        {"encapsulation": None},
+        {"source": "192.0.2.9", "encapsulation": UDPEncapsulation(local_port=4500, remote_port=77)},
+    ],
+    ids=lambda change: " and ".join(change),
+)
+@pytest.mark.parametrize("esn", [False, True], ids=["32 bit", "ESN"])
+@pytest.mark.parametrize("direction", list(Direction), ids=lambda each: each.value)
+def test_everything_else_is_kept_when_addresses_change(
+    ipsec: XfrmIPsec, change: dict[str, Any], esn: bool, direction: Direction
+) -> None:
+    sa = make(encapsulation=PORTS, esn=esn, direction=direction, lifetime=Lifetime(hard_packets=1000))
+    old = ipsec.add_sa(sa)
+    before = _set_state(ipsec, sa)
+    new = ipsec.update_sa(old, **change)
+    after = _raw(ipsec, new)
+    assert _replay(after) == _replay(before)
+    (found,) = ipsec.list_sas()
+    association = found.association
+    assert association is not None
+    assert association.source == ip_address(change.get("source", sa.source))
+    assert association.destination == ip_address(change.get("destination", sa.destination))
+    assert (association.encryption_key, association.esn) == (sa.encryption_key, esn)
+    assert association.lifetime == sa.lifetime
+    # The kernel does not know the direction here, and natcompat takes it from the addresses: outbound.
+    expected = change.get("encapsulation", sa.encapsulation if direction is Direction.OUT else ...)
+    if expected is not ...:
+        assert association.encapsulation == expected
+    assert found.usage.octets == 5000
+    assert found.usage.packets == 50
+
+
+def _set_state(ipsec: XfrmIPsec, sa: SecurityAssociation) -> bytes:
+    """Pretend traffic: set the counters and sequence numbers of `sa` (XFRM_MSG_NEWAE)."""
+    message = bytearray(16) + bytearray(encode_sa_id(sa.sa_id)[16:])
+    message += bytes(16) + struct.pack("=II", 0, 0)
+    message += struct.pack("=HH4Q", 36, 9, 5000, 50, int(ipsec.get_sa(sa.sa_id).added), 0)  # XFRMA_LTIME_VAL
+    words = 1 if sa.direction is Direction.OUT and sa.esn else 2
+    if sa.esn or sa.direction is Direction.IN:
+        window = 32 if words == 1 else 64
+        message += struct.pack(
+            f"=HH6I{words}I", 28 + 4 * words, 23, words, 1234, 4321, int(sa.esn), int(sa.esn), window,
+            *[0x5A5A5A5A] * words,
+        )  # fmt: skip
+    else:
+        message += struct.pack("=HHIII", 16, 10, 1234, 0, 0)
+    ipsec._netlink.request("aevent", message, messages.XFRM_MSG_NEWAE, 0x104)
+    return _raw(ipsec, sa.sa_id)
+
+
+def _raw(ipsec: XfrmIPsec, sa_id: Any) -> bytes:
+    return ipsec._get(sa_id)
+
+
+def _replay(answer: bytes) -> dict[int, bytes]:
+    found = {kind: answer[start:end] for kind, start, end in attributes(answer, INFO_END) if kind in (10, 23)}
+    assert any(b"\xd2\x04\0\0" in value for value in found.values())  # 1234
+    return found
+
+
+def test_a_move_that_fails_leaves_everything(ipsec: XfrmIPsec) -> None:
+    first = ipsec.add_sa(make(encapsulation=PORTS))
+    ipsec.add_sa(make(destination="192.0.2.9"))
+    before = _raw(ipsec, first)[16:]
+    assert refused(ipsec.update_sa, first, destination="192.0.2.9").errno == errno.EEXIST
+    assert _raw(ipsec, first)[16:] == before
+    with pytest.raises(ValueError, match="stays in its address family"):
+        ipsec.update_sa(first, destination="2001:db8::9")
+    assert len(ipsec.list_sas()) == 2
+
+
+def test_what_is_deleted_and_refused_is_put_back(ipsec: XfrmIPsec, monkeypatch: pytest.MonkeyPatch) -> None:
+    from natcompat.xfrm import move
+
+    sa = make(encapsulation=PORTS)
+    sa_id = ipsec.add_sa(sa)
+    before = _set_state(ipsec, sa)
+    changed = move._changed
+
+    def spoiled(*arguments: Any) -> bytearray:
+        message = changed(*arguments)
+        message[move._AT["family"]] = 99  # the kernel refuses that
+        return message
+
+    monkeypatch.setattr(move, "_changed", spoiled)
+    assert refused(ipsec.update_sa, sa_id, source="192.0.2.9").errno == errno.EINVAL
+    assert _replay(_raw(ipsec, sa_id)) == _replay(before)
+    assert ipsec.get_sa(sa_id).octets == 5000
+
+
+# -- policies
+
+
+def tunnel(direction: Direction = Direction.IN, **changes: Any) -> Policy:
+    arguments: dict[str, Any] = {
+        "direction": direction,
+        "selector": TrafficSelector(source="10.2.0.0/24", destination="10.1.0.0/16"),
+        "source": "192.0.2.1",
+        "destination": "192.0.2.2",
+        "reqid": 7,
+    }
+    return Policy(**{**arguments, **changes})
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        tunnel(),
+        tunnel(Direction.OUT, optional=True, priority=12, mode=Mode.TRANSPORT, source=None, destination=None),
+        tunnel(mark=Mark(value=1, mask=3), interface_id=9),
+        tunnel(Direction.OUT, source="2001:db8::1", destination="2001:db8::2"),
+        tunnel(mode=Mode.TRANSPORT, source=None, destination=None),
+        tunnel(Direction.OUT, action=Action.BYPASS, source=None, destination=None, reqid=0),
+        tunnel(action=Action.DISCARD, source=None, destination=None, reqid=0),
+        tunnel(
+            Direction.OUT,
+            selector=TrafficSelector(
+                source="fd00::/64", destination="fd01::1", protocol=6, source_port=80, destination_port=8080
+            ),
+        ),
+    ],
+    ids=[
+        "tunnel",
+        "optional",
+        "mark and interface",
+        "IPv4 in IPv6",
+        "transport",
+        "bypass",
+        "discard",
+        "ports",
+    ],
+)
+def test_policies_come_back(ipsec: XfrmIPsec, policy: Policy) -> None:
+    ipsec.add_policy(policy)
+    found = ipsec.get_policy(policy)
+    expected = policy if policy.priority is not None else dataclasses.replace(
+        policy, priority=found.policy.priority
+    )  # fmt: skip
+    assert found.policy == expected
+    assert [each.policy for each in ipsec.list_policies()] == [expected]
+    assert found.last_used is None
+    assert refused(ipsec.add_policy, policy).errno == errno.EEXIST
+    ipsec.delete_policy(policy)
+    assert ipsec.list_policies() == []
+    assert not subprocess.run(
+        ["ip", "xfrm", "policy", "list", "nosock"], capture_output=True, check=True
+    ).stdout
+
+
+def test_an_outbound_tunnel_cannot_be_optional(ipsec: XfrmIPsec) -> None:
+    error = refused(ipsec.add_policy, tunnel(Direction.OUT, optional=True))
+    assert error.errno == errno.EINVAL
+    assert "BYPASS" in error.remedy
+
+
+def test_what_comes_in_may_be_forwarded(ipsec: XfrmIPsec) -> None:
+    ipsec.add_policy(tunnel())
+    shown = subprocess.run(["ip", "xfrm", "policy"], capture_output=True, text=True, check=True).stdout
+    assert shown.count("dir in") == shown.count("dir fwd") == 1
+    ipsec.flush_policies()
+    ipsec.add_policy(tunnel(mode=Mode.TRANSPORT, source=None, destination=None))
+    shown = subprocess.run(["ip", "xfrm", "policy"], capture_output=True, text=True, check=True).stdout
+    assert "dir fwd" not in shown
+
+
+def test_a_policy_is_installed_whole_or_not_at_all(ipsec: XfrmIPsec) -> None:
+    command = "ip xfrm policy add src 10.2.0.0/24 dst 10.1.0.0/16 dir fwd"
+    subprocess.run(command.split(), check=True)
+    error = refused(ipsec.add_policy, tunnel())
+    assert error.errno == errno.EEXIST
+    assert "marks" in error.remedy
+    assert ipsec.list_policies() == []
+
+
+def test_the_more_specific_policy_comes_first(ipsec: XfrmIPsec) -> None:
+    selectors = [
+        TrafficSelector(source="0.0.0.0/0", destination="0.0.0.0/0"),
+        TrafficSelector(source="0.0.0.0/0", destination="0.0.0.0/0", protocol=17),
+        TrafficSelector(source="10.0.0.0/8", destination="10.0.0.0/8"),
+        TrafficSelector(source="10.0.0.0/8", destination="10.0.0.0/9"),
+        TrafficSelector(source="10.0.0.0/8", destination="10.0.0.0/9", protocol=6, destination_port=80),
+    ]
+    for selector in selectors:
+        ipsec.add_policy(tunnel(Direction.OUT, selector=selector))
+    priorities = {each.policy.selector: each.policy.priority for each in ipsec.list_policies()}
+    ordered = [priorities[selector] or 0 for selector in selectors]
+    assert ordered == sorted(ordered, reverse=True)
+    assert len(set(ordered)) == len(ordered)
+
+
+def test_policies_of_others_are_left_out(ipsec: XfrmIPsec) -> None:
+    command = (
+        "ip xfrm policy add src 10.2.0.0/24 dst 10.1.0.0/16 dir out "
+        "tmpl proto ah mode transport tmpl proto esp mode transport"
+    )
+    subprocess.run(command.split(), check=True)
+    assert ipsec.list_policies() == []
+
+
+def test_sas_of_others_are_described(ipsec: XfrmIPsec) -> None:
+    command = "ip xfrm state add src 192.0.2.1 dst 192.0.2.2 proto ah spi 0x999 auth hmac(sha1) 0x"
+    subprocess.run([*command.split()[:-1], "0x" + "07" * 20], check=True)
+    (found,) = ipsec.list_sas()
+    assert found.association is None
+    assert found.description.startswith("AH hmac(sha1)")
+
+
+# -- events
+
+
+def test_hard_and_soft_expiry(ipsec: XfrmIPsec) -> None:
+    with ipsec.events() as events:
+        sa_id = ipsec.add_sa(make(lifetime=Lifetime(soft_seconds=1, hard_seconds=3)))
+        found: list[Any] = []
+
+        def both() -> bool:
+            assert select.select([events], [], [], 10)[0]
+            found.extend(events.read())
+            return len(found) >= 2
+
+        wait_for("both expiries", both)
+    assert found == [Expire(sa_id=sa_id, reqid=7, hard=False), Expire(sa_id=sa_id, reqid=7, hard=True)]
+    assert ipsec.list_sas() == []
+
+
+def test_lost_events_are_said_and_found_out(ipsec: XfrmIPsec) -> None:
+    with ipsec.events(receive_buffer=4096) as events:
+        for number in range(60):
+            ipsec.add_sa(make(3000 + number, lifetime=Lifetime(hard_seconds=1)))
+        ipsec.add_sa(make(9999, lifetime=Lifetime(soft_seconds=1)))
+        wait_for("the expiries", lambda: len(ipsec.list_sas()) == 1)
+        found = events.read()
+    assert EventsLost() in found
+    expired = {each.sa_id.spi for each in found if isinstance(each, Expire) and each.hard}
+    assert expired == {3000 + number for number in range(60)}
+    assert [each.sa_id.spi for each in found if isinstance(each, Expire) and not each.hard][-1:] == [9999]
+    assert [each.sa_id.spi for each in ipsec.list_sas()] == [9999]
+
+
+def test_features(ipsec: XfrmIPsec) -> None:
+    features = ipsec.features
+    assert (features.mapping_events, features.marks, features.requires_udp_encapsulation) == (
+        True,
+        True,
+        False,
+    )
+    ipsec.add_sa(make(encapsulation=PORTS, nat_keepalive=20, direction=Direction.OUT))
+    kinds = {kind for kind, _, _ in attributes(_raw(ipsec, make().sa_id), INFO_END)}
+    assert (33 in kinds) == features.sa_direction
+    assert (34 in kinds) == features.kernel_keepalive
+
+
+def test_flushing_leaves_nothing(ipsec: XfrmIPsec) -> None:
+    ipsec.flush_sas()
+    ipsec.add_sa(make())
+    ipsec.flush_sas()
+    ipsec.flush_policies()
+    assert ipsec.list_sas() == []
+    assert ipsec.list_policies() == []
+    assert IPv4Address("127.0.0.1") in ipsec._local
+    assert IPv4Address("192.0.2.1") not in ipsec._local

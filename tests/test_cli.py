@@ -1,0 +1,118 @@
+"""The command behaves as a command of Unix should."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import natcompat
+from tests.running import COMMAND, environment, run, run_on_terminal
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, f"natcompat {natcompat.__version__}\n")
+
+
+def test_version_loads_nothing_heavy() -> None:
+    script = (
+        "import sys\n"
+        "sys.argv[1:] = ['--version']\n"
+        "from natcompat.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print({name.partition('.')[0] for name in sys.modules} & {'pyroute2', 'asyncio', 'rich', 'ctypes'})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment(), check=True
+    )
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.parametrize("command", [(), ("doctor",), ("verify",)], ids=["natcompat", "doctor", "verify"])
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_is_a_manual_page(command: tuple[str, ...], option: str) -> None:
+    done = run(*command, option)
+    assert done.returncode == 0
+    assert not done.stderr
+    for heading in ("Usage: natcompat", "Exit status:", "Examples:", "Options:"):
+        assert heading in done.stdout
+
+
+def test_help_names_every_command() -> None:
+    shown = run("--help").stdout
+    assert "doctor" in shown
+    assert "verify" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("nonsense",), ("--nonsense",), ("verify", "--backend"), ("doctor", "argument")],
+    ids=" ".join,
+)
+def test_usage_errors(arguments: tuple[str, ...]) -> None:
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert "Error: " in done.stderr
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("name", ["no-such-backend", "verify,"])
+def test_errors_name_the_remedy(name: str) -> None:
+    done = run("verify", "--no-nat", "--backend", name)
+    assert done.returncode == 1
+    assert done.stderr.startswith("natcompat: ")
+    assert "Choose among auto, linux, userspace, userspace:in-line" in done.stderr
+    assert "Errno" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_closed_pipe_is_quiet() -> None:
+    readable, writable = os.pipe()
+    os.close(readable)
+    with os.fdopen(writable, "w") as pipe:
+        done = subprocess.run(
+            [*COMMAND, "doctor"],
+            stdout=pipe,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            check=False,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_no_stdout_is_quiet() -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *COMMAND, "doctor", "--json"],
+        stderr=subprocess.PIPE,
+        env=environment(),
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+def test_full_disk_is_an_error() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "doctor"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=environment(),
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert done.stderr == b"natcompat: [Errno 28] No space left on device.\n"
+
+
+def test_colours_on_a_terminal_only() -> None:
+    status, shown = run_on_terminal("doctor")
+    assert status == 0
+    assert "\x1b[" in shown
+    assert "\x1b" not in run("doctor").stdout

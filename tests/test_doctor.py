@@ -1,0 +1,194 @@
+"""The doctor tells the truth about this machine, and leaves it as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from natcompat import backends, doctor
+from natcompat.xfrm.probe import EspSupport, probe_esp
+from tests.running import as_nobody, run, run_on_terminal
+
+SHAPE = {
+    "schema": int,
+    "natcompat": str,
+    "auto": str,
+    "auto_with_consumer": str,
+    "requested": {"value": (str, type(None)), "backend": (str, type(None)), "error": (str, type(None))},
+    "backends": [
+        {"name": str, "viable": bool, "automatic": bool, "duties": dict, "reason": str, "remedy": str}
+    ],
+    "esp": [{"family": str, "algorithm": str, "support": str, "reason": str, "remedy": str}],
+    "privileges": {"user": int, "capabilities": dict},
+    "tun": {"usable": (bool, type(None)), "reason": str, "remedy": str},
+    "ports": [{"port": int, "family": str, "address": str, "user": int, "owners": list}],
+    "system": {
+        "kernel": str,
+        "machine": str,
+        "python": str,
+        "sandbox": list,
+        "seccomp": (str, type(None)),
+        "unprivileged_bpf": (str, type(None)),
+        "gevent": (str, type(None)),
+        "uvloop": (str, type(None)),
+    },
+    "beyond_solaris": [str],
+}
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def report(*arguments: str, **more: Any) -> dict[str, Any]:
+    done = run("doctor", "--json", *arguments, **more)
+    assert not done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert done.returncode == (0 if found["auto"] else 1)
+    return found
+
+
+def check_shape(value: object, shape: Any, where: str = "report") -> None:
+    if isinstance(shape, dict):
+        assert isinstance(value, dict), where
+        assert value.keys() == shape.keys(), where
+        for key, inner in shape.items():
+            check_shape(value[key], inner, f"{where}.{key}")
+    elif isinstance(shape, list):
+        assert isinstance(value, list), where
+        for each in value:
+            check_shape(each, shape[0], f"{where}[]")
+    else:
+        assert isinstance(value, shape), where
+
+
+@linux_only
+def test_json_has_the_documented_keys() -> None:
+    found = report()
+    check_shape(found, SHAPE)
+    assert found["schema"] == 1
+    assert doctor.__doc__ is not None
+    for key in SHAPE.keys() - {"schema"}:
+        assert f"``{key}``" in doctor.__doc__
+
+
+def test_agrees_with_the_registry() -> None:
+    found = report()
+    assert [(each["name"], each["viable"]) for each in found["backends"]] == [
+        (each.backend, each.viable) for each in backends.probe()
+    ]
+    assert found["auto"] == backends.select("auto").name
+    for each in found["backends"]:
+        assert each["reason"].endswith(".")
+        assert each["viable"] or each["remedy"] or "it is for" in each["reason"].lower()
+
+
+@linux_only
+def test_esp_is_what_the_probe_says() -> None:
+    for each in report()["esp"]:
+        family = {"IPv4": socket.AF_INET, "IPv6": socket.AF_INET6}[each["family"]]
+        if each["algorithm"] == "AES-GCM-16":
+            found = probe_esp("rfc4106(gcm(aes))", "", family=family).support
+            if found is not EspSupport.NO_PRIVILEGE:
+                assert each["support"] == found.value
+
+
+@pytest.mark.parametrize(
+    ("value", "backend", "error"),
+    [
+        ("userspace", "userspace", ""),
+        ("no-such,userspace:in-line", None, "there is no backend"),
+        ("", None, ""),
+    ],
+    ids=["viable", "unknown", "empty"],
+)
+def test_what_the_environment_asks_for(value: str, backend: str | None, error: str) -> None:
+    requested = report(env={"NATCOMPAT_BACKEND": value})["requested"]
+    assert requested["value"] == (value or None)
+    assert requested["backend"] == backend
+    assert error in (requested["error"] or "")
+    assert bool(requested["error"]) == bool(error)
+
+
+@linux_only
+@pytest.mark.parametrize(
+    ("family", "address", "shown"),
+    [(socket.AF_INET, "127.1.2.3", "127.1.2.3"), (socket.AF_INET6, "::1", "::1")],
+    ids=["IPv4", "IPv6"],
+)
+def test_owner_of_a_port(family: int, address: str, shown: str) -> None:
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.bind((address, 0))
+        found = [each for each in doctor._owners(sock.getsockname()[1]) if each["address"] == shown]
+    assert len(found) == 1
+    assert found[0]["user"] == os.geteuid()
+    assert found[0]["owners"] == [
+        {"pid": os.getpid(), "command": Path("/proc/self/comm").read_text().strip()}
+    ]
+
+
+@linux_only
+def test_a_free_port_has_no_owner() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    assert [each for each in doctor._owners(port) if each["address"] == "127.0.0.1"] == []
+
+
+@linux_only
+def test_leaves_no_device_behind() -> None:
+    before = sorted(os.listdir("/sys/class/net"))
+    assert doctor._tun()["usable"] in (True, False, None)
+    assert sorted(os.listdir("/sys/class/net")) == before
+
+
+@linux_only
+@pytest.mark.parametrize("arguments", [(), ("--json",)], ids=["text", "json"])
+def test_as_an_ordinary_user(arguments: tuple[str, ...]) -> None:
+    prefix = as_nobody()
+    if not prefix:
+        pytest.skip("no Python of this version is in an ordinary user's reach")
+    done = run("doctor", *arguments, prefix=prefix)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "CAP_NET_ADMIN" in done.stdout
+    if arguments:
+        found = json.loads(done.stdout)
+        assert not found["privileges"]["capabilities"]["CAP_NET_ADMIN"]
+        assert found["auto"] == "userspace"
+        assert found["tun"]["usable"] is not True
+
+
+@linux_only
+def test_a_port_of_somebody_else() -> None:
+    prefix = as_nobody()
+    if os.geteuid() != 0 or not prefix:
+        pytest.skip("takes root and an ordinary user")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.bind(("127.4.5.6", 0))
+        port = sock.getsockname()[1]
+        script = f"from natcompat import doctor; print(list(doctor._owners({port})))"
+        done = subprocess.run([*prefix, "-c", script], capture_output=True, text=True, check=True)
+    assert "'owners': []" in done.stdout
+    assert "'user': 0" in done.stdout
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_fits_on_a_terminal(width: int) -> None:
+    status, shown = run_on_terminal("doctor", width=width)
+    assert status == 0
+    for words in ("Backends", "ESP in the kernel", "Privileges", "UDP ports of IKE", "System", "auto takes"):
+        assert words in shown
+
+
+def test_says_when_no_backend_is_viable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = doctor.examine()
+    found["auto"] = found["auto_with_consumer"] = None
+    doctor.show(found)
+    assert "auto finds no backend" in capsys.readouterr().out
