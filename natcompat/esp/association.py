@@ -255,7 +255,7 @@ class Inbound(Association):
 class Outbound(Association):
     """An SA that seals packets."""
 
-    __slots__ = ("_destinations", "_fixed", "_last", "draw_iv", "highest")
+    __slots__ = ("_destination", "_fixed", "_last", "draw_iv", "highest")
 
     def __init__(self, sa: SecurityAssociation, link: Link, sequence: int) -> None:
         """`sequence`: the last number that is not to be used again."""
@@ -269,7 +269,7 @@ class Outbound(Association):
     def place(self, sa: SecurityAssociation) -> None:
         """Take the addresses and ports of `sa`."""
         super().place(sa)
-        self._destinations: dict[tuple[int, bool], Destination] = {}
+        self._destination: Destination | None = None
 
     def seal(self, inner: bytes, now: float) -> tuple[bytes, Destination] | Dropped:
         """Return the ESP packet that carries `inner`, an IP packet whose lengths are right."""
@@ -339,13 +339,14 @@ class Outbound(Association):
 
     def destination(self, traffic_class: int, dont_fragment: bool) -> Destination:
         """Return where packets with these outer fields go."""
-        found = self._destinations.get((traffic_class, dont_fragment))
-        if found is None:
-            found = self._destinations[traffic_class, dont_fragment] = Destination(
+        last = self._destination
+        if last is None or last.traffic_class != traffic_class or last.dont_fragment is not dont_fragment:
+            ports = self.encapsulation
+            last = self._destination = Destination(
                 str(self.sa.destination),
-                self.encapsulation.remote_port,
-                local_port=self.encapsulation.local_port,
+                ports.remote_port,
+                local_port=ports.local_port,
                 traffic_class=traffic_class,
                 dont_fragment=dont_fragment,
             )
-        return found
+        return last
