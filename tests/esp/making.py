@@ -123,6 +123,13 @@ def inner(version: int = 4, payload: bytes | None = None, **changes: Any) -> byt
     return ip_packet(*INNER[version], udp() if payload is None else payload, **changes)
 
 
+def only(sealed: list[tuple[bytes, Destination]] | Dropped) -> tuple[bytes, Destination]:
+    """Return the only packet that was sealed."""
+    assert not isinstance(sealed, Dropped), sealed
+    (packet,) = sealed
+    return packet
+
+
 class Pair:
     """Two engines: `near` seals what `far` opens."""
 
@@ -151,10 +158,7 @@ class Pair:
 
     def seal(self, packet: bytes) -> tuple[bytes, Destination]:
         """Return what `near` makes of `packet`."""
-        sealed = self.near.seal(packet)
-        assert not isinstance(sealed, Dropped), sealed
-        (only,) = sealed
-        return only
+        return only(self.near.seal(packet))
 
     def open(self, packet: bytes, traffic_class: int = 0) -> bytes | Reason:
         """Return what `far` makes of `packet`."""
