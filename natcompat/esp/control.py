@@ -80,9 +80,9 @@ class Control:
         """Return the lock, to be held while the databases are read or changed."""
         if os.getpid() != self._pid:
             raise NatCompatError(
-                errno.EPERM,
+                errno.EINVAL,
                 f"this ESP engine belongs to process {self._pid}, which this one was forked from",
-                "Open another one with other keys: two processes must not use one nonce",
+                "Open one after fork, with other keys: two processes must not use one nonce",
             )
         if self._closed:
             raise NatCompatError(errno.EBADF, "this ESP engine is closed")

@@ -57,7 +57,7 @@ class EspEngine(Control):
     comes from is where its answers go, without asking (RFC 7296, 2.23); else it is only reported.
 
     All methods may be called from any thread. A forked child has the object and cannot use it:
-    two processes would use one nonce. Verbs raise EPERM there, packets are dropped.
+    two processes would use one nonce. Verbs raise EINVAL there, packets are dropped.
     """
 
     def __init__(
