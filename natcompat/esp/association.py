@@ -49,6 +49,7 @@ class Association:
         "last_used",
         "link",
         "lock",
+        "moved_to",
         "next_bytes",
         "next_packets",
         "octets",
@@ -67,6 +68,8 @@ class Association:
         self.lock = threading.Lock()
         self.link = link
         self.gone = self.soft = False
+        self.moved_to: Address = ()
+        """Where the newest authentic packet came from, if not from where it should."""
         self.due = 0
         self.packets = self.octets = 0
         self.replay_drops = self.window_drops = self.integrity_drops = 0
@@ -114,17 +117,16 @@ class Association:
             self.due |= SOFT
             self._set_limits()
 
-    def take_due(self) -> int:
-        """Return what is due, and leave nothing."""
+    def take_due(self) -> tuple[int, Address]:
+        """Return what is due and, with MOVED, the new (address, port); leave nothing."""
         with self.lock:
             due, self.due = self.due, 0
-            return due
+            return due, self.moved_to
 
-    def retire(self) -> bool:
-        """End this SA; return whether it had not ended before."""
+    def retire(self) -> None:
+        """End this SA."""
         with self.lock:
-            before, self.gone = self.gone, True
-            return not before
+            self.gone = True
 
     def usage(self) -> Usage:
         """Return the counters."""
@@ -145,12 +147,10 @@ class Association:
 class Inbound(Association):
     """An SA that opens packets."""
 
-    __slots__ = ("_fixed", "_home", "moved_to", "window")
+    __slots__ = ("_fixed", "_home", "window")
 
     def __init__(self, sa: SecurityAssociation, link: Link) -> None:
         self.window = ReplayWindow(sa.replay_window)
-        self.moved_to: Address = ()
-        """Where the newest authentic packet came from, if not from where it should."""
         super().__init__(sa, link)
         self._fixed = HEADER_LENGTH + self.cipher.iv_length + self.cipher.icv_length
 
@@ -247,6 +247,7 @@ class Inbound(Association):
         moved = (address, port)
         if moved == (self.sa.source, self.encapsulation.remote_port):
             self.moved_to = ()
+            self.due &= ~MOVED
         elif moved != self.moved_to:
             self.moved_to = moved
             self.due |= MOVED

@@ -16,8 +16,8 @@ from types import EllipsisType
 from typing import Final, NamedTuple, TypeAlias
 
 from natcompat.errors import NatCompatError
-from natcompat.esp.association import HARD, SOFT, Association, Inbound, Link, Outbound
-from natcompat.esp.databases import AssociationDatabase, PolicyDatabase, PolicyEntry, link_of
+from natcompat.esp.association import HARD, SOFT, Inbound, Link, Outbound
+from natcompat.esp.databases import AnyAssociation, AssociationDatabase, PolicyDatabase, PolicyEntry, link_of
 from natcompat.esp.nonces import Nonces
 from natcompat.esp.timer import Deadlines
 from natcompat.ipsec import (
@@ -38,7 +38,7 @@ from natcompat.ipsec import (
 KEEPALIVE: Final = 8
 """A deadline of this kind, besides SOFT and HARD."""
 
-_ALLOCATION_ATTEMPTS: Final = 64
+_ALLOCATION_ATTEMPTS: Final = 1 << 16
 
 
 class Larval(NamedTuple):
@@ -50,7 +50,7 @@ class Larval(NamedTuple):
     deadline: float
 
 
-Due: TypeAlias = Larval | tuple[Association, int]
+Due: TypeAlias = Larval | tuple[AnyAssociation, int]
 """What has a deadline: an SPI that nobody took, or an SA and SOFT, HARD or KEEPALIVE."""
 
 
@@ -72,7 +72,8 @@ class Control:
         self._lock = threading.RLock()
         self._associations = AssociationDatabase()
         self._policies = PolicyDatabase()
-        self._larval: dict[SaId, Larval] = {}
+        self._larval: dict[int, Larval] = {}
+        """By SPI: those that this engine gives away are unique, whatever the destination."""
         self._nonces = Nonces()
         self._deadlines = Deadlines()
 
@@ -125,10 +126,10 @@ class Control:
             start = secrets.randbelow(span)
             for step in range(min(span, _ALLOCATION_ATTEMPTS)):
                 spi = minimum + (start + step) % span
-                sa_id = SaId(spi=spi, destination=destination, source=source)
-                if spi not in self._associations.inbound and sa_id not in self._larval:
+                if spi not in self._associations.inbound and spi not in self._larval:
+                    sa_id = SaId(spi=spi, destination=destination, source=source)
                     deadline = time.monotonic() + lifetime
-                    self._larval[sa_id] = larval = Larval(sa_id, reqid, time.time(), deadline)
+                    self._larval[spi] = larval = Larval(sa_id, reqid, time.time(), deadline)
                     self._schedule(deadline, larval)
                     return spi
         raise NatCompatError(errno.ENOENT, f"no SPI is free in {minimum}..{maximum}", "Ask for a wider range")
@@ -151,7 +152,8 @@ class Control:
                     errno.EEXIST, f"there is an SA {sa.sa_id}", "Delete it first, or use update_sa"
                 )
             association = self._make(sa, sequence)
-            self._larval.pop(sa.sa_id, None)
+            if self._reserved(sa.sa_id):
+                del self._larval[sa.spi]
             self._associations.add(association)
             self._changed()
             now = time.monotonic()
@@ -184,7 +186,7 @@ class Control:
                 "Give EspEngine(transmit=...), or leave nat_keepalive to the IKE daemon",
             )
 
-    def _make(self, sa: SecurityAssociation, sequence: int | None) -> Association:
+    def _make(self, sa: SecurityAssociation, sequence: int | None) -> AnyAssociation:
         link = link_of(sa)
         if sa.direction is Direction.IN:
             return Inbound(sa, link)
@@ -224,7 +226,7 @@ class Control:
             self._move(association, new, link_of(new))
             return new.sa_id
 
-    def _move(self, association: Association, new: SecurityAssociation, link: Link) -> None:
+    def _move(self, association: AnyAssociation, new: SecurityAssociation, link: Link) -> None:
         old_id = association.sa.sa_id
         if new.sa_id != old_id and new.sa_id in self._associations.by_id:
             raise NatCompatError(errno.EEXIST, f"there is an SA {new.sa_id}", "Delete it first")
@@ -238,13 +240,15 @@ class Control:
     def get_sa(self, sa_id: SaId) -> Usage:
         """Return what the SA has done so far. ESRCH: there is none."""
         with self._usable():
-            larval = self._larval.get(sa_id)
+            larval = self._reserved(sa_id)
             return _unused(larval.added) if larval else self._find(sa_id).usage()
 
     def delete_sa(self, sa_id: SaId) -> None:
         """Remove one SA, or an SPI that is reserved. ESRCH: there is none."""
         with self._usable():
-            if self._larval.pop(sa_id, None) is None:
+            if self._reserved(sa_id):
+                del self._larval[sa_id.spi]
+            else:
                 self._retire(self._find(sa_id))
 
     def flush_sas(self) -> None:
@@ -263,23 +267,27 @@ class Control:
             ]
             reserved = [
                 InstalledSA(
-                    sa_id=sa_id,
+                    sa_id=each.sa_id,
                     association=None,
                     usage=_unused(each.added),
                     larval=True,
                     description="ESP, an SPI only",
                 )
-                for sa_id, each in self._larval.items()
+                for each in self._larval.values()
             ]
             return installed + reserved
 
-    def _find(self, sa_id: SaId) -> Association:
+    def _reserved(self, sa_id: SaId) -> Larval | None:
+        larval = self._larval.get(sa_id.spi)
+        return larval if larval and larval.sa_id == sa_id else None
+
+    def _find(self, sa_id: SaId) -> AnyAssociation:
         association = self._associations.by_id.get(sa_id)
         if association is None:
             raise NatCompatError(errno.ESRCH, f"there is no SA {sa_id}", "list_sas() tells which there are")
         return association
 
-    def _retire(self, association: Association) -> None:
+    def _retire(self, association: AnyAssociation) -> None:
         """Take an SA out for ever. The caller holds the lock."""
         if self._associations.remove(association.sa.sa_id) is None:
             return
@@ -316,8 +324,7 @@ class Control:
     def delete_policy(self, policy: Policy) -> None:
         """Remove the policy with the selector and direction of `policy`. ESRCH: there is none."""
         with self._usable():
-            self._policy(policy)
-            self._policies.remove(policy)
+            self._policies.remove(self._policy(policy))
             self._changed()
 
     def flush_policies(self) -> None:
@@ -346,7 +353,7 @@ class Control:
 
     def _meant(self, item: Due) -> bool:
         if isinstance(item, Larval):
-            return self._larval.get(item.sa_id) is item
+            return self._larval.get(item.sa_id.spi) is item
         return not item[0].gone
 
 

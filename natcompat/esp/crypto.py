@@ -276,5 +276,4 @@ def _make(encryption: Encr, key: bytes, salt: bytes, integrity: Integ, mac_key: 
             return _Cbc(key, integrity, mac_key)
         case Encr.AES_CTR:
             return _Ctr(key, salt, integrity, mac_key)
-        case Encr.NULL:
-            return _EncryptThenMac(integrity, mac_key)
+    return _EncryptThenMac(integrity, mac_key)  # and NULL

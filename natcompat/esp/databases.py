@@ -30,8 +30,7 @@ _A = TypeVar("_A", bound=Association)
 def link_of(item: SecurityAssociation | Policy) -> Link:
     """Return what ties `item` to its counterparts.
 
-    An inbound SA in transport mode and its policy do not name the outer addresses: they are those
-    of the packet. Outbound ones are found by `transport_link`.
+    In transport mode policies do not name the outer addresses: they are those of the packet.
     """
     if item.mode is Mode.TUNNEL:
         return item.mode, item.reqid, _packed(item.source), _packed(item.destination)
@@ -44,40 +43,41 @@ def _packed(address: IPAddress | None) -> bytes:
     return b"" if address is None else address.packed
 
 
-def transport_link(reqid: int, flow: Flow) -> Link:
-    """Return the link of the outbound SA that may carry `flow` in transport mode."""
-    return Mode.TRANSPORT, reqid, b"", flow.destination.to_bytes(4 if flow.version == 4 else 16)
+AnyAssociation: TypeAlias = Inbound | Outbound
 
 
 class AssociationDatabase:
     """SAs by name, inbound ones by SPI, outbound ones by what links them to policies."""
 
     def __init__(self) -> None:
-        self.by_id: dict[SaId, Association] = {}
+        self.by_id: dict[SaId, AnyAssociation] = {}
         self.inbound: dict[int, tuple[Inbound, ...]] = {}
         """Almost always one per SPI: this host chose it."""
         self._outbound: dict[Link, tuple[Outbound, ...]] = {}
 
-    def add(self, association: Association) -> None:
+    def add(self, association: AnyAssociation) -> None:
         """Put `association` in."""
         sa = association.sa
         self.by_id[sa.sa_id] = association
         if isinstance(association, Inbound):
             _put(self.inbound, sa.spi, association)
-        elif isinstance(association, Outbound):
+        else:
             _put(self._outbound, association.link, association)
 
-    def remove(self, sa_id: SaId) -> Association | None:
+    def remove(self, sa_id: SaId) -> AnyAssociation | None:
         """Take out what is named `sa_id`, and return it."""
         association = self.by_id.pop(sa_id, None)
         if isinstance(association, Inbound):
             _take(self.inbound, sa_id.spi, association)
-        elif isinstance(association, Outbound):
+        elif association is not None:
             _take(self._outbound, association.link, association)
         return association
 
-    def outbound_for(self, link: Link, flow: Flow) -> Outbound | None:
-        """Return the newest SA of this link that `flow` may take: the one that rekeying made last."""
+    def outbound_for(self, entry: PolicyEntry, flow: Flow) -> Outbound | None:
+        """Return the newest SA of this policy that `flow` may take: the one that rekeying made last."""
+        link = entry.link
+        if link[0] is Mode.TRANSPORT:
+            link = (*link[:3], flow.destination.to_bytes(4 if flow.version == 4 else 16))
         for each in reversed(self._outbound.get(link, ())):
             if allows(each.sa.selectors, flow):
                 return each
@@ -165,16 +165,15 @@ class PolicyDatabase:
         else:  # whoever is looking up goes over what was there before
             self._shapes[policy.direction] = {**shapes, shape: {_key(policy.selector, shape): entry}}
 
-    def remove(self, policy: Policy) -> PolicyEntry | None:
-        """Take out the entry with the direction and selector of `policy`, and return it."""
-        entry = self._by_name.pop((policy.direction, policy.selector), None)
-        if entry is not None:
-            shape = _shape(policy.selector)
-            shapes = self._shapes[policy.direction]
-            del shapes[shape][_key(policy.selector, shape)]
-            if not shapes[shape]:
-                self._shapes[policy.direction] = {each: shapes[each] for each in shapes if each != shape}
-        return entry
+    def remove(self, entry: PolicyEntry) -> None:
+        """Take out `entry`, which is in."""
+        policy = entry.policy
+        del self._by_name[policy.direction, policy.selector]
+        shape = _shape(policy.selector)
+        shapes = self._shapes[policy.direction]
+        del shapes[shape][_key(policy.selector, shape)]
+        if not shapes[shape]:
+            self._shapes[policy.direction] = {each: shapes[each] for each in shapes if each != shape}
 
     def look_up(self, direction: Direction, flow: Flow) -> PolicyEntry | None:
         """Return the first policy for `flow`, by priority."""

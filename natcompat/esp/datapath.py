@@ -14,18 +14,12 @@ from ipaddress import ip_address
 from struct import Struct
 from typing import Final, NamedTuple, Protocol, TypeAlias
 
-from natcompat.esp.association import Address, Association, Inbound, Outbound
+from natcompat.esp.association import Address, Inbound, Outbound
 from natcompat.esp.crypto import HEADER_LENGTH, Packet
-from natcompat.esp.databases import (
-    AssociationDatabase,
-    PolicyDatabase,
-    PolicyEntry,
-    allows,
-    transport_link,
-)
-from natcompat.esp.packet import Flow, FlowKey, flow_key, flow_of, inner_length
+from natcompat.esp.databases import AnyAssociation, AssociationDatabase, PolicyDatabase, PolicyEntry, allows
+from natcompat.esp.packet import Flow, FlowKey, expand, flow_key, inner_length
 from natcompat.esp.results import DROPPED, Destination, Dropped, Opened, Reason
-from natcompat.ipsec import Action, Direction, Mode
+from natcompat.ipsec import Action, Direction
 
 _HEADER: Final = Struct("!II")
 _MOST_FLOWS: Final = 16384
@@ -75,7 +69,7 @@ class PortableDataPath:
         self,
         associations: AssociationDatabase,
         policies: PolicyDatabase,
-        report: Callable[[Association], None],
+        report: Callable[[AnyAssociation], None],
         acquire: Callable[[PolicyEntry, Flow], None],
     ) -> None:
         """`report` is called with an SA of which something is due, `acquire` for packets without an SA."""
@@ -137,21 +131,17 @@ class PortableDataPath:
             return DROPPED[Reason.MALFORMED]
         admitted = self._admitted.get(key)
         if admitted is None or admitted[0] is not association:
-            admitted = self._admit(association, key, inner)
+            admitted = self._admit(association, key)
             if admitted is None:
                 return DROPPED[Reason.SELECTOR]
         if admitted[1] is not None:
             admitted[1].last_used = now
         return Opened(inner, association.sa)
 
-    def _admit(
-        self, association: Inbound, key: FlowKey, inner: bytes
-    ) -> tuple[Inbound, PolicyEntry | None] | None:
+    def _admit(self, association: Inbound, key: FlowKey) -> tuple[Inbound, PolicyEntry | None] | None:
         """Return the SA and the policy that let the flow in, or None: it came by the wrong SA."""
         admitted = self._admitted
-        flow = key if isinstance(key, Flow) else flow_of(inner)
-        if flow is None:
-            return None
+        flow = expand(key)
         entry = None
         if association.sa.selectors:
             if not allows(association.sa.selectors, flow):
@@ -179,13 +169,13 @@ class PortableDataPath:
         if key is None:
             return DROPPED[Reason.MALFORMED]
         for _ in range(2):
-            way = self._ways.get(key) or self._find_way(key, inner)
+            way = self._ways.get(key) or self._find_way(key)
             association, entry, dropped = way
             if entry is not None:
                 entry.last_used = now
             if association is None:
                 if dropped.reason is Reason.ACQUIRE and entry is not None:
-                    return self._ask(key, entry, inner)
+                    return self._ask(key, entry)
                 return dropped
             result = association.seal(inner, now)
             if association.due:
@@ -195,10 +185,9 @@ class PortableDataPath:
             self.forget()  # the SA ended while we held it
         return DROPPED[Reason.ACQUIRE]
 
-    def _find_way(self, key: FlowKey, inner: bytes) -> _Way:
+    def _find_way(self, key: FlowKey) -> _Way:
         ways = self._ways
-        flow = key if isinstance(key, Flow) else flow_of(inner)
-        way = self._way(flow) if flow is not None else _Way(None, None, DROPPED[Reason.MALFORMED])
+        way = self._way(expand(key))
         if len(ways) >= _MOST_FLOWS:
             ways.clear()
         ways[key] = way
@@ -213,13 +202,10 @@ class PortableDataPath:
             return _Way(None, entry, DROPPED[Reason.DISCARD])
         if policy.action is Action.BYPASS:
             return _Way(None, entry, DROPPED[Reason.BYPASS])
-        link = entry.link if policy.mode is Mode.TUNNEL else transport_link(policy.reqid, flow)
-        return _Way(self._associations.outbound_for(link, flow), entry, DROPPED[Reason.ACQUIRE])
+        return _Way(self._associations.outbound_for(entry, flow), entry, DROPPED[Reason.ACQUIRE])
 
-    def _ask(self, key: FlowKey, entry: PolicyEntry, inner: bytes) -> Dropped:
-        flow = key if isinstance(key, Flow) else flow_of(inner)
-        if flow is not None:
-            self._acquire(entry, flow)
+    def _ask(self, key: FlowKey, entry: PolicyEntry) -> Dropped:
+        self._acquire(entry, expand(key))
         return DROPPED[Reason.BYPASS if entry.policy.optional else Reason.ACQUIRE]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections import deque
@@ -18,10 +19,10 @@ from typing import Final, Self
 
 from natcompat.contract import NAT_KEEPALIVE
 from natcompat.errors import NatCompatError
-from natcompat.esp.association import HARD, MOVED, SOFT, Address, Association, Inbound, Outbound
+from natcompat.esp.association import HARD, MOVED, SOFT, Address, Outbound
 from natcompat.esp.control import KEEPALIVE, Control, Larval
 from natcompat.esp.crypto import Packet
-from natcompat.esp.databases import PolicyEntry
+from natcompat.esp.databases import AnyAssociation, PolicyEntry
 from natcompat.esp.datapath import DataPath, PortableDataPath, Sealed
 from natcompat.esp.events import EspEvents
 from natcompat.esp.packet import Flow
@@ -37,6 +38,8 @@ from natcompat.ipsec import (
     SaId,
     TrafficSelector,
 )
+
+_log = logging.getLogger("natcompat")
 
 ACQUIRE_INTERVAL: Final = 10.0
 """Seconds between two acquires of one policy."""
@@ -186,6 +189,8 @@ class EspEngine(Control):
         with self._lock:
             if not self._listeners or now - entry.acquired < ACQUIRE_INTERVAL:
                 return
+            if self._associations.outbound_for(entry, flow) is not None:
+                return  # it was just being moved
             entry.acquired = now
             self._acquires += 1
             sequence = self._acquires
@@ -209,9 +214,9 @@ class EspEngine(Control):
             )
         )
 
-    def _report(self, association: Association) -> None:
+    def _report(self, association: AnyAssociation) -> None:
         """Act on what is due of `association`. Called without its lock."""
-        due = association.take_due()
+        due, moved = association.take_due()
         with self._lock:
             sa = association.sa
             if due & SOFT and not due & HARD:
@@ -219,14 +224,11 @@ class EspEngine(Control):
             if due & HARD:
                 self._retire(association)
                 self._emit(Expire(sa_id=sa.sa_id, reqid=sa.reqid, hard=True))
-            if due & MOVED and isinstance(association, Inbound):
-                self._report_move(association)
+            if due & MOVED:
+                self._report_move(association, *moved)
 
-    def _report_move(self, association: Inbound) -> None:
-        moved, sa, ports = association.moved_to, association.sa, association.encapsulation
-        if not moved:  # and back again
-            return
-        address, port = moved
+    def _report_move(self, association: AnyAssociation, address: IPAddress, port: int) -> None:
+        sa, ports = association.sa, association.encapsulation
         self._emit(
             MappingChange(
                 sa_id=sa.sa_id,
@@ -271,7 +273,7 @@ class EspEngine(Control):
                 if not self._meant(item):
                     continue
                 if isinstance(item, Larval):
-                    del self._larval[item.sa_id]
+                    del self._larval[item.sa_id.spi]
                     continue
                 association, kind = item
                 if kind == KEEPALIVE:
@@ -304,11 +306,13 @@ class EspEngine(Control):
         self._path.forget()
 
     def _run_timer(self) -> float | None:
-        if self._closed:
-            return None
-        keepalives = self.tick()
-        if keepalives and self._transmit is not None:
-            self._transmit(keepalives)
+        try:
+            keepalives = self.tick()
+            if keepalives and self._transmit is not None:
+                self._transmit(keepalives)
+        except Exception:  # noqa: BLE001
+            if not self._closed:  # whatever the owner's function does, SAs must go on to expire
+                _log.exception("sending NAT-keepalives failed")
         return self.next_deadline()
 
     # -- the end

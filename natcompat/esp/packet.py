@@ -80,6 +80,21 @@ def flow_key(packet: bytes) -> FlowKey | None:
     return flow_of(packet)
 
 
+def expand(key: FlowKey) -> Flow:
+    """Return the flow that `key` stands for."""
+    if isinstance(key, Flow):
+        return key
+    size = 4 if len(key) == 13 else 16
+    return Flow(
+        4 if size == 4 else 6,
+        key[0],
+        int.from_bytes(key[1 : 1 + size]),
+        int.from_bytes(key[1 + size : 1 + 2 * size]),
+        int.from_bytes(key[-4:-2]),
+        int.from_bytes(key[-2:]),
+    )
+
+
 def flow_of(packet: bytes) -> Flow | None:
     """Return the flow of `packet`, whose `inner_length` is good; None if its headers are malformed."""
     if packet[0] >> 4 == 4:

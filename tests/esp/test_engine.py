@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import errno
+import gc
 import select
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
@@ -11,9 +15,14 @@ from queue import Queue
 from typing import Any
 
 import pytest
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.ciphers import aead
 
 from natcompat.errors import NatCompatError
+from natcompat.esp.association import Inbound
 from natcompat.esp.crypto import Packet
+from natcompat.esp.databases import link_of
+from natcompat.esp.datapath import PortableDataPath
 from natcompat.esp.engine import ACQUIRE_INTERVAL, LONGEST_QUEUE, EspEngine
 from natcompat.esp.events import LONGEST_QUEUE as MOST_EVENTS
 from natcompat.esp.results import Destination, Dropped, Opened, Reason
@@ -21,6 +30,7 @@ from natcompat.ipsec import (
     Acquire,
     Action,
     Direction,
+    Encr,
     EventsLost,
     Expire,
     Lifetime,
@@ -29,7 +39,7 @@ from natcompat.ipsec import (
     TrafficSelector,
     UDPEncapsulation,
 )
-from tests.esp.making import OUTER, SPI, Pair, inner, ip_packet, only, policy, sa, udp
+from tests.esp.making import OUTER, SPI, Pair, inner, ip_packet, keys, only, policy, sa, udp
 
 
 @pytest.fixture
@@ -374,6 +384,39 @@ def test_a_thread_sees_to_it_where_nobody_ticks() -> None:
         assert events.read() == [Expire(sa_id=sa_id, reqid=7, hard=True)]
 
 
+def test_soft_is_said_once_whatever_comes_first(engine: EspEngine) -> None:
+    engine.add_policy(policy(Direction.OUT))
+    engine.add_sa(sa(Direction.OUT, lifetime=Lifetime(soft_packets=1, soft_seconds=60)))
+    with engine.events() as events:
+        assert reason(engine.seal(inner())) is None
+        engine.tick(time.monotonic() + 61)
+        assert len(events.read()) == 1
+
+
+def test_ticks_are_bounded(engine: EspEngine) -> None:
+    for _ in range(1500):
+        engine.allocate_spi(*OUTER[4], lifetime=1)
+    later = time.monotonic() + 2
+    engine.tick(later)
+    assert len(engine.list_sas()) == 500
+    assert (engine.next_deadline() or later) < later
+    engine.tick(later)
+    assert engine.list_sas() == []
+
+
+def test_an_engine_that_is_forgotten_ends_its_thread() -> None:
+    engine = EspEngine()
+    engine.add_sa(sa(Direction.IN, lifetime=Lifetime(hard_seconds=3600)))
+    assert engine._timer is not None
+    thread = engine._timer._thread
+    assert thread is not None
+    assert thread.is_alive()
+    del engine
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
 def test_deadlines_of_what_is_gone_are_let_go(engine: EspEngine) -> None:
     for number in range(1000):
         lifetime = Lifetime(soft_seconds=3600, hard_seconds=7200)
@@ -411,6 +454,16 @@ def test_keepalives_are_sent_where_nobody_ticks() -> None:
     with EspEngine(transmit=sent.put) as engine:
         engine.add_sa(sa(Direction.OUT, nat_keepalive=1))
         assert sent.get(timeout=10) == sent.get(timeout=10) == [(b"\xff", ("192.0.2.2", 4500))]
+
+
+def test_a_function_that_raises_does_not_stop_time(caplog: pytest.LogCaptureFixture) -> None:
+    def transmit(_: object) -> None:
+        raise OSError("no route")
+
+    with EspEngine(transmit=transmit) as engine, engine.events() as events:
+        engine.add_sa(sa(Direction.OUT, nat_keepalive=1, lifetime=Lifetime(hard_seconds=2)))
+        assert select.select([events], [], [], 10)[0]
+        assert "no route" in caplog.text
 
 
 def test_keepalives_need_a_way_out() -> None:
@@ -562,7 +615,121 @@ def test_every_listener_hears_everything(engine: EspEngine) -> None:
         assert other.read() == []
 
 
+# -- races, step by step
+
+
+def test_an_sa_that_ends_while_a_packet_is_under_way() -> None:
+    """It was found, and is gone when the packet gets its lock: the next one is taken, or none."""
+    pair = Pair()
+    sealed, _ = pair.seal(inner())
+    for engine, sa_id in ((pair.near, pair.sent), (pair.far, pair.expected)):
+        engine._associations.by_id[sa_id].retire()
+    assert pair.open(sealed) is Reason.NO_SA
+    assert reason(pair.near.seal(inner())) is Reason.ACQUIRE
+    assert pair.near.seal_dummy(pair.sent, 10) == Dropped(Reason.NO_SA)
+
+
+def test_traffic_while_an_sa_moves_back_and_forth() -> None:
+    """In another thread: nothing is lost for want of an SA, nobody is asked for one."""
+    pair = Pair()
+    ports = [UDPEncapsulation(local_port=4500, remote_port=port) for port in (4500, 1024)]
+    stop = threading.Event()
+
+    def move() -> None:
+        while not stop.is_set():
+            for each in ports:
+                pair.near.update_sa(pair.sent, encapsulation=each)
+
+    thread = threading.Thread(target=move)
+    with pair.near.events() as events:
+        thread.start()
+        try:
+            results = [pair.near.seal(inner()) for _ in range(2000)]
+        finally:
+            stop.set()
+            thread.join()
+        assert not events.read()
+    sealed = [only(each) for each in results if not isinstance(each, Dropped)]
+    assert {destination[1] for _, destination in sealed} <= {4500, 1024}
+    numbers = [int.from_bytes(packet[4:8]) for packet, _ in sealed]
+    assert numbers == list(range(1, len(sealed) + 1))
+    assert len(sealed) > 1990
+
+
+def test_dummies_count_towards_a_lifetime() -> None:
+    pair = Pair(lifetime=Lifetime(hard_packets=1))
+    assert not isinstance(pair.near.seal_dummy(pair.sent, 10), Dropped)
+    assert pair.near.list_sas() == []
+
+
+def test_more_flows_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("natcompat.esp.datapath._MOST_FLOWS", 10)
+    pair = Pair()
+    for port in range(1, 35):
+        packet = inner(payload=udp(source_port=port))
+        assert pair.open(pair.seal(packet)[0]) == packet
+    path = pair.near._path
+    assert isinstance(path, PortableDataPath)
+    assert len(path._ways) <= 10
+
+
 # -- what is refused
+
+
+def test_ranges_of_spis(engine: EspEngine) -> None:
+    for minimum, maximum in ((255, 300), (300, 299), (256, 1 << 32)):
+        with pytest.raises(ValueError, match="no range within"):
+            engine.allocate_spi(*OUTER[4], minimum=minimum, maximum=maximum)
+    assert engine.list_sas() == []
+
+
+def test_spis_are_unique_whatever_the_destination(engine: EspEngine) -> None:
+    engine.add_sa(sa(Direction.IN, spi=0x4000))
+    one = engine.allocate_spi("192.0.2.2", "192.0.2.1", minimum=0x4000, maximum=0x4002)
+    other = engine.allocate_spi("192.0.2.2", "192.0.2.9", minimum=0x4000, maximum=0x4002)
+    assert {one, other} == {0x4001, 0x4002}
+    assert engine.get_sa(engine.list_sas()[1].sa_id).packets == 0
+
+
+def test_without_encapsulation_there_is_no_state() -> None:
+    with pytest.raises(ValueError, match="encapsulation"):
+        Inbound(sa(Direction.IN, encapsulation=None), link_of(sa(Direction.IN)))
+
+
+def test_a_transform_that_openssl_was_built_without(
+    engine: EspEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of a host in FIPS mode, where ChaCha20-Poly1305 is refused."""
+
+    def refuse(_: bytes) -> None:
+        raise UnsupportedAlgorithm("ChaCha20Poly1305 is not supported by this version of OpenSSL")
+
+    monkeypatch.setattr(aead, "ChaCha20Poly1305", refuse)
+    with pytest.raises(NatCompatError, match="has no CHACHA20_POLY1305") as caught:
+        engine.add_sa(sa(Direction.OUT, **keys(Encr.CHACHA20_POLY1305)))
+    assert caught.value.errno == errno.EPROTONOSUPPORT
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (
+            "import sys; sys.modules['cryptography'] = None; import natcompat.esp.engine",
+            "pip install 'natcompat[userspace]'",
+        ),
+        ("import natcompat, natcompat.ipsec, sys; print(sorted(sys.modules))", None),
+    ],
+    ids=["cryptography is missing", "it is not loaded before it is needed"],
+)
+def test_cryptography_is_optional(program: str, expected: str | None) -> None:
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    if expected:
+        assert expected in done.stderr
+        assert "NatCompatError" in done.stderr
+    else:
+        assert "natcompat.ipsec" in done.stdout
+        assert "cryptography" not in done.stdout
+        assert "natcompat.esp" not in done.stdout
 
 
 @pytest.mark.parametrize(
