@@ -9,13 +9,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from ipaddress import IPv6Address, ip_address
 from struct import Struct
 from typing import Any, Final, TypeAlias
 
 from natcompat.esp import packet as packets
-from natcompat.esp.crypto import HEADER_LENGTH, Packet, make_cipher
+from natcompat.esp.crypto import HEADER_LENGTH, make_cipher
 from natcompat.esp.replay import ReplayWindow
 from natcompat.esp.results import DROPPED, Destination, Dropped, Reason
 from natcompat.ipsec import IPAddress, Mode, SecurityAssociation, UDPEncapsulation, Usage
@@ -27,9 +27,11 @@ _UNLIMITED: Final = 1 << 64
 _IV_MASK: Final = (1 << 64) - 1
 _HEADER: Final = Struct("!II")
 _HEADER_AND_IV: Final = Struct("!IIQ")
+_TUNNELLED: Final = {packets.IPV4: 4, packets.IPV6: 6}
+"""IP version by next header."""
 _LARGEST_UDP: Final = {4: 65535 - 20 - 8, 6: 65535 - 8}
 
-Link: TypeAlias = tuple[Mode, int, bytes, bytes]
+Link: TypeAlias = tuple[Mode, int, IPAddress | None, IPAddress | None]
 """What ties an SA to policies: mode, reqid, outer addresses; inbound transport mode has none."""
 
 Address: TypeAlias = tuple[Any, ...]
@@ -39,6 +41,10 @@ class Association:
     """What both directions have in common."""
 
     __slots__ = (
+        "_esn",
+        "_fixed",
+        "_remainder",
+        "_tunnel",
         "added",
         "cipher",
         "due",
@@ -67,6 +73,9 @@ class Association:
         self.cipher = make_cipher(sa.encryption, sa.encryption_key, sa.integrity, sa.integrity_key)
         self.lock = threading.Lock()
         self.link = link
+        self._fixed = HEADER_LENGTH + self.cipher.iv_length + self.cipher.icv_length
+        self._remainder = self.cipher.block_length - 1  # blocks are powers of two
+        self._esn, self._tunnel = sa.esn, sa.mode is Mode.TUNNEL
         self.gone = self.soft = False
         self.moved_to: Address = ()
         """Where the newest authentic packet came from, if not from where it should."""
@@ -147,12 +156,11 @@ class Association:
 class Inbound(Association):
     """An SA that opens packets."""
 
-    __slots__ = ("_fixed", "_home", "window")
+    __slots__ = ("_home", "window")
 
     def __init__(self, sa: SecurityAssociation, link: Link) -> None:
         self.window = ReplayWindow(sa.replay_window)
         super().__init__(sa, link)
-        self._fixed = HEADER_LENGTH + self.cipher.iv_length + self.cipher.icv_length
 
     def place(self, sa: SecurityAssociation) -> None:
         """Take the addresses and ports of `sa`."""
@@ -166,69 +174,64 @@ class Inbound(Association):
         return self.window.top
 
     def open(
-        self, packet: Packet, low: int, source: Address, traffic_class: int, now: float
+        self, packet: bytes, low: int, source: Address, traffic_class: int, now: float
     ) -> bytes | Dropped:
         """Return the inner packet. `low`: the sequence number that `packet` shows; it has 8 bytes or more."""
         with self.lock:
-            return self._open(packet, low, source, traffic_class, now)
+            if self.gone:
+                return DROPPED[Reason.NO_SA]
+            length = len(packet) - self._fixed
+            if length < 2 or length & self._remainder:
+                return DROPPED[Reason.SHORT]
+            window, sequence, high = self.window, low, b""
+            if self._esn:
+                sequence = window.infer(low)
+                high = (sequence >> 32 & 0xFFFF_FFFF).to_bytes(4)
+            newest = sequence > window.top
+            if not newest:
+                reason = window.check(sequence)
+                if reason is not None:
+                    return self._refuse(reason)
+            plaintext = self.cipher.open(packet, high)
+            if plaintext is None:
+                self.integrity_drops += 1
+                return DROPPED[Reason.INTEGRITY]
 
-    def _open(
-        self, packet: Packet, low: int, source: Address, traffic_class: int, now: float
-    ) -> bytes | Dropped:
-        if self.gone:
-            return DROPPED[Reason.NO_SA]
-        cipher, window, sa = self.cipher, self.window, self.sa
-        length = len(packet) - self._fixed
-        if length < 2 or length % cipher.block_length:
-            return DROPPED[Reason.SHORT]
-        sequence, high = low, b""
-        if sa.esn:
-            sequence = window.infer(low)
-            high = (sequence >> 32 & 0xFFFF_FFFF).to_bytes(4)
-        reason = window.check(sequence)
-        if reason is not None:
-            if reason is Reason.REPLAYED:
-                self.replay_drops += 1
-            else:
-                self.window_drops += 1
-            return DROPPED[reason]
-        plaintext = cipher.open(packet, high)
-        if plaintext is None:
-            self.integrity_drops += 1
-            return DROPPED[Reason.INTEGRITY]
-
-        # authentic from here on
-        newest = sequence > window.top
-        window.commit(sequence)
-        length, next_header = packets.strip_trailer(plaintext)
-        self._use(max(length, 0), now)
-        if newest and source != self._home:
-            self._notice(source)
+            # authentic from here on
+            window.commit(sequence)
+            if newest and source != self._home:
+                self._notice(source)
+            length = packets.payload_length(plaintext)
+            self._use(length if length > 0 else 0, now)
         if length < 0:
             return DROPPED[Reason.PADDING]
+        next_header = plaintext[-1]
         if next_header == packets.DUMMY:
             return DROPPED[Reason.DUMMY]
-        if sa.mode is Mode.TRANSPORT:
-            payload = packets.fix_transport_checksum(
-                next_header,
-                plaintext[:length],
-                sa.source,
-                sa.destination,
-                self.encapsulation.original_address,
-            )
-            return packets.join_for_transport(sa.source, sa.destination, next_header, payload, traffic_class)
-        return self._leave_tunnel(plaintext, length, next_header, traffic_class)
+        if self._tunnel:
+            return self._leave_tunnel(plaintext[:length], next_header, traffic_class)
+        return self._leave_transport(plaintext[:length], next_header, traffic_class)
 
-    def _leave_tunnel(
-        self, plaintext: bytes, length: int, next_header: int, traffic_class: int
-    ) -> bytes | Dropped:
-        if next_header != packets.IPV4 and next_header != packets.IPV6:
+    def _refuse(self, reason: Reason) -> Dropped:
+        if reason is Reason.REPLAYED:
+            self.replay_drops += 1
+        else:
+            self.window_drops += 1
+        return DROPPED[reason]
+
+    def _leave_transport(self, payload: bytes, next_header: int, traffic_class: int) -> bytes:
+        sa, original = self.sa, self.encapsulation.original_address
+        source, destination = sa.source, sa.destination
+        payload = packets.fix_transport_checksum(next_header, payload, source, destination, original)
+        return packets.join_for_transport(source, destination, next_header, payload, traffic_class)
+
+    def _leave_tunnel(self, inner: bytes, next_header: int, traffic_class: int) -> bytes | Dropped:
+        if next_header not in _TUNNELLED:
             return DROPPED[Reason.NEXT_HEADER]
-        inner = plaintext[:length]
         total = packets.inner_length(inner)
-        if not total or (inner[0] >> 4 == 4) != (next_header == packets.IPV4):
+        if not total or inner[0] >> 4 != _TUNNELLED[next_header]:
             return DROPPED[Reason.MALFORMED]
-        if total != length:
+        if total != len(inner):
             inner = inner[:total]  # the rest is TFC padding (RFC 4303, 2.7)
         if traffic_class & 3 and self.sa.copy_ecn:
             return packets.decapsulate_ecn(inner, traffic_class) or DROPPED[Reason.ECN]
@@ -256,16 +259,15 @@ class Inbound(Association):
 class Outbound(Association):
     """An SA that seals packets."""
 
-    __slots__ = ("_destination", "_fixed", "_last", "draw_iv", "highest")
+    __slots__ = ("_destination", "_last", "highest", "ivs")
 
     def __init__(self, sa: SecurityAssociation, link: Link, sequence: int) -> None:
         """`sequence`: the last number that is not to be used again."""
-        self.draw_iv: Callable[[], int] | None = None
-        """Makes the IVs for ciphers that count; set before the first packet."""
+        self.ivs: Iterator[int] | None = None
+        """The IVs for ciphers that count, modulo 2**64; set before the first packet."""
         self.highest = sequence
         self._last = 0xFFFF_FFFF_FFFF_FFFF if sa.esn else 0xFFFF_FFFF
         super().__init__(sa, link)
-        self._fixed = HEADER_LENGTH + self.cipher.iv_length + self.cipher.icv_length
 
     def place(self, sa: SecurityAssociation) -> None:
         """Take the addresses and ports of `sa`."""
@@ -274,8 +276,7 @@ class Outbound(Association):
 
     def seal(self, inner: bytes, now: float) -> tuple[bytes, Destination] | Dropped:
         """Return the ESP packet that carries `inner`, an IP packet whose lengths are right."""
-        tunnel = self.sa.mode is Mode.TUNNEL
-        if tunnel:
+        if self._tunnel:
             payload, next_header = inner, packets.IPV4 if inner[0] >> 4 == 4 else packets.IPV6
         else:
             split = packets.split_for_transport(inner)
@@ -292,7 +293,7 @@ class Outbound(Association):
             if isinstance(sealed, Dropped):
                 return sealed
             self._use(octets, now)
-            return sealed, self._destination_of(inner, tunnel)
+            return sealed, self._destination_of(inner)
 
     def seal_dummy(self, length: int, now: float) -> tuple[bytes, Destination] | Dropped:
         """Return a dummy packet with `length` bytes of payload (RFC 4303, 2.6)."""
@@ -317,22 +318,22 @@ class Outbound(Association):
             return DROPPED[Reason.SEQUENCE]
         self.highest = sequence  # from here on it is used, whatever happens
         high = b""
-        if self.sa.esn:
+        if self._esn:
             high = (sequence >> 32).to_bytes(4)
             sequence &= 0xFFFF_FFFF
-        if self.draw_iv is not None:
-            prefix = _HEADER_AND_IV.pack(self.sa.spi, sequence, self.draw_iv() & _IV_MASK)
+        if self.ivs is not None:
+            prefix = _HEADER_AND_IV.pack(self.sa.spi, sequence, next(self.ivs) & _IV_MASK)
         else:
             prefix = _HEADER.pack(self.sa.spi, sequence)
             if cipher.iv_length:
                 prefix += os.urandom(cipher.iv_length)
         return cipher.seal(prefix, payload + packets.trailers(next_header)[pad], high)
 
-    def _destination_of(self, inner: bytes, tunnel: bool) -> Destination:
+    def _destination_of(self, inner: bytes) -> Destination:
         """Return where the packet goes, and its outer DSCP, ECN and DF (RFC 4301, 5.1.2; RFC 6040, 4.1)."""
         sa = self.sa
         traffic_class, dont_fragment = packets.outer_fields(inner)
-        if tunnel:
+        if self._tunnel:
             mask = (0xFC if sa.copy_dscp else 0) | (3 if sa.copy_ecn else 0)
             traffic_class &= mask
             dont_fragment = dont_fragment and sa.copy_df

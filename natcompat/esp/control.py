@@ -192,12 +192,12 @@ class Control:
             return Inbound(sa, link)
         outbound = Outbound(sa, link, sequence or 0)
         if outbound.cipher.counts:
-            draw = self._nonces.attach(sa.encryption_key, None if sequence is None else sequence + 1)
-            if draw is None:
+            ivs = self._nonces.attach(sa.encryption_key, None if sequence is None else sequence + 1)
+            if ivs is None:
                 raise NatCompatError(
                     errno.EEXIST, f"the key of {sa.sa_id} has been used before", "Use a fresh key"
                 )
-            outbound.draw_iv = draw
+            outbound.ivs = ivs
         return outbound
 
     def update_sa(
@@ -292,7 +292,7 @@ class Control:
         if self._associations.remove(association.sa.sa_id) is None:
             return
         association.retire()
-        if isinstance(association, Outbound) and association.draw_iv is not None:
+        if isinstance(association, Outbound) and association.ivs is not None:
             self._nonces.detach(association.sa.encryption_key)
         self._changed()
         if len(self._deadlines) > 64 + 6 * len(self._associations.by_id) + 2 * len(self._larval):

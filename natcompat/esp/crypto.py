@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from hmac import compare_digest
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Final, Protocol
 
 from natcompat.errors import NatCompatError
 from natcompat.transforms import Encr, Integ, Key
@@ -24,8 +24,6 @@ except ImportError as error:
         f"ESP in this process needs the cryptography package: {error}",
         "pip install 'natcompat[userspace]'",
     ) from None
-
-Packet: TypeAlias = bytes | memoryview
 
 HEADER_LENGTH: Final = 8
 """SPI and sequence number."""
@@ -46,7 +44,7 @@ class Cipher(Protocol):
         """Return the ESP packet. `prefix`: header and IV; `high`: the upper half of an ESN, or nothing."""
         ...
 
-    def open(self, packet: Packet, high: bytes) -> bytes | None:
+    def open(self, packet: bytes, high: bytes) -> bytes | None:
         """Return the plaintext of a packet of sufficient length, or None if it is not authentic."""
         ...
 
@@ -66,16 +64,14 @@ class _Aead:
 
     def seal(self, prefix: bytes, plaintext: bytes, high: bytes) -> bytes:
         """Encrypt; the header is authenticated with it."""
-        associated = prefix[:4] + high + prefix[4:8]
+        associated = prefix[:4] + high + prefix[4:8] if high else prefix[:8]
         return prefix + self._aead.encrypt(self._salt + prefix[8:16], plaintext, associated)  # type: ignore[no-any-return]
 
-    def open(self, packet: Packet, high: bytes) -> bytes | None:
+    def open(self, packet: bytes, high: bytes) -> bytes | None:
         """Decrypt and check in one."""
-        prefix = bytes(packet[:16])
+        associated = packet[:4] + high + packet[4:8] if high else packet[:8]
         try:
-            return self._aead.decrypt(  # type: ignore[no-any-return]
-                self._salt + prefix[8:], packet[16:], prefix[:4] + high + prefix[4:8]
-            )
+            return self._aead.decrypt(self._salt + packet[8:16], packet[16:], associated)  # type: ignore[no-any-return]
         except InvalidTag:
             return None
 
@@ -97,10 +93,10 @@ class _ShortGcm(_Aead):
         """Encrypt, and leave the end of the tag away."""
         return super().seal(prefix, plaintext, high)[: self._cut]
 
-    def open(self, packet: Packet, high: bytes) -> bytes | None:
+    def open(self, packet: bytes, high: bytes) -> bytes | None:
         """Decrypt; nothing is returned before the tag has been checked."""
-        prefix, end = bytes(packet[:16]), len(packet) - self.icv_length
-        mode = modes.GCM(self._salt + prefix[8:], bytes(packet[end:]), min_tag_length=self.icv_length)
+        prefix, end = packet[:16], len(packet) - self.icv_length
+        mode = modes.GCM(self._salt + prefix[8:], packet[end:], min_tag_length=self.icv_length)
         context = ciphers.Cipher(self._algorithm, mode).decryptor()
         context.authenticate_additional_data(prefix[:4] + high + prefix[4:8])
         plaintext = context.update(packet[16:end])
@@ -120,10 +116,9 @@ class _Gmac(_Aead):
         associated = prefix[:4] + high + prefix[4:] + plaintext
         return prefix + plaintext + self._aead.encrypt(self._salt + prefix[8:16], b"", associated)  # type: ignore[no-any-return]
 
-    def open(self, packet: Packet, high: bytes) -> bytes | None:
+    def open(self, packet: bytes, high: bytes) -> bytes | None:
         """Check the tag."""
-        whole = bytes(packet)
-        prefix, plaintext, tag = whole[:16], whole[16:-16], whole[-16:]
+        prefix, plaintext, tag = packet[:16], packet[16:-16], packet[-16:]
         try:
             self._aead.decrypt(self._salt + prefix[8:], tag, prefix[:4] + high + prefix[4:] + plaintext)
         except InvalidTag:
@@ -143,7 +138,7 @@ class _EncryptThenMac:
         self._mac = _mac(integrity, key)
         self.icv_length = integrity.icv_length
 
-    def _icv(self, covered: Packet, high: bytes) -> bytes:
+    def _icv(self, covered: bytes, high: bytes) -> bytes:
         mac = self._mac.copy()
         mac.update(covered)
         if high:
@@ -155,7 +150,7 @@ class _EncryptThenMac:
         covered = self._encrypt(prefix, plaintext)
         return covered + self._icv(covered, high)
 
-    def open(self, packet: Packet, high: bytes) -> bytes | None:
+    def open(self, packet: bytes, high: bytes) -> bytes | None:
         """Check, then decrypt."""
         end = len(packet) - self.icv_length
         covered = packet[:end]
@@ -166,8 +161,8 @@ class _EncryptThenMac:
     def _encrypt(self, prefix: bytes, plaintext: bytes) -> bytes:
         return prefix + plaintext
 
-    def _decrypt(self, covered: Packet) -> bytes:
-        return bytes(covered[HEADER_LENGTH:])
+    def _decrypt(self, covered: bytes) -> bytes:
+        return covered[HEADER_LENGTH:]
 
 
 class _Cbc(_EncryptThenMac):
@@ -192,7 +187,7 @@ class _Cbc(_EncryptThenMac):
     def _encrypt(self, prefix: bytes, plaintext: bytes) -> bytes:
         return prefix[:HEADER_LENGTH] + self._encryptor.update(prefix[HEADER_LENGTH:] + plaintext)
 
-    def _decrypt(self, covered: Packet) -> bytes:
+    def _decrypt(self, covered: bytes) -> bytes:
         return self._decryptor.update(covered[HEADER_LENGTH:])[16:]
 
 
@@ -208,15 +203,15 @@ class _Ctr(_EncryptThenMac):
         self._salt = salt
         self._stream = ciphers.Cipher(algorithms.AES(key), modes.CTR(bytes(16))).encryptor()
 
-    def _crypt(self, iv: bytes, data: Packet) -> bytes:
+    def _crypt(self, iv: bytes, data: bytes) -> bytes:
         self._stream.reset_nonce(self._salt + iv + b"\0\0\0\1")
         return self._stream.update(data)
 
     def _encrypt(self, prefix: bytes, plaintext: bytes) -> bytes:
         return prefix + self._crypt(prefix[HEADER_LENGTH:], plaintext)
 
-    def _decrypt(self, covered: Packet) -> bytes:
-        return self._crypt(bytes(covered[HEADER_LENGTH:16]), covered[16:])
+    def _decrypt(self, covered: bytes) -> bytes:
+        return self._crypt(covered[HEADER_LENGTH:16], covered[16:])
 
 
 def _mac(integrity: Integ, key: bytes) -> Any:

@@ -11,10 +11,9 @@ from itertools import count
 from typing import TypeAlias, TypeVar
 
 from natcompat.esp.association import Association, Inbound, Link, Outbound
-from natcompat.esp.packet import Flow, matches
+from natcompat.esp.packet import Flow, address_of, matches
 from natcompat.ipsec import (
     Direction,
-    IPAddress,
     Mode,
     Policy,
     SaId,
@@ -33,14 +32,10 @@ def link_of(item: SecurityAssociation | Policy) -> Link:
     In transport mode policies do not name the outer addresses: they are those of the packet.
     """
     if item.mode is Mode.TUNNEL:
-        return item.mode, item.reqid, _packed(item.source), _packed(item.destination)
+        return item.mode, item.reqid, item.source, item.destination
     if isinstance(item, SecurityAssociation) and item.direction is Direction.OUT:
-        return item.mode, item.reqid, b"", item.destination.packed
-    return item.mode, item.reqid, b"", b""
-
-
-def _packed(address: IPAddress | None) -> bytes:
-    return b"" if address is None else address.packed
+        return item.mode, item.reqid, None, item.destination
+    return item.mode, item.reqid, None, None
 
 
 AnyAssociation: TypeAlias = Inbound | Outbound
@@ -77,7 +72,7 @@ class AssociationDatabase:
         """Return the newest SA of this policy that `flow` may take: the one that rekeying made last."""
         link = entry.link
         if link[0] is Mode.TRANSPORT:
-            link = (*link[:3], flow.destination.to_bytes(4 if flow.version == 4 else 16))
+            link = (*link[:3], address_of(flow.version, flow.destination))
         for each in reversed(self._outbound.get(link, ())):
             if allows(each.sa.selectors, flow):
                 return each

@@ -14,19 +14,17 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from ipaddress import ip_address
 from typing import Final, Self
 
 from natcompat.contract import NAT_KEEPALIVE
 from natcompat.errors import NatCompatError
 from natcompat.esp.association import HARD, MOVED, SOFT, Address, Outbound
 from natcompat.esp.control import KEEPALIVE, Control, Larval
-from natcompat.esp.crypto import Packet
 from natcompat.esp.databases import AnyAssociation, PolicyEntry
 from natcompat.esp.datapath import DataPath, PortableDataPath, Sealed
 from natcompat.esp.events import EspEvents
-from natcompat.esp.packet import Flow
-from natcompat.esp.results import DROPPED, Dropped, Opened, Reason
+from natcompat.esp.packet import Flow, address_of
+from natcompat.esp.results import DROPPED, Dropped, Opened, Packet, Reason
 from natcompat.esp.timer import Timer
 from natcompat.ipsec import (
     Acquire,
@@ -194,7 +192,7 @@ class EspEngine(Control):
             entry.acquired = now
             self._acquires += 1
             sequence = self._acquires
-        addresses = [_address(flow.version, flow.source), _address(flow.version, flow.destination)]
+        addresses = [address_of(flow.version, flow.source), address_of(flow.version, flow.destination)]
         selector = TrafficSelector(
             source=addresses[0],
             destination=addresses[1],
@@ -336,7 +334,3 @@ class EspEngine(Control):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _address(version: int, value: int) -> IPAddress:
-    return ip_address(value.to_bytes(4 if version == 4 else 16))

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Iterator
 from hashlib import blake2s
 from itertools import count
 from typing import Final
 
 MEMORY: Final = 4096
 """Keys that are remembered after their last SA is gone."""
-
-
-class _Counter:
-    """The IVs of one key, as integers that may exceed 64 bits, and the SAs that draw from them."""
-
-    __slots__ = ("draw", "users")
-
-    def __init__(self, start: int) -> None:
-        self.draw = count(start).__next__  # one step, so that no two threads get the same
-        self.users = 0
 
 
 class Nonces:
@@ -33,28 +23,38 @@ class Nonces:
     """
 
     def __init__(self) -> None:
-        self._live: dict[bytes, _Counter] = {}
-        self._retired: OrderedDict[bytes, _Counter] = OrderedDict()
+        self._live: dict[bytes, count[int]] = {}
+        self._shared: dict[bytes, int] = {}
+        """How many more SAs than one use a key, where there are more."""
+        self._retired: OrderedDict[bytes, count[int]] = OrderedDict()
 
-    def attach(self, key: bytes, start: int | None = None) -> Callable[[], int] | None:
-        """Return what draws IVs for a new SA; None if there is a `start` but the key has been used."""
+    def attach(self, key: bytes, start: int | None = None) -> Iterator[int] | None:
+        """Return the IVs of a new SA, as integers without an end; no two threads get the same.
+
+        None if there is a `start`, but the key has been used.
+        """
         digest = blake2s(key, digest_size=16).digest()
-        counter = self._live.get(digest) or self._retired.get(digest)
-        if counter is None:
-            counter = _Counter(int.from_bytes(os.urandom(8)) if start is None else start)
-        elif start is not None:
+        live, retired = self._live.get(digest), self._retired.get(digest)
+        if start is not None and (live or retired):
             return None
-        self._retired.pop(digest, None)
-        self._live[digest] = counter
-        counter.users += 1
-        return counter.draw
+        if live is not None:
+            self._shared[digest] = self._shared.get(digest, 0) + 1
+            return live
+        if retired is not None:
+            del self._retired[digest]
+            self._live[digest] = retired
+            return retired
+        self._live[digest] = fresh = count(int.from_bytes(os.urandom(8)) if start is None else start)
+        return fresh
 
     def detach(self, key: bytes) -> None:
         """An SA with this key is gone."""
         digest = blake2s(key, digest_size=16).digest()
-        counter = self._live[digest]
-        counter.users -= 1
-        if not counter.users:
-            self._retired[digest] = self._live.pop(digest)
-            if len(self._retired) > MEMORY:
-                self._retired.popitem(last=False)
+        more = self._shared.pop(digest, 0)
+        if more:
+            if more > 1:
+                self._shared[digest] = more - 1
+            return
+        self._retired[digest] = self._live.pop(digest)
+        if len(self._retired) > MEMORY:
+            self._retired.popitem(last=False)

@@ -6,6 +6,7 @@ Sources: RFC 4303 (2.4 to 2.7), RFC 4301 (5.1.2), RFC 6040, RFC 3948 (3.1.2), RF
 from __future__ import annotations
 
 import functools
+from ipaddress import IPv4Address, IPv6Address
 from typing import Final, NamedTuple, TypeAlias
 
 from natcompat.esp.results import Reason
@@ -41,19 +42,24 @@ FlowKey: TypeAlias = bytes | Flow
 """Equal keys, equal flows; cheaper than a `Flow` for what most packets are."""
 
 
+def address_of(version: int, value: int) -> IPAddress:
+    """Return an address of a flow."""
+    return IPv4Address(value) if version == 4 else IPv6Address(value)
+
+
 @functools.cache
 def trailers(next_header: int) -> tuple[bytes, ...]:
     """Return padding, pad length and next header for every pad length up to 15."""
     return tuple(PADDINGS[length] + bytes((length, next_header)) for length in range(16))
 
 
-def strip_trailer(plaintext: bytes) -> tuple[int, int]:
-    """Return the length of the payload and the next header; a negative length for bad padding."""
-    length, next_header = plaintext[-2], plaintext[-1]
-    end = len(plaintext) - 2 - length
-    if length and (end < 0 or plaintext[end:-2] != PADDINGS[length]):
-        return -1, next_header
-    return end, next_header
+def payload_length(plaintext: bytes) -> int:
+    """Return how long the payload in front of the trailer is; -1 if the padding is not as it has to be."""
+    padding = plaintext[-2]
+    length = len(plaintext) - 2 - padding
+    if padding and (length < 0 or plaintext[length:-2] != PADDINGS[padding]):
+        return -1
+    return length
 
 
 def inner_length(packet: bytes) -> int:

@@ -68,7 +68,7 @@ class ReplayWindow:
             fresh = block - (top >> 3)
             if fresh > mask:
                 blocks[:] = bytes(len(blocks))
-            else:
+            elif fresh:
                 for each in range(block - fresh + 1, block + 1):
                     blocks[each & mask] = 0
             self.top = sequence

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import enum
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
     from natcompat.ipsec import SecurityAssociation
+
+Packet: TypeAlias = bytes | memoryview
+"""What goes in. What comes out is bytes."""
 
 
 class Reason(enum.Enum):

@@ -20,12 +20,11 @@ from cryptography.hazmat.primitives.ciphers import aead
 
 from natcompat.errors import NatCompatError
 from natcompat.esp.association import Inbound
-from natcompat.esp.crypto import Packet
 from natcompat.esp.databases import link_of
 from natcompat.esp.datapath import PortableDataPath
 from natcompat.esp.engine import ACQUIRE_INTERVAL, LONGEST_QUEUE, EspEngine
 from natcompat.esp.events import LONGEST_QUEUE as MOST_EVENTS
-from natcompat.esp.results import Destination, Dropped, Opened, Reason
+from natcompat.esp.results import Destination, Dropped, Opened, Packet, Reason
 from natcompat.ipsec import (
     Acquire,
     Action,

@@ -100,9 +100,9 @@ def test_one_counter_per_key(steps: list[tuple[str, int]]) -> None:
     drawn: list[list[int]] = [[] for _ in users]
     for what, key in steps:
         if what == "attach":
-            draw = nonces.attach(bytes([key]))
-            assert draw is not None
-            drawn[key] += [draw(), draw()]
+            ivs = nonces.attach(bytes([key]))
+            assert ivs is not None
+            drawn[key] += [next(ivs), next(ivs)]
             users[key] += 1
             assert nonces.attach(bytes([key]), start=5) is None
         elif users[key]:

@@ -196,7 +196,6 @@ def test_aead(transform: Encr, vector: AeadVector) -> None:
     expected = prefix + unhex(vector.ciphertext) + unhex(vector.tag)[: transform.icv_length]
     assert cipher.seal(prefix, unhex(vector.plaintext), high) == expected
     assert cipher.open(expected, high) == unhex(vector.plaintext)
-    assert cipher.open(memoryview(expected), high) == unhex(vector.plaintext)
     assert cipher.open(expected[:-1] + bytes((expected[-1] ^ 1,)), high) is None
 
 
@@ -259,8 +258,8 @@ def test_cbc(vector: CbcVector) -> None:
     cipher = make_cipher(Encr.AES_CBC, Key(key), Integ.HMAC_SHA2_256_128, Key(mac_key))
     plaintext = cipher.open(expected, b"")
     assert plaintext is not None
-    length, next_header = packet.strip_trailer(plaintext)
-    assert (plaintext[:length], next_header) == (unhex(vector.payload), vector.next_header)
+    length = packet.payload_length(plaintext)
+    assert (plaintext[:length], plaintext[-1]) == (unhex(vector.payload), vector.next_header)
 
     # The IV is a random block, encrypted; so what encrypts to the published IV makes the published packet.
     # (The object has sealed nothing yet, and the first block is chained to zeros.)
