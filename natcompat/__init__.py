@@ -18,7 +18,7 @@ The option can be set, read and cleared at any time. Names are loaded when they 
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from natcompat.backends import probe
+    from natcompat.backends import open_ipsec, probe
     from natcompat.backends.base import Viability
     from natcompat.contract import (
         NAT_KEEPALIVE,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from natcompat.endpoint import NatTEndpoint, get_nat_t_endpoint, set_nat_t_endpoint
     from natcompat.errors import BackendUnavailableError, NatCompatError
+    from natcompat.ipsec import SecurityAssociation
     from natcompat.keepalive import Keepalive
     from natcompat.option import install, uninstall
     from natcompat.sockets import NatTSocket
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "natcompat.backends": ("probe",),
+    "natcompat.backends": ("open_ipsec", "probe"),
     "natcompat.backends.base": ("Viability",),
     "natcompat.contract": (
         "NAT_KEEPALIVE",
@@ -54,6 +55,7 @@ _HOMES = {
     ),
     "natcompat.endpoint": ("NatTEndpoint", "get_nat_t_endpoint", "set_nat_t_endpoint"),
     "natcompat.errors": ("BackendUnavailableError", "NatCompatError"),
+    "natcompat.ipsec": ("SecurityAssociation",),
     "natcompat.keepalive": ("Keepalive",),
     "natcompat.option": ("install", "uninstall"),
     "natcompat.sockets": ("NatTSocket",),
@@ -72,12 +74,14 @@ __all__ = [
     "NatTEndpoint",
     "NatTSocket",
     "Performer",
+    "SecurityAssociation",
     "Stats",
     "Verdict",
     "Viability",
     "classify",
     "get_nat_t_endpoint",
     "install",
+    "open_ipsec",
     "probe",
     "set_nat_t_endpoint",
     "uninstall",

@@ -18,6 +18,10 @@ _COMMANDS: Final = {
     # name: where its click command is; imported when it is run, or when help lists it
     "doctor": "natcompat.doctor:command",
     "verify": "natcompat.verify_command:command",
+    "sad": "natcompat.ipsec_cli:sad",
+    "spd": "natcompat.ipsec_cli:spd",
+    "events": "natcompat.ipsec_cli:events",
+    "top": "natcompat.ipsec_cli:top",
 }
 
 _INTERRUPTED: Final = 128 + signal.SIGINT

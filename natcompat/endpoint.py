@@ -19,7 +19,7 @@ from natcompat.contract import NAT_KEEPALIVE, Duty, Performer
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
 from natcompat.process import LARGEST_DATAGRAM, ProcessHalf, bind_implicitly, half_of
-from natcompat.sockets import make_class
+from natcompat.sockets import change_class, make_class
 from natcompat.stats import Stats
 from natcompat.system import SystemCalls
 
@@ -55,7 +55,7 @@ class NatTEndpoint:
         sock_class = make_class(half)
         try:
             self._attach(sock)
-            sock.__class__ = sock_class
+            change_class(sock, sock_class)
         except BaseException:
             self._detach(sock)
             raise
@@ -104,6 +104,7 @@ class NatTEndpoint:
         drops = _drops(sock) if sock is not None else None
         if drops is not None and self._drops_before is not None:
             drops -= self._drops_before
+        known = attachment.counters() if attachment is not None else {}
         return Stats(
             backend=self.backend,
             mode=self.mode,
@@ -115,9 +116,8 @@ class NatTEndpoint:
             markers_inserted=counters.markers_inserted,
             keepalives_sent=self._keepalives_sent,
             dropped_in_kernel=drops,
-            esp_dropped_in_kernel=attachment.counters().get("engine_drops")
-            if attachment is not None
-            else None,
+            esp_dropped_in_kernel=known.get("engine_drops"),
+            bypassed=bool(known["bypassed"]) if "bypassed" in known else None,
             handed_back=counters.handed_back,
             errors=counters.errors,
         )
@@ -200,10 +200,8 @@ class NatTEndpoint:
                 )
             self._pid = os.getpid()
             chosen = backend or self._backend
-            if (esp or self._half.diversion.wanted) and not chosen.hands_over_esp:
-                chosen = backends.select(
-                    backend and backend.name, hands_over_esp=True
-                )  # or the reason why not
+            if (esp is not None or self._half.diversion.wanted) and not chosen.hands_over_esp:
+                chosen = backends.select(backend, hands_over_esp=True)  # or the reason why not
             before = self._backend, self._half.diversion
             try:
                 self._detach(sock)
@@ -280,7 +278,7 @@ class NatTEndpoint:
     def _add_alias(self, sock: socket.socket) -> None:
         with self._control():
             if self._closed:  # by another thread, while `sock` was made
-                sock.__class__ = self._half.original
+                change_class(sock, self._half.original)
                 return
             end = weakref.finalize(sock, self._alias_gone, id(sock))
             end.atexit = False  # the process ends: nothing of ours outlives it
@@ -310,7 +308,7 @@ class NatTEndpoint:
         end = self._aliases.pop(id(sock), None)
         if end is not None:
             end.detach()
-            sock.__class__ = self._half.original
+            change_class(sock, self._half.original)
 
     def _living_aliases(self) -> list[socket.socket]:
         peeked = [end.peek() for end in list(self._aliases.values())]

@@ -314,6 +314,11 @@ def make_class(half: ProcessHalf) -> type[NatTSocket]:
 _cores: dict[type, type] = {}
 
 
+def change_class(sock: socket.socket, cls: type[socket.socket]) -> None:
+    """Make `cls` the class of `sock`, whatever its own ``__setattr__`` thinks of that."""
+    object.__setattr__(sock, "__class__", cls)
+
+
 def _rearranged(
     sock: NatTSocket, what: str | tuple[int, int], operation: Callable[[type[socket.socket]], Any]
 ) -> Any:

@@ -35,6 +35,9 @@ class Stats:
     tell them apart. None where the kernel does not say."""
     esp_dropped_in_kernel: int | None
     """On the sockets that ESP is steered to, for want of room; None where nothing is steered."""
+    bypassed: bool | None
+    """Whether the kernel's IPsec policies leave the socket alone. If not (it takes CAP_NET_ADMIN), a
+    policy that blocks UDP blocks IKE and ESP-in-UDP. None where the kernel's IPsec is not used."""
     handed_back: int
     """IKE that had come to a socket of natcompat's and was given back to the application's."""
     errors: int

@@ -126,12 +126,13 @@ def steps(names: tuple[str, ...], *, nat: bool) -> int:
 
 def _has_loopback(found: Verification, version: int) -> bool:
     try:
-        with _bound(version, LOOPBACK[version]):
-            return True
+        with _bound(version, LOOPBACK[version]) as sock:
+            sock.sendto(b"", sock.getsockname())
+        return True
     except OSError as error:
         found.skip(
             f"IPv{version}",
-            f"{LOOPBACK[version]} cannot be bound: {error.strerror}",
+            f"{LOOPBACK[version]} cannot be used: {error.strerror}",
             f"Set the loopback interface up with IPv{version} (ip link set lo up, sysctl "
             "net.ipv6.conf.lo.disable_ipv6=0)",
         )

@@ -174,11 +174,12 @@ def has_program(sock: socket.socket) -> bool:
 
 
 def alone_on_port(sock: socket.socket) -> bool:
-    """Tell whether no other socket of this network namespace has the port of `sock`, by /proc/net."""
+    """Tell whether no other socket has the address and port of `sock`, by /proc/net."""
     table = "/proc/net/udp6" if sock.family == socket.AF_INET6 else "/proc/net/udp"
-    port = f":{sock.getsockname()[1]:04X}"
-    lines = Path(table).read_text().splitlines()[1:]
-    return sum(line.split()[1].endswith(port) for line in lines) <= 1
+    inode = str(os.fstat(sock.fileno()).st_ino)
+    lines = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+    own = [local for _, local, *_, its_inode, _, _, _ in lines if its_inode == inode]
+    return sum(line[1] in own for line in lines) == 1
 
 
 @contextmanager

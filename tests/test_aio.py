@@ -16,14 +16,18 @@ from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
-import trio
-import trio.testing
-import uvloop
 
-import natcompat
-from natcompat import NAT_KEEPALIVE, NON_ESP_MARKER, get_nat_t_endpoint, set_nat_t_endpoint
-from natcompat.aio import AsyncNatTSocket, create_nat_t_endpoint, open_nat_t_endpoint
-from natcompat.contract import OUTBOUND_TABLE, TABLE
+pytest.importorskip("trio")
+pytest.importorskip("uvloop")
+
+import trio  # noqa: E402
+import trio.testing  # noqa: E402
+import uvloop  # noqa: E402
+
+import natcompat  # noqa: E402
+from natcompat import NAT_KEEPALIVE, NON_ESP_MARKER, get_nat_t_endpoint, set_nat_t_endpoint  # noqa: E402
+from natcompat.aio import AsyncNatTSocket, create_nat_t_endpoint, open_nat_t_endpoint  # noqa: E402
+from natcompat.contract import OUTBOUND_TABLE, TABLE  # noqa: E402
 
 PATIENCE = 10.0
 ESP = b"\xc0\xde\x00\x01\0\0\0\x01" + bytes(100)

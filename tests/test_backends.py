@@ -458,14 +458,6 @@ def sandbox_of_filters(duties: tuple[Performer, Performer], said: list[str]) -> 
 class TestLinuxByTheDryRun:
     """What `linux` says follows what XFRM answers to the dry run; models of other kernels' answers."""
 
-    @pytest.fixture(autouse=True)
-    def ask_again(self) -> Iterator[None]:
-        from natcompat.backends import linux
-
-        linux._viability.cache_clear()
-        yield
-        linux._viability.cache_clear()
-
     def answer(
         self, monkeypatch: pytest.MonkeyPatch, privileged: xfrm.EspSupport, unprivileged: xfrm.EspSupport
     ) -> Viability:
@@ -510,8 +502,11 @@ class TestLinuxByTheDryRun:
         assert found.duties[Duty.DIVERT_ESP] is Performer.KERNEL
         assert found.duties[Duty.DROP_RUNTS] is Performer.FILTER
 
-    def test_the_answer_is_remembered(self) -> None:
-        assert backends.viability("linux") is backends.viability("linux")
+    def test_the_answer_is_not_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A module may be loaded meanwhile, or a privilege dropped."""
+        support = xfrm.EspSupport
+        assert not self.answer(monkeypatch, support.NO_ESP, support.NO_ESP).viable
+        assert self.answer(monkeypatch, support.AVAILABLE, support.NO_ESP).viable
 
 
 @LINUX

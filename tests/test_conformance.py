@@ -12,14 +12,12 @@ from typing import Final
 
 import pytest
 
-pytest.register_assert_rewrite("natcompat.testing")
-
-from natcompat.backends.base import Attachment, Backend, Viability  # noqa: E402
-from natcompat.backends.linux import LinuxBackend  # noqa: E402
-from natcompat.backends.userspace import InLineAttachment, UserspaceBackend  # noqa: E402
-from natcompat.contract import Duty, Performer  # noqa: E402
-from natcompat.diversion import Diversion  # noqa: E402
-from natcompat.testing import EndpointConformance, Service  # noqa: E402
+from natcompat.backends.base import Attachment, Backend, Viability
+from natcompat.backends.linux import LinuxBackend
+from natcompat.backends.userspace import InLineAttachment, UserspaceBackend
+from natcompat.contract import Duty, Performer
+from natcompat.diversion import Diversion
+from natcompat.testing import EndpointConformance, Service
 
 ON_LINUX: Final = sys.platform == "linux"
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from natcompat import backends, doctor
+from natcompat.errors import NatCompatError
+from natcompat.namespaces import Topology
 from natcompat.xfrm.probe import EspSupport, probe_esp
 from tests.running import as_nobody, run, run_on_terminal
 
@@ -192,3 +196,87 @@ def test_says_when_no_backend_is_viable(
     found["auto"] = found["auto_with_consumer"] = None
     doctor.show(found)
     assert "auto finds no backend" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("no-such", "NATCOMPAT_BACKEND=no-such cannot be had: there is no backend called 'no-such'"),
+        ("userspace:in-line", "NATCOMPAT_BACKEND=userspace:in-line takes userspace:in-line instead."),
+    ],
+    ids=["unknown", "viable"],
+)
+def test_tells_people_what_the_environment_asks_for(value: str, words: str) -> None:
+    assert words in run("doctor", env={"NATCOMPAT_BACKEND": value}).stdout
+
+
+@linux_only
+@pytest.mark.parametrize(
+    ("make", "usable", "reason"),
+    [
+        (lambda path: None, False, "There is no"),
+        (lambda path: path.mkdir(), False, "cannot be opened"),
+        (lambda path: path.touch(), None if os.geteuid() else False, "a device"),
+    ],
+    ids=["not there", "cannot be opened", "is no TUN device"],
+)
+def test_tun_that_cannot_be_had(
+    make: Callable[[Path], object],
+    usable: bool | None,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "_TUN", tmp_path / "tun")
+    make(tmp_path / "tun")
+    found = doctor._tun()
+    assert found["usable"] is usable
+    assert reason.lower() in found["reason"].lower()
+    assert found["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sign"),
+    [
+        ("version", "#1 SMP Sun Jan 10 15:06:54 PST 2016", "gVisor"),
+        ("release", "5.15.167.4-microsoft-standard-WSL2", "WSL"),
+    ],
+    ids=["gVisor", "WSL"],
+)
+def test_signs_of_a_sandbox(name: str, value: str, sign: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What these systems say of themselves; they cannot run here."""
+    monkeypatch.setattr(f"platform.{name}", lambda: value)
+    assert any(each.startswith(sign) for each in doctor._sandbox())
+
+
+@linux_only
+@pytest.mark.parametrize("variable", ["container", "KUBERNETES_SERVICE_HOST"])
+def test_containers_say_so_in_the_environment(variable: str) -> None:
+    assert any(
+        "a container (" in each or "Kubernetes" in each
+        for each in report(env={variable: "x"})["system"]["sandbox"]
+    )
+
+
+@linux_only
+def test_tells_people_who_has_the_port() -> None:
+    try:
+        network = Topology()
+    except NatCompatError as error:
+        pytest.skip(f"no namespace, in which nobody else uses port 4500, can be made here: {error}")
+    with network:
+        shown = network.responder.call(_doctor_while_4500_is_taken)
+    command = "pytest" if "pytest" in shown else "python"
+    assert re.search(rf"4500  taken  127\.0\.0\.1 by .*{command}.* \(pid \d+\)", shown)
+    assert "4500  taken  [::1] by " in shown
+    assert "500   free   over IPv4 and IPv6" in shown
+
+
+def _doctor_while_4500_is_taken() -> str:
+    with (
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as four,
+        socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as six,
+    ):
+        four.bind(("127.0.0.1", 4500))
+        six.bind(("::1", 4500))
+        return run("doctor").stdout

@@ -115,6 +115,14 @@ def bad(request: pytest.FixtureRequest) -> Iterator[Any]:
         opened.close()
 
 
+@pytest.mark.parametrize(("bad", "message"), NO_SOCKETS.values(), ids=NO_SOCKETS.keys(), indirect=["bad"])
+@pytest.mark.parametrize("enable", [True, False], ids=["on", "off"])
+def test_what_is_no_socket_is_a_type_error_that_names_the_way(bad: Any, message: str, enable: bool) -> None:
+    with pytest.raises(TypeError, match=message):
+        set_nat_t_endpoint(bad, enable)
+    assert get_nat_t_endpoint(bad) is None
+
+
 @pytest.mark.parametrize(
     ("bad", "number", "message"), WRONG_SOCKETS.values(), ids=WRONG_SOCKETS.keys(), indirect=["bad"]
 )

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import uvloop
 
 import natcompat
 from natcompat import NAT_KEEPALIVE, NON_ESP_MARKER, Keepalive, NatTEndpoint, set_nat_t_endpoint
@@ -410,9 +409,11 @@ class TestKernel:
         assert len(kernel.calls) == 1, "what was not taken over is not given back"
 
 
-@pytest.mark.parametrize(
-    "new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
-)
+@pytest.fixture(params=["asyncio", "uvloop"])
+def new_loop(request: pytest.FixtureRequest) -> Any:
+    return pytest.importorskip(request.param).new_event_loop
+
+
 class TestOnALoop:
     def run(self, new_loop: Callable[[], asyncio.AbstractEventLoop], main: Any) -> None:
         with asyncio.Runner(loop_factory=new_loop) as runner:

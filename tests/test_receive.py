@@ -10,6 +10,7 @@ import selectors
 import socket
 import struct
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from natcompat import process, set_nat_t_endpoint
+from natcompat import process, set_nat_t_endpoint, system
+from natcompat.diversion import Diversion, HandBack
 from natcompat.sockets import NatTSocket
 from tests.pairs import (
     ESP,
@@ -397,7 +399,7 @@ def test_a_timeout_is_a_deadline_while_a_flood_goes_on(pair: Pair, receive: Oper
         with pytest.raises(TimeoutError, match="timed out"):
             receive(pair.app)
         elapsed = time.monotonic() - begun
-    assert 0.29 <= elapsed < 2
+    assert 0.29 <= elapsed < 10  # a prolonged one would last as long as the flood: without end
 
 
 @pytest.mark.parametrize(
@@ -405,19 +407,22 @@ def test_a_timeout_is_a_deadline_while_a_flood_goes_on(pair: Pair, receive: Oper
 )
 def test_what_is_dropped_now_and_then_does_not_prolong_a_timeout(pair: Pair, receive: Operation) -> None:
     pair.app.settimeout(0.3)
+    enough = threading.Event()
 
     def trickle() -> None:
-        for _ in range(8):
+        for _ in range(100):
             pair.peer.sendto(ESP, pair.address)
-            time.sleep(0.1)
+            if enough.wait(0.1):
+                break
 
     wait = in_thread(trickle)
     begun = time.monotonic()
     with pytest.raises(TimeoutError):
         receive(pair.app)
     elapsed = time.monotonic() - begun
+    enough.set()
     wait()
-    assert 0.29 <= elapsed < 0.65
+    assert 0.29 <= elapsed < 5  # a prolonged one would outlast what comes for 10 s
 
 
 @each_receive
@@ -433,13 +438,12 @@ def test_a_non_blocking_receive_is_exact(pair: Pair, receive: Operation) -> None
 
 @each_receive
 def test_a_non_blocking_receive_returns_while_a_flood_goes_on(pair: Pair, receive: Operation) -> None:
+    """It would not: a flood is as fast as the receiver. No time is asked for; the test's limit is one."""
     pair.app.setblocking(False)
     with flood(pair):
         for _ in range(20):
-            begun = time.monotonic()
             with pytest.raises(BlockingIOError):
                 receive(pair.app)
-            assert time.monotonic() - begun < 2
 
 
 @of_kinds(IN_LINE)
@@ -669,6 +673,99 @@ def test_a_dual_stack_socket_serves_both_families(kind: Kind) -> None:
             assert peer4.recv(100) == MARKER + b"answer"
         pair.peer.sendto(MARKER + b"six", ("::1", port))
         assert app.recvfrom(100) == (b"six", pair.peer.getsockname())
+
+
+# --- what cannot happen, and what is then -----------------------------------------------------------
+
+SO_DETACH_FILTER = 27  # include/uapi/asm-generic/socket.h
+
+
+@LINUX
+@of_kinds([kind for kind in KINDS if kind.name == "filter"])
+@pytest.mark.parametrize(
+    ("receive", "counted"),
+    [
+        (lambda sock: sock.recv(100), "errors"),
+        (lambda sock: sock.recvfrom(5)[0], "errors"),
+        (lambda sock: sock.recvfrom(100)[0], "esp"),
+        (lambda sock: sock.recvmsg(100)[0], "esp"),
+    ],
+    ids=["recv", "recvfrom-little", "recvfrom", "recvmsg"],
+)
+def test_a_filter_taken_off_behind_our_back_still_lets_no_esp_through(
+    pair: Pair, receive: Operation, counted: str
+) -> None:
+    pair.ike(b"first")
+    assert pair.app.recv(100) == b"first"  # from here on the kernel is trusted
+    with socket.socket(fileno=pair.app.fileno()) as alias:
+        alias.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
+        alias.detach()
+    pair.peer.sendto(ESP, pair.address)
+    pair.ike(b"later")
+    assert receive(pair.app) in (b"later", b"later"[:5])
+    stats = pair.endpoint.stats()
+    assert (stats.errors, stats.esp) == ((1, 0) if counted == "errors" else (0, 1))
+
+
+def test_ike_that_a_backend_diverts_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    diversion = Diversion(None, socket.AF_INET)
+    assert not diversion.wanted
+    diversion.take([(memoryview(MARKER + b"IKE"), ("127.0.0.1", 500))])
+    assert (diversion.counters.errors, diversion.counters.ike) == (1, 0)
+    assert "IKE was diverted" in caplog.text
+
+
+class WithoutRecvmsg:
+    """A model of the socket of Windows, which has no recvmsg."""
+
+    def recvfrom(self, size: int, flags: int) -> tuple[bytes, Any]:
+        return b"message"[:size], ("127.0.0.1", 500)
+
+
+def test_without_recvmsg_there_is_no_ancillary_data() -> None:
+    root: Any = WithoutRecvmsg
+    expected: Any = b"mess", [], 0, ("127.0.0.1", 500)
+    assert system.receive(root, WithoutRecvmsg(), 4, 100, 0) == expected
+
+
+# --- hand-back ------------------------------------------------------------------------------------
+
+SOURCES: dict[int, list[tuple[Any, ...]]] = {
+    socket.AF_INET: [("192.0.2.7", 500), ("0.0.0.0", 65535)],
+    socket.AF_INET6: [
+        ("2001:db8::7", 4500, 0, 0),
+        ("fe80::1%lo", 500, 7, 3),
+        ("::ffff:192.0.2.7", 1, 0xFFFFF, 0),
+    ],
+}
+
+
+@pytest.mark.parametrize("message", [b"", b"m", bytes(1000)], ids=["empty", "short", "long"])
+def test_an_envelope_returns_message_and_source(family: socket.AddressFamily, message: bytes) -> None:
+    envelope, other = HandBack(family), HandBack(family)
+    for host, *rest in SOURCES[family]:
+        datagram = envelope.wrap(message, (host, *rest))
+        assert datagram.startswith(MARKER)  # so that it is steered and filtered like IKE
+        assert len(datagram) == HandBack.HEADROOM + len(message)
+        assert envelope.unwrap(datagram) == (message, (host.partition("%")[0], *rest))
+        assert other.unwrap(datagram) is None, "the secret is per endpoint"
+        assert envelope.unwrap(datagram[: HandBack.HEADROOM - 1]) is None
+        assert envelope.unwrap(b"\1" + datagram[1:]) is None
+
+
+@pytest.mark.parametrize("receive", list(RECEIVES.values())[:6], ids=list(RECEIVES)[:6])
+def test_what_is_handed_back_has_its_source_again(pair: Pair, receive: Operation) -> None:
+    half = process.half_of(pair.app)
+    assert half is not None
+    source = SOURCES[socket.AddressFamily(pair.family)][0]
+    for trusted in (False, True):
+        datagram = half.diversion.hand_back.wrap(b"a message", source)
+        pair.peer.sendto(datagram, pair.address)
+        assert receive(pair.app) in (b"a message", 9), f"{trusted=}"
+    pair.peer.sendto(half.diversion.hand_back.wrap(b"a message", source), pair.address)
+    assert pair.app.recvfrom(4) == (b"a me", source)
+    pair.peer.sendto(half.diversion.hand_back.wrap(b"a message", source), pair.address)
+    assert pair.app.recvmsg(4) == (b"a me", [], TRUNC, source)
 
 
 def test_the_class_names_no_helper_that_an_application_could_override() -> None:

@@ -197,6 +197,9 @@ def test_what_defines_addition_is_sent_as_it_is(pair: Pair) -> None:
     """The arrays of numpy do, and a plain socket takes them."""
     pair.app.sendto(Summing(b"message"), pair.peer.getsockname())
     assert pair.peer.recv(100) == MARKER + b"message"
+    pair.app.connect(pair.peer.getsockname())
+    pair.app.send(Summing(b"message"))
+    assert pair.peer.recv(100) == MARKER + b"message"
 
 
 def test_the_largest_datagram_is_the_marker_smaller(pair: Pair) -> None:
@@ -243,6 +246,17 @@ def test_a_send_binds_a_socket_and_the_option_takes_hold(pair: Pair, send: str) 
     for payload in (b"\1\2\3\4", b"", MARKER + b"answer"):
         pair.peer.sendto(payload, address)
     assert app.recvfrom(100) == (b"answer", pair.peer.getsockname())
+    assert endpoint.mode == pair.endpoint.mode
+
+
+def test_a_bind_behind_our_back_is_found_by_the_first_send(pair: Pair) -> None:
+    app = pair.plain(bound=False)
+    endpoint = pair.switch_on(app)
+    with socket.socket(fileno=app.fileno()) as alias:
+        alias.bind((pair.host, 0))
+        alias.detach()
+    app.sendto(b"message", pair.peer.getsockname())
+    assert pair.peer.recvfrom(100) == (MARKER + b"message", app.getsockname())
     assert endpoint.mode == pair.endpoint.mode
 
 

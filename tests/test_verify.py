@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -345,3 +346,26 @@ def test_trial_needs_no_privilege_and_no_namespace() -> None:
         trial = verify.run("userspace", 4, path, peer)
     assert trial.passed
     assert trial.mode == "steering"
+
+
+@needs_network
+def test_where_nothing_can_be_sent_nothing_is_claimed() -> None:
+    """In a namespace of its own, whose loopback interface is down."""
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("there is no unshare(1)")
+    alone = [unshare, "--net"] if os.geteuid() == 0 else [unshare, "--user", "--map-root-user", "--net"]
+    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no namespace can be made here")
+    done = subprocess.run(
+        [*alone, *COMMAND, "verify", "--no-nat"],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "Nothing was verified." in done.stdout
+    assert "127.0.0.1 cannot be used: Network is unreachable." in done.stdout
+    assert "ip link set lo up" in done.stdout

@@ -12,10 +12,14 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from typing import Final, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from natcompat.backends.base import Backend, Viability
-from natcompat.errors import BackendUnavailableError
+from natcompat.errors import BackendUnavailableError, NatCompatError
+
+if TYPE_CHECKING:
+    from natcompat.backends.base import IPsecBackend
+    from natcompat.ipsec import IPsec
 
 ENVIRONMENT_VARIABLE: Final = "NATCOMPAT_BACKEND"
 ENTRY_POINT_GROUP: Final = "natcompat.backends"
@@ -118,6 +122,23 @@ def select(requested: str | Backend | None = None, *, hands_over_esp: bool = Fal
         f"no backend that was asked for works here{source}: {'; '.join(refusals) or 'no name was given'}",
         f"Choose among {AUTO}, {viable}; `natcompat doctor` says more",
     )
+
+
+def open_ipsec(backend: str | Backend | None = None) -> IPsec:
+    """Open the SAD and SPD that belong to `backend`, or to the one that would be chosen without it.
+
+    Raises `natcompat.errors.BackendUnavailableError` like `natcompat.set_nat_t_endpoint`, and
+    `natcompat.errors.NatCompatError`: EPERM without the privilege, ENOTSUP if the backend has none.
+    What it returns is to be closed; SAs and policies of a kernel stay.
+    """
+    chosen = select(backend)
+    if not hasattr(chosen, "open_ipsec"):
+        raise NatCompatError(
+            errno.ENOTSUP,
+            f"the backend {chosen.name} keeps no SAs",
+            "Take ESP yourself, by the argument esp of set_nat_t_endpoint(), or use the backend linux",
+        )
+    return cast("IPsecBackend", chosen).open_ipsec()
 
 
 def _viable(found: Viability, refusals: list[str]) -> bool:

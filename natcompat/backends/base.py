@@ -15,6 +15,7 @@ from natcompat.contract import Duty, Performer
 
 if TYPE_CHECKING:
     from natcompat.diversion import Diversion
+    from natcompat.ipsec import IPsec
 
 Address: TypeAlias = tuple[Any, ...]
 """A socket address as `socket.recvfrom` returns it."""
@@ -75,7 +76,11 @@ class Attachment(Protocol):
     What the application sets of these is kept here, and put on the socket by `detach`."""
 
     def counters(self) -> Mapping[str, int]:
-        """Return what only the backend knows, such as the drops of sockets of its own."""
+        """Return what only the backend knows, of this as far as it applies.
+
+        ``engine_drops``: datagrams dropped in the kernel on sockets of the backend's own;
+        ``bypassed``: 1 if the kernel's IPsec policies leave the socket alone, 0 if they do not.
+        """
 
     def detach(self, sock: socket.socket) -> None:
         """Give `sock` back as it was before `attach`, and free all that was made."""
@@ -108,3 +113,10 @@ class Backend(Protocol):
         and reaches a socket of the backend's goes to `diversion`. Raises
         `natcompat.errors.NatCompatError` and leaves the socket as it was when this cannot be done.
         """
+
+
+class IPsecBackend(Backend, Protocol):
+    """A backend that has a SAD and an SPD, too."""
+
+    def open_ipsec(self) -> IPsec:
+        """Open them. Raises `natcompat.errors.NatCompatError`: EPERM without the privilege."""

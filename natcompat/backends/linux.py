@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import socket
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from natcompat import filters
 from natcompat.backends import features
@@ -15,6 +14,10 @@ from natcompat.backends.steering import UDP_ENCAP
 from natcompat.contract import Duty, Performer
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
+from natcompat.xfrm.bypass import bypass, undo_bypass
+
+if TYPE_CHECKING:
+    from natcompat.ipsec import IPsec
 
 UDP_ENCAP_ESPINUDP: Final = 2  # include/uapi/linux/udp.h
 
@@ -46,8 +49,14 @@ class LinuxBackend:
         return _viability()
 
     def attach(self, sock: socket.socket, diversion: Diversion) -> Attachment:
-        """Set UDP_ENCAP and put the filter on."""
+        """Set UDP_ENCAP, put the filter on and exempt the socket from IPsec policies if that may be done."""
         return _Attachment(sock)
+
+    def open_ipsec(self) -> IPsec:
+        """Open the kernel's SAD and SPD."""
+        from natcompat.xfrm.kernel import XfrmIPsec
+
+        return XfrmIPsec()
 
 
 class _Attachment:
@@ -66,6 +75,9 @@ class _Attachment:
                     "Run a kernel with CONFIG_XFRM, or choose NATCOMPAT_BACKEND=userspace",
                 ) from error
             undo.callback(sock.setsockopt, socket.IPPROTO_UDP, UDP_ENCAP, self._encapsulation)
+            self._bypassed = _bypass(sock)
+            if self._bypassed:
+                undo.callback(undo_bypass, sock)
             self.reason = features.put_filter(sock, filters.IKE_ONLY)
             if not self.reason:
                 self._filtered = True
@@ -77,8 +89,8 @@ class _Attachment:
             undo.pop_all()
 
     def counters(self) -> Mapping[str, int]:
-        """Return nothing: the kernel counts ESP by SA."""
-        return {}
+        """Return whether policies leave the socket alone; the kernel counts ESP by SA."""
+        return {"bypassed": int(self._bypassed)}
 
     def detach(self, sock: socket.socket) -> None:
         """Give UDP_ENCAP and UDP_GRO back and take the filter off."""
@@ -86,6 +98,8 @@ class _Attachment:
             each.callback(features.restore_gro, sock, self.hidden)
             if self._filtered:
                 each.callback(features.take_filter_off, sock)
+            if self._bypassed:
+                each.callback(undo_bypass, sock)
             each.callback(sock.setsockopt, socket.IPPROTO_UDP, UDP_ENCAP, self._encapsulation)
 
     def release(self) -> None:
@@ -95,7 +109,14 @@ class _Attachment:
         """There is nothing to carry on: the kernel does it."""
 
 
-@functools.cache
+def _bypass(sock: socket.socket) -> bool:
+    try:
+        bypass(sock)
+    except NatCompatError:  # without privilege; where policies block nothing it works all the same
+        return False
+    return True
+
+
 def _viability() -> Viability:
     from natcompat.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
 
@@ -107,7 +128,9 @@ def _viability() -> Viability:
         return Viability("linux", bool(found), duties, found.reason + weaker, found.remedy)
     unprivileged = probe_esp_unprivileged()
     if unprivileged.support is EspSupport.NO_ESP:
-        return Viability("linux", False, duties, unprivileged.reason, unprivileged.remedy, automatic=False)
+        return Viability(
+            "linux", False, duties, unprivileged.reason + weaker, unprivileged.remedy, automatic=False
+        )
     return Viability(
         "linux",
         True,

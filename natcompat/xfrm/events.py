@@ -6,10 +6,11 @@ import errno
 import socket
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from natcompat.ipsec import (
     Acquire,
+    Direction,
     Event,
     EventsLost,
     Expire,
@@ -31,6 +32,13 @@ _BURST = 256
 """Datagrams that one `read` takes at most, so that a flood of events does not keep it forever."""
 
 
+class Known(NamedTuple):
+    """What natcompat remembers of an SA that it has installed."""
+
+    reqid: int
+    direction: Direction
+
+
 class XfrmEvents:
     """An own netlink socket in the multicast groups of acquires, expiries and mapping changes.
 
@@ -43,12 +51,12 @@ class XfrmEvents:
     def __init__(
         self,
         dump: Callable[[], list[bytes]],
-        known: dict[SaId, int],
+        known: dict[SaId, Known],
         is_there: Callable[[SaId], bool],
         *,
         receive_buffer: int = RECEIVE_BUFFER,
     ) -> None:
-        """Listen. `dump` returns all SAs, `known` those to be missed (and their reqid).
+        """Listen. `dump` returns all SAs, `known` those to be missed.
 
         `is_there` tells whether an SPI is reserved or in use whatever an expiry of it says.
         """
@@ -176,10 +184,10 @@ class XfrmEvents:
                 )
             elif passed_soft_limit(lifetime_of(message), usage_of(data)):
                 yield Expire(sa_id=sa_id, reqid=message["reqid"], hard=False)
-        for sa_id, reqid in list(self._known.items()):
+        for sa_id, each in list(self._known.items()):
             if sa_id not in present:
                 self._known.pop(sa_id, None)
-                yield Expire(sa_id=sa_id, reqid=reqid, hard=True)
+                yield Expire(sa_id=sa_id, reqid=each.reqid, hard=True)
 
 
 def passed_soft_limit(lifetime: Lifetime, usage: Usage) -> bool:

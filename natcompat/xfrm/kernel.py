@@ -27,7 +27,7 @@ from natcompat.ipsec import (
 )
 from natcompat.xfrm import _messages as messages
 from natcompat.xfrm.bypass import bypass
-from natcompat.xfrm.events import RECEIVE_BUFFER, XfrmEvents
+from natcompat.xfrm.events import RECEIVE_BUFFER, Known, XfrmEvents
 from natcompat.xfrm.keepalive import KeepaliveSender
 from natcompat.xfrm.move import move_sa
 from natcompat.xfrm.netlink import LocalAddresses, Netlink, attributes, failure
@@ -74,7 +74,7 @@ class XfrmIPsec:
             self._netlink.close()
             raise
         self._reserved: dict[tuple[IPAddress, int], float] = {}
-        self._known: dict[SaId, int] = {}
+        self._known: dict[SaId, Known] = {}
         self._keepalives = KeepaliveSender(self.get_sa, enable=not self._kernel.keepalive)
 
     def close(self) -> None:
@@ -193,20 +193,29 @@ class XfrmIPsec:
         if by_process:
             self._keepalives.check()
         reserved = (sa.destination, sa.spi) in self._reserved
-        if reserved and self._is_larval(sa_id):
-            self._install(sa, messages.XFRM_MSG_UPDSA, NLM_F_ACK)
-        else:
+        if not (reserved and self._complete(sa)):
             try:
                 self._install(sa, messages.XFRM_MSG_NEWSA, _NEW)
             except NatCompatError as error:
-                if error.errno != errno.EEXIST or not self._is_larval(sa_id):
+                if error.errno != errno.EEXIST or not self._complete(sa):
                     raise
-                self._install(sa, messages.XFRM_MSG_UPDSA, NLM_F_ACK)
         self._reserved.pop((sa.destination, sa.spi), None)
-        self._known[sa_id] = sa.reqid
+        self._known[sa_id] = Known(sa.reqid, sa.direction)
         if by_process:
             self._keepalives.watch(sa)
         return sa_id
+
+    def _complete(self, sa: SecurityAssociation) -> bool:
+        """Make `sa` of the larval SA of its name; return False where there is none (any more)."""
+        if not self._is_larval(sa.sa_id):
+            return False
+        try:
+            self._install(sa, messages.XFRM_MSG_UPDSA, NLM_F_ACK)
+        except NatCompatError as error:
+            if error.errno == errno.ESRCH:
+                return False
+            raise
+        return True
 
     def _install(self, sa: SecurityAssociation, kind: int, flags: int) -> None:
         message = encode_sa(sa, self._kernel)
@@ -249,17 +258,19 @@ class XfrmIPsec:
         ESRCH: there is no such SA. EEXIST: there is one of the new name. ENOBUFS: the kernel's report
         of the deletion was lost; the SA is gone and a new one must be negotiated.
         """
+        known = self._known.get(sa_id)
         new, ports = move_sa(
             self._netlink,
             sa_id,
             source=None if source is None else ip_address(source),
             destination=None if destination is None else ip_address(destination),
             encapsulation=encapsulation,
+            known=known.direction if known else None,
             local=self._local,
         )
-        reqid = self._known.pop(sa_id, None)
-        if reqid is not None:
-            self._known[new] = reqid
+        if known is not None:
+            self._known.pop(sa_id, None)
+            self._known[new] = known
         if new.source is not None:
             self._keepalives.move(sa_id, new, new.source, ports)
         return new
@@ -290,9 +301,11 @@ class XfrmIPsec:
     def list_sas(self) -> list[InstalledSA]:
         """Return every SA of this network namespace, with keys.
 
-        A direction that the kernel does not know is told from the addresses of this host.
+        A direction that the kernel does not know is that of `add_sa`, or told from the addresses of
+        this host where somebody else has installed the SA.
         """
-        return [installed_sa(answer, self._local) for answer in self._dump_sas()]
+        directions = {sa_id: known.direction for sa_id, known in list(self._known.items())}
+        return [installed_sa(answer, directions, self._local) for answer in self._dump_sas()]
 
     # -- policies
 

@@ -57,11 +57,12 @@ def move_sa(
     source: IPAddress | None,
     destination: IPAddress | None,
     encapsulation: UDPEncapsulation | EllipsisType | None,
+    known: Direction | None,
     local: LocalAddresses,
 ) -> tuple[SaId, tuple[int, int] | None]:
     """Move an SA (see `XfrmIPsec.update_sa`); return its new name and its ports on the wire, if any.
 
-    `local` has the addresses of this host, which tell the direction where the kernel does not know it.
+    Where the kernel does not know the direction, it is `known`, or else the addresses of this host tell.
     """
     what = f"Updating {sa_id}"
     current = bytearray(
@@ -74,7 +75,7 @@ def move_sa(
         destination = destination or sa_id.destination
         if not source.version == destination.version == sa_id.destination.version:
             raise ValueError(f"source, destination: {sa_id} stays in its address family")
-        direction = _direction(current, sa_id, local)
+        direction = _direction(current, sa_id, known, local)
         place = _find(current, XFRMA["ENCAP"])
         ports = struct.unpack_from(">HH", current, place + 2) if place else None
         if isinstance(encapsulation, EllipsisType):
@@ -100,10 +101,12 @@ def move_sa(
         current[:] = bytes(len(current))
 
 
-def _direction(message: bytearray, sa_id: SaId, local: LocalAddresses) -> Direction:
+def _direction(message: bytearray, sa_id: SaId, known: Direction | None, local: LocalAddresses) -> Direction:
     place = _find(message, XFRMA["SA_DIR"])
     if place:
         return Direction.IN if message[place] == messages.XFRM_SA_DIR_IN else Direction.OUT
+    if known is not None:
+        return known
     return Direction.IN if sa_id.destination in local else Direction.OUT
 
 
@@ -140,8 +143,8 @@ def _changed(
             if ports is None:
                 continue
             encapsulated = True
-        elif kind == XFRMA["MTIMER_THRESH"] and ports is None:
-            continue  # the kernel takes it with encapsulation only
+        elif kind in (XFRMA["MTIMER_THRESH"], XFRMA["NAT_KEEPALIVE_INTERVAL"]) and ports is None:
+            continue  # the kernel takes them with encapsulation only
         at = len(changed) + 4
         changed += struct.pack("=HH", 4 + end - start, kind) + message[start:end] + bytes(-(end - start) % 4)
         if kind == XFRMA["ENCAP"] and ports is not None:

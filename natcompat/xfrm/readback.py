@@ -6,6 +6,7 @@ import contextlib
 import errno
 import socket
 import struct
+from collections.abc import Mapping
 from typing import Any
 
 from natcompat.errors import NatCompatError
@@ -97,8 +98,11 @@ def sa_id_of(message: Any, prefix: str = "") -> SaId:
     )
 
 
-def installed_sa(answer: bytes, local: LocalAddresses) -> InstalledSA:
-    """Return the SA in a message that starts with an xfrm_usersa_info; `local` has this host's addresses."""
+def installed_sa(answer: bytes, directions: Mapping[SaId, Direction], local: LocalAddresses) -> InstalledSA:
+    """Return the SA in a message that starts with an xfrm_usersa_info.
+
+    Where the kernel does not know its direction, `directions` does, or `local`, this host's addresses.
+    """
     message = decode(messages.xfrm_usersa_info, answer)
     sa_id = sa_id_of(message)
     names = [
@@ -112,7 +116,7 @@ def installed_sa(answer: bytes, local: LocalAddresses) -> InstalledSA:
     description = " ".join([protocol, *names])
     if not larval:
         try:
-            association = _association(message, sa_id, local)
+            association = _association(message, sa_id, _direction_of(message, sa_id, directions, local))
         except (ValueError, KeyError, OSError) as error:
             description += f" ({error.args[0] if isinstance(error, KeyError) else error})"
     return InstalledSA(
@@ -120,21 +124,24 @@ def installed_sa(answer: bytes, local: LocalAddresses) -> InstalledSA:
     )
 
 
-def direction_of(message: Any, sa_id: SaId, local: LocalAddresses) -> Direction:
-    """Return the direction that the kernel knows, or else the one that the addresses of this host say."""
+def _direction_of(
+    message: Any, sa_id: SaId, directions: Mapping[SaId, Direction], local: LocalAddresses
+) -> Direction:
+    """Return the direction that the kernel knows, or else natcompat, or else this host's addresses."""
     known = message.get_attr("XFRMA_SA_DIR")
     if known:
         return Direction.IN if known == messages.XFRM_SA_DIR_IN else Direction.OUT
+    if sa_id in directions:
+        return directions[sa_id]
     return Direction.IN if sa_id.destination in local else Direction.OUT
 
 
-def _association(message: Any, sa_id: SaId, local: LocalAddresses) -> SecurityAssociation:
+def _association(message: Any, sa_id: SaId, direction: Direction) -> SecurityAssociation:
     """Say the kernel's SA in the words of RFC 4301; ValueError or KeyError for what cannot be said."""
     if message["id_proto"] != socket.IPPROTO_ESP:
         raise KeyError("not ESP")
     if message["mode"] not in (messages.XFRM_MODE_TUNNEL, messages.XFRM_MODE_TRANSPORT):
         raise KeyError("neither tunnel nor transport mode")
-    direction = direction_of(message, sa_id, local)
     transforms = _transforms(message)
     replay = message.get_attr("XFRMA_REPLAY_ESN_VAL")
     window = replay["replay_window"] if replay else message["replay_window"]

@@ -216,10 +216,10 @@ def _template(shape: _Shape) -> _Template:
     flags |= messages.XFRM_STATE_ESN * shape.esn
 
     found: list[tuple[str, Any]] = _algorithms(shape)
-    # An outbound SA has no window; kernels that do not know directions want one for ESN, though.
+    # An outbound SA has no window, and a kernel that knows directions insists; others want one for ESN.
     window = shape.replay_window if not outbound else 32 * (shape.esn and not shape.features.sa_direction)
     if shape.esn or window > 32:
-        words = max(1, -(-window // 32))
+        words = -(-window // 32)
         found.append(("XFRMA_REPLAY_ESN_VAL", {"bmp_len": words, "replay_window": window}))
         window = 0
     fields["replay_window"] = window

@@ -103,5 +103,5 @@ def measure(count: int, rounds: int = ROUNDS) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    asked = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
-    print(json.dumps({name: round(value, 2) for name, value in measure(asked).items()}, indent=1))
+    asked = [int(argument) for argument in sys.argv[1:]] or [10_000]  # SAs, and rounds
+    print(json.dumps({name: round(value, 2) for name, value in measure(*asked).items()}, indent=1))

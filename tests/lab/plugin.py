@@ -48,7 +48,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     names = [item.nodeid for item in items]
     worker = os.environ.get("PYTEST_XDIST_TESTRUNUID")
     if worker is None:
-        config.stash[_FOUND] = _run(names, config.rootpath)
+        config.stash[_FOUND] = _run(names, config.rootpath, _measures_coverage(config))
         return
     # Of several xdist workers, each of which has collected all tests, the first runs the lab.
     directory = Path(tempfile.gettempdir()) / f"natcompat-lab-{worker}"
@@ -57,8 +57,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         shared = directory / "found.json"
         if not shared.exists():
-            shared.write_text(json.dumps(_run(names, config.rootpath)))
+            shared.write_text(json.dumps(_run(names, config.rootpath, _measures_coverage(config))))
         config.stash[_FOUND] = json.loads(shared.read_text())
+        with (directory / "readers").open("a+") as readers:
+            readers.write("x")
+            last = readers.tell() == int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    if last:
+        shutil.rmtree(directory)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -72,6 +77,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     # what the test before this one left set up for it
     item.session._setupstate.teardown_exact(nextitem)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    # As the protocol that this replaces does it: what only tests before this one needed is torn down.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
@@ -98,9 +105,17 @@ def _reports(item: pytest.Item, found: Reports | str) -> list[pytest.TestReport]
         return [_report(item, "skipped", (path, line or 0, f"Skipped: no kernel with ESP: {found}"), "setup")]
     inner = found.get(item.nodeid)
     if not inner:
-        return [_report(item, "failed", f"no result came out of the lab. {found['']}", "call")]
+        return [_report(item, "failed", f"no result came out of the lab. {found[''][0]['output']}", "call")]
     hook = item.config.hook
-    return [hook.pytest_report_from_serializable(config=item.config, data=dict(each)) for each in inner]
+    reports = [hook.pytest_report_from_serializable(config=item.config, data=dict(each)) for each in inner]
+    for report in reports:
+        if isinstance(report.longrepr, list):  # of a skip: path, line, reason; JSON knows no tuples
+            report.longrepr = tuple(report.longrepr)
+    if reports[-1].when != "teardown":
+        reports.append(
+            _report(item, "failed", f"the lab died in this test. {found[''][0]['output']}", "call")
+        )
+    return reports
 
 
 def _report(item: pytest.Item, outcome: Any, text: Any, when: Any) -> pytest.TestReport:
@@ -114,8 +129,15 @@ def _report(item: pytest.Item, outcome: Any, text: Any, when: Any) -> pytest.Tes
     )
 
 
-def _run(names: list[str], root: Path) -> Reports | str:
-    """Run the tests `names` in the lab; return their reports (and the output under ""), or why not."""
+def _measures_coverage(config: pytest.Config) -> bool:
+    return bool(getattr(config.option, "cov_source", None)) and not config.option.no_cov
+
+
+def _run(names: list[str], root: Path, coverage: bool) -> Reports | str:
+    """Run the tests `names` in the lab; return their reports (and the output under ""), or why not.
+
+    With `coverage` what the inner run covers is left beside the outer run's data, which includes it.
+    """
     place = os.environ.get("NATCOMPAT_LAB") or ("native" if _kernel_has_esp() else "guest")
     if place == "guest":
         problem = _install_packages()
@@ -126,7 +148,11 @@ def _run(names: list[str], root: Path) -> Reports | str:
         (directory / "names").write_text("\n".join(names) + "\n")
         results = directory / "results"
         results.touch()
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={root}"]
+        command = [sys.executable, "-m"]
+        if coverage:
+            options = f"--rcfile={root}/pyproject.toml", f"--data-file={directory}/.coverage"
+            command += ["coverage", "run", *options, "-m"]
+        command += ["pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={root}"]
         command += [
             "-c",
             str(root / "pyproject.toml"),
@@ -135,7 +161,9 @@ def _run(names: list[str], root: Path) -> Reports | str:
             f"@{directory}/names",
         ]
         environment = {"PATH": os.environ["PATH"], "HOME": "/root", RESULTS: str(results), "LANG": "C.UTF-8"}
-        environment["PYTHONPATH"] = str(root)
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+        )
         environment["PATH"] += ":/usr/sbin:/sbin"
         ending = ""
         try:
@@ -149,6 +177,8 @@ def _run(names: list[str], root: Path) -> Reports | str:
             ending = str(error)
             if not results.stat().st_size:
                 return ending
+        for data in directory.glob(".coverage.*"):
+            shutil.copyfile(data, root / data.name)
         found: Reports = {"": []}
         for line in results.read_text().splitlines():
             with contextlib.suppress(ValueError):  # the last line of a run that was cut off

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import errno
 import select
@@ -9,6 +10,7 @@ import socket
 import struct
 import subprocess
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, ip_address
 from pathlib import Path
 from typing import Any
@@ -113,7 +115,16 @@ def test_every_transform(ipsec: XfrmIPsec, transform: Encr) -> None:
     for sa_id, sa in expected.items():
         association = found[sa_id]
         assert association is not None
-        for name in ("encryption", "encryption_key", "integrity", "integrity_key", "mode", "esn", "reqid"):
+        for name in (
+            "encryption",
+            "encryption_key",
+            "integrity",
+            "integrity_key",
+            "mode",
+            "esn",
+            "reqid",
+            "direction",
+        ):
             assert getattr(association, name) == getattr(sa, name), name
 
 
@@ -156,6 +167,17 @@ def test_replay_windows(ipsec: XfrmIPsec, window: int, esn: bool) -> None:
     (found,) = ipsec.list_sas()
     assert found.association is not None
     assert (found.association.replay_window, found.association.esn) == (window, esn)
+
+
+def test_the_direction_of_sas_of_others(ipsec: XfrmIPsec) -> None:
+    ids = [ipsec.add_sa(make(1001, destination="127.0.0.1")), ipsec.add_sa(make(1002))]
+    with XfrmIPsec() as other:
+        found = {each.sa_id: each.association for each in other.list_sas()}
+    expected = (Direction.OUT,) if ipsec.features.sa_direction else (Direction.IN, Direction.OUT)
+    for sa_id, direction in zip(ids, expected * 2, strict=False):
+        association = found[sa_id]
+        assert association is not None
+        assert association.direction is direction
 
 
 def test_ip_xfrm_agrees(ipsec: XfrmIPsec) -> None:
@@ -236,6 +258,21 @@ def test_a_reservation_outlives_the_larval_sa(ipsec: XfrmIPsec) -> None:
             assert events.read() == []
     finally:
         expires.write_text(before)
+
+
+def test_threads_take_turns(ipsec: XfrmIPsec) -> None:
+    def work(number: int) -> None:
+        for each in range(40):
+            spi = ipsec.allocate_spi("192.0.2.1", f"192.0.2.{10 + number}")
+            sa_id = ipsec.add_sa(make(spi, destination=f"192.0.2.{10 + number}", encapsulation=PORTS))
+            ipsec.update_sa(sa_id, source="192.0.2.7")
+            assert ipsec.get_sa(sa_id).packets == 0
+            if each % 2:
+                ipsec.delete_sa(sa_id)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert len(ipsec.list_sas()) == 80
 
 
 def test_an_spi_that_is_free_again(ipsec: XfrmIPsec) -> None:
@@ -407,10 +444,8 @@ def test_everything_else_is_kept_when_addresses_change(
     assert association.destination == ip_address(change.get("destination", sa.destination))
     assert (association.encryption_key, association.esn) == (sa.encryption_key, esn)
     assert association.lifetime == sa.lifetime
-    # The kernel does not know the direction here, and natcompat takes it from the addresses: outbound.
-    expected = change.get("encapsulation", sa.encapsulation if direction is Direction.OUT else ...)
-    if expected is not ...:
-        assert association.encapsulation == expected
+    assert association.direction is direction
+    assert association.encapsulation == change.get("encapsulation", sa.encapsulation)
     assert found.usage.octets == 5000
     assert found.usage.packets == 50
 
@@ -606,6 +641,32 @@ def test_hard_and_soft_expiry(ipsec: XfrmIPsec) -> None:
         wait_for("both expiries", both)
     assert found == [Expire(sa_id=sa_id, reqid=7, hard=False), Expire(sa_id=sa_id, reqid=7, hard=True)]
     assert ipsec.list_sas() == []
+
+
+def test_events_can_be_waited_for_in_event_loops(ipsec: XfrmIPsec) -> None:
+    async def in_asyncio() -> None:
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(events, readable.set)
+        ipsec.add_sa(make(lifetime=Lifetime(soft_seconds=1)))
+        await asyncio.wait_for(readable.wait(), 10)
+        loop.remove_reader(events)
+
+    trio = pytest.importorskip("trio")
+
+    async def in_trio() -> None:
+        ipsec.add_sa(make(lifetime=Lifetime(soft_seconds=1)))
+        with trio.fail_after(10):
+            await trio.lowlevel.wait_readable(events.fileno())
+
+    for in_trio_too in (False, True):
+        with ipsec.events() as events:
+            if in_trio_too:
+                trio.run(in_trio)
+            else:
+                asyncio.run(in_asyncio())
+            assert events.read() == [Expire(sa_id=make().sa_id, reqid=7, hard=False)]
+        ipsec.flush_sas()
 
 
 def test_lost_events_are_said_and_found_out(ipsec: XfrmIPsec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import select
@@ -240,7 +241,8 @@ def test_families_in_each_other(network: Network, outer: int, inner: int) -> Non
         connection.add_sas(esn=inner == 6)
         connection.add_policies(inside_near, inside_far)
         assert near.ping(inside_far, "-I", inside_near) == 3
-        assert {name: connection.packets(name) for name in connection.ids} == dict.fromkeys(connection.ids, 3)
+        # or more: TCP of the test before may still be saying goodbye between the same addresses
+        assert all(connection.packets(name) >= 3 for name in connection.ids)
 
 
 def test_two_initiators_behind_one_nat(network: Network) -> None:
@@ -356,6 +358,8 @@ def test_the_nat_mapping_changes_under_traffic(network: Network) -> None:
             assert (change.old_port, str(change.old_address)) == (connection.peer[1], NAT_ADDRESS)
             assert 30000 <= change.new_port <= 30999
             assert str(change.new_address) == NAT_ADDRESS
+            network.initiator.ping("10.2.0.1", "-W", "1", count=1)
+            assert events.read() == []  # not for every packet (MAPPING_INTERVAL)
             # The daemon decides, and says so for both SAs.
             sequence = network.responder.ipsec.get_sa(connection.ids["responder out"]).sequence
             for name in ("responder in", "responder out"):
@@ -397,6 +401,57 @@ def test_a_move_to_another_address(network: Network) -> None:
                 assert network.initiator.ipsec.get_sa(new_in).sequence == 6
                 usage = network.responder.ipsec.get_sa(connection.ids["responder in"])
                 assert (usage.sequence, usage.replay_drops, usage.packets) == (6, 0, 6)
+    finally:
+        network.initiator.run("ip", "addr", "del", "192.168.1.7/24", "dev", "lan")
+
+
+def test_moves_under_load_send_nothing_in_the_clear_and_no_number_twice(network: Network) -> None:
+    network.initiator.run("ip", "addr", "add", "192.168.1.7/24", "dev", "lan")
+    with inside("router"):
+        tap = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))
+    tap.bind(("one", 0x0800))
+    tap.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 22)
+    try:
+        with (
+            tap,
+            connect(network, network.initiator, 1) as connection,
+            network.initiator.udp("10.1.0.1", 5000, encap=False) as sender,
+        ):
+            connection.add_sas()
+            connection.add_policies()
+            stop = threading.Event()
+            sent = 0
+
+            def stream() -> None:
+                nonlocal sent
+                while not stop.is_set():
+                    with contextlib.suppress(OSError):  # EAGAIN while there is no SA
+                        sender.sendto(b"secret", socket.MSG_DONTWAIT, ("10.2.0.1", 5000))
+                        sent += 1
+
+            thread = threading.Thread(target=stream)
+            thread.start()
+            ipsec, sa_id = network.initiator.ipsec, connection.ids["initiator out"]
+            try:
+                for number in range(20):
+                    before = sent
+                    wait_for("traffic", lambda: sent > before + 20)  # noqa: B023
+                    sa_id = ipsec.update_sa(sa_id, source=("192.168.1.7", "192.168.1.2")[number % 2])
+            finally:
+                stop.set()
+                thread.join()
+            tap.setblocking(False)
+            seen = {"clear": 0, "ESP": 0}
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    packet, _ = tap.recvfrom(2048)
+                    if packet[9] == 17:
+                        seen["clear" if b"secret" in packet else "ESP"] += 1
+            assert seen["ESP"] > 400
+            assert seen["clear"] == 0
+            usage = network.responder.ipsec.get_sa(connection.ids["responder in"])
+            assert usage.replay_drops == usage.window_drops == usage.integrity_drops == 0
+            assert usage.sequence == usage.packets == ipsec.get_sa(sa_id).sequence
     finally:
         network.initiator.run("ip", "addr", "del", "192.168.1.7/24", "dev", "lan")
 
@@ -590,3 +645,28 @@ def test_keepalives_go_out_while_nothing_else_does(network: Network, version: in
         while select.select([listener], [], [], 0)[0]:
             listener.recvfrom(100)
         assert not select.select([listener], [], [], 1.6)[0]
+
+
+def test_keepalives_follow_the_sa_and_wait_while_it_sends(network: Network) -> None:
+    with connect(network, network.initiator, 1) as connection, ExitStack() as stack:
+        near, far = network.initiator, network.responder
+        listener = stack.enter_context(far.udp(port=4600, encap=False))
+        for name, host, sa in connection.associations():
+            keepalive = 1 if name == "initiator out" else None
+            connection.ids[name] = host.ipsec.add_sa(dataclasses.replace(sa, nat_keepalive=keepalive))
+        connection.add_policies()
+        near.ipsec.update_sa(
+            connection.ids["initiator out"], encapsulation=UDPEncapsulation(local_port=4500, remote_port=4600)
+        )
+        assert listener.recv(100) == b"\xff"
+        # Traffic instead (its ESP goes to the same port, and nobody answers): no keepalive is due.
+        seen = set()
+        with near.udp("10.1.0.1", 5000, encap=False) as sender:
+            end = time.monotonic() + 2.5
+            while time.monotonic() < end:
+                sender.sendto(b"x", ("10.2.0.1", 5000))
+                if select.select([listener], [], [], 0.2)[0]:
+                    seen.add(len(listener.recv(2048)))
+        assert seen
+        assert 1 not in seen
+        assert listener.recv(2048)

@@ -1,0 +1,170 @@
+"""`natcompat sad`, `spd`, `events` and `top` on what is really installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from natcompat import ipsec_cli
+from natcompat.ipsec import Direction, Lifetime, Policy, TrafficSelector, UDPEncapsulation
+from natcompat.xfrm.kernel import XfrmIPsec
+from tests.lab.test_kernel import cbc, make, tunnel
+from tests.test_xfrm_probe import as_nobody
+
+KEY = bytes(range(1, 21)).hex()
+
+
+@click.group()
+def group() -> None:
+    """Stand for the program that the commands belong to."""
+
+
+for each in ipsec_cli.COMMANDS:
+    group.add_command(each)
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(group, arguments, catch_exceptions=False)
+
+
+@pytest.fixture
+def populated(ipsec: XfrmIPsec) -> XfrmIPsec:
+    ipsec.add_sa(make(0x1001, encapsulation=UDPEncapsulation(local_port=4500, remote_port=34567), mark=3))
+    ipsec.add_sa(cbc(0x1002, lifetime=Lifetime(hard_seconds=1000)))
+    ipsec.allocate_spi("192.0.2.2", "192.0.2.1")
+    ipsec.add_policy(tunnel())
+    ipsec.add_policy(tunnel(Direction.OUT))
+    return ipsec
+
+
+@pytest.mark.kernel_esp
+def test_sad_as_json(populated: XfrmIPsec) -> None:
+    rows = {row["spi"]: row for row in json.loads(call("sad", "--json").output)}
+    assert len(rows) == 3
+    first = rows["0x00001001"]
+    assert (first["encryption"], first["encryption_bits"], first["mark"]) == (
+        "AES_GCM_16",
+        128,
+        "0x3/0xffffffff",
+    )
+    assert (first["local_port"], first["remote_port"]) == (4500, 34567)
+    second = rows["0x00001002"]
+    assert (second["integrity"], second["lifetime"]) == ("HMAC_SHA2_256_128", {"hard_seconds": 1000})
+    assert [row["state"] for row in rows.values()].count("larval") == 1
+
+
+@pytest.mark.kernel_esp
+@pytest.mark.parametrize("command", ["sad", "spd", "top --count 1"])
+def test_plain_text_has_no_keys_and_no_escapes(populated: XfrmIPsec, command: str) -> None:
+    output = call(*command.split()).output
+    assert len(output.splitlines()) >= 3
+    assert KEY not in output.replace(" ", "")
+    assert "\x1b" not in output
+
+
+@pytest.mark.kernel_esp
+def test_keys_only_when_asked_for_by_root(populated: XfrmIPsec) -> None:
+    assert KEY not in call("sad", "--json").output
+    assert KEY in call("sad", "--json", "--show-keys").output
+    assert KEY in call("sad", "--show-keys").output
+    status, output = as_nobody(lambda: _status(call("sad", "--show-keys")))
+    assert status == 1
+    assert "root only" in output
+
+
+def _status(result: Result) -> list[Any]:
+    return [result.exit_code, result.output]
+
+
+@pytest.mark.kernel_esp
+def test_spd(populated: XfrmIPsec) -> None:
+    rows = json.loads(call("spd", "--json").output)
+    assert [row["direction"] for row in rows] == ["in", "out"]
+    assert rows[0]["selector"] == "10.2.0.0/24 to 10.1.0.0/16"
+    text = call("spd").output
+    assert "192.0.2.1 to 192.0.2.2" in text
+    assert "never" in text
+
+
+@pytest.mark.kernel_esp
+@pytest.mark.parametrize("json_output", [True, False], ids=["JSON", "plain"])
+def test_events(ipsec: XfrmIPsec, json_output: bool) -> None:
+    timer = threading.Timer(
+        0.5, lambda: ipsec.add_sa(make(lifetime=Lifetime(soft_seconds=1, hard_seconds=2)))
+    )
+    timer.start()
+    output = call("events", "--count", "2", "--timeout", "30", *["--json"] * json_output).output
+    timer.join()
+    if json_output:
+        found = [json.loads(line) for line in output.splitlines()]
+        assert [each["event"] for each in found] == ["soft expire", "hard expire"]
+        assert found[0]["spi"] == "0xc0de0001"
+    else:
+        assert "hard expire  spi 0xc0de0001" in output
+
+
+@pytest.mark.kernel_esp
+def test_nothing_to_report_in_time() -> None:
+    assert call("events", "--timeout", "0.2").output == ""
+
+
+@pytest.mark.kernel_esp
+@pytest.mark.parametrize("command", ["sad", "spd", "top --count 2 --interval 0.1"])
+def test_tables_on_a_terminal(populated: XfrmIPsec, command: str) -> None:
+    terminal, end = pty.openpty()
+    script = (
+        "import sys; from natcompat.ipsec_cli import COMMANDS;"
+        "{each.name: each for each in COMMANDS}[sys.argv[1]](sys.argv[2:])"
+    )
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *command.split()], stdin=end, stdout=end, stderr=end, env=environment
+    )
+    os.close(end)
+    shown = b""
+    try:
+        while chunk := os.read(terminal, 4096):
+            shown += chunk
+    except OSError:
+        pass
+    os.close(terminal)
+    assert process.wait(30) == 0, shown
+    assert "┃".encode() in shown
+    assert KEY.encode() not in shown
+
+
+@pytest.mark.kernel_esp
+def test_top_counts(ipsec: XfrmIPsec) -> None:
+    ipsec.add_sa(make())
+    lines = [
+        json.loads(line)
+        for line in call("top", "--json", "--count", "2", "--interval", "0.1").output.splitlines()
+    ]
+    assert [line[0]["packets/s"] for line in lines] == [0, 0]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes an ordinary user, which takes root")
+def test_without_privilege_there_is_one_sentence() -> None:
+    status, output = as_nobody(lambda: _status(call("sad")))
+    assert status == 1
+    assert output.startswith("Error: ")
+    assert "CAP_NET_ADMIN" in output
+    assert "Traceback" not in output
+
+
+def test_selectors_in_words() -> None:
+    selector = TrafficSelector(
+        source="10.0.0.0/8", destination="10.1.0.1", protocol=6, source_port=80, destination_port=90
+    )
+    assert ipsec_cli.describe_selector(selector) == "10.0.0.0/8 port 80 to 10.1.0.1 port 90 tcp"
+    policy = Policy(direction=Direction.IN, selector=selector, source="192.0.2.1", destination="192.0.2.2")
+    assert policy.selector is selector
