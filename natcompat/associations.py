@@ -399,6 +399,8 @@ def _transform(name: str, registry: type[Any], value: int) -> Any:
 
 
 def _address(name: str, value: IPAddress | str) -> IPAddress:
+    if isinstance(value, (IPv4Address, IPv6Address)):
+        return value  # not a copy: SAs are many, and share their addresses
     try:
         return ip_address(value)
     except ValueError:

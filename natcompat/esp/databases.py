@@ -1,0 +1,214 @@
+"""The security association database and the security policy database (RFC 4301, 4.4).
+
+Look-ups take the same time however many entries there are. The caller holds a lock to change one;
+looking up needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import count
+from typing import TypeAlias, TypeVar
+
+from natcompat.esp.association import Association, Inbound, Link, Outbound
+from natcompat.esp.packet import Flow, address_of, matches
+from natcompat.ipsec import (
+    Direction,
+    Mode,
+    Policy,
+    SaId,
+    SecurityAssociation,
+    TrafficSelector,
+)
+
+_PRIORITY_BASE = 0x2000
+_K = TypeVar("_K")
+_A = TypeVar("_A", bound=Association)
+
+
+def link_of(item: SecurityAssociation | Policy) -> Link:
+    """Return what ties `item` to its counterparts.
+
+    In transport mode policies do not name the outer addresses: they are those of the packet.
+    """
+    if item.mode is Mode.TUNNEL:
+        return item.mode, item.reqid, item.source, item.destination
+    if isinstance(item, SecurityAssociation) and item.direction is Direction.OUT:
+        return item.mode, item.reqid, None, item.destination
+    return item.mode, item.reqid, None, None
+
+
+AnyAssociation: TypeAlias = Inbound | Outbound
+
+
+class AssociationDatabase:
+    """SAs by name, inbound ones by SPI, outbound ones by what links them to policies."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[SaId, AnyAssociation] = {}
+        self.inbound: dict[int, tuple[Inbound, ...]] = {}
+        """Almost always one per SPI: this host chose it."""
+        self._outbound: dict[Link, tuple[Outbound, ...]] = {}
+
+    def add(self, association: AnyAssociation) -> None:
+        """Put `association` in."""
+        sa = association.sa
+        self.by_id[sa.sa_id] = association
+        if isinstance(association, Inbound):
+            _put(self.inbound, sa.spi, association)
+        else:
+            _put(self._outbound, association.link, association)
+
+    def remove(self, sa_id: SaId) -> AnyAssociation | None:
+        """Take out what is named `sa_id`, and return it."""
+        association = self.by_id.pop(sa_id, None)
+        if isinstance(association, Inbound):
+            _take(self.inbound, sa_id.spi, association)
+        elif association is not None:
+            _take(self._outbound, association.link, association)
+        return association
+
+    def outbound_for(self, entry: PolicyEntry, flow: Flow) -> Outbound | None:
+        """Return the newest SA of this policy that `flow` may take: the one that rekeying made last."""
+        link = entry.link
+        if link[0] is Mode.TRANSPORT:
+            link = (*link[:3], address_of(flow.version, flow.destination))
+        for each in reversed(self._outbound.get(link, ())):
+            if allows(each.sa.selectors, flow):
+                return each
+        return None
+
+
+def _put(index: dict[_K, tuple[_A, ...]], key: _K, association: _A) -> None:
+    index[key] = (*index.get(key, ()), association)
+
+
+def _take(index: dict[_K, tuple[_A, ...]], key: _K, association: _A) -> None:
+    rest = tuple(each for each in index[key] if each is not association)
+    if rest:
+        index[key] = rest
+    else:
+        del index[key]
+
+
+def allows(selectors: Iterable[TrafficSelector], flow: Flow) -> bool:
+    """Tell whether `flow` may pass an SA with these `selectors`; none: the policies decide."""
+    selectors = tuple(selectors)
+    return not selectors or any(matches(each, flow) for each in selectors)
+
+
+class PolicyEntry:
+    """An installed policy."""
+
+    __slots__ = ("acquired", "added", "last_used", "link", "policy", "rank")
+
+    def __init__(self, policy: Policy, number: int, added: float) -> None:
+        self.policy: Policy = policy
+        self.link: Link = link_of(policy)
+        self.added: float = added
+        self.last_used: float | None = None
+        self.acquired: float = float("-inf")
+        """When an SA was last asked for, on the monotonic clock."""
+        priority = default_priority(policy.selector) if policy.priority is None else policy.priority
+        self.rank: tuple[int, int] = (priority, number)
+
+
+def default_priority(selector: TrafficSelector) -> int:
+    """Return the priority of a policy that has none: the more specific, the smaller."""
+    bits = selector.source.prefixlen + selector.destination.prefixlen
+    wide = (not selector.protocol) * 4 + (not selector.source_port) * 2 + (not selector.destination_port)
+    return _PRIORITY_BASE + (256 - bits) * 8 + wide
+
+
+_Shape: TypeAlias = tuple[int, int, int, bool, bool, bool]
+"""Version, bits of the addresses that are not looked at, and whether protocol and ports are."""
+
+
+class PolicyDatabase:
+    """Policies by direction and selector.
+
+    Tuple space search: selectors of one shape (prefix lengths, which fields are wildcards) share a
+    dictionary, so a look-up costs as many steps as there are shapes, and those are few.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = count()
+        self.clear()
+
+    def clear(self) -> None:
+        """Take all out."""
+        self._by_name: dict[tuple[Direction, TrafficSelector], PolicyEntry] = {}
+        self._shapes: dict[Direction, dict[_Shape, dict[tuple[int, ...], PolicyEntry]]] = {
+            direction: {} for direction in Direction
+        }
+
+    def __iter__(self) -> Iterator[PolicyEntry]:
+        return iter(list(self._by_name.values()))
+
+    def get(self, policy: Policy) -> PolicyEntry | None:
+        """Return the entry with the direction and selector of `policy`."""
+        return self._by_name.get((policy.direction, policy.selector))
+
+    def add(self, policy: Policy, now: float) -> None:
+        """Put `policy` in, which is not in yet."""
+        entry = PolicyEntry(policy, next(self._numbers), now)
+        self._by_name[policy.direction, policy.selector] = entry
+        shape = _shape(policy.selector)
+        shapes = self._shapes[policy.direction]
+        if shape in shapes:
+            shapes[shape][_key(policy.selector, shape)] = entry
+        else:  # whoever is looking up goes over what was there before
+            self._shapes[policy.direction] = {**shapes, shape: {_key(policy.selector, shape): entry}}
+
+    def remove(self, entry: PolicyEntry) -> None:
+        """Take out `entry`, which is in."""
+        policy = entry.policy
+        del self._by_name[policy.direction, policy.selector]
+        shape = _shape(policy.selector)
+        shapes = self._shapes[policy.direction]
+        del shapes[shape][_key(policy.selector, shape)]
+        if not shapes[shape]:
+            self._shapes[policy.direction] = {each: shapes[each] for each in shapes if each != shape}
+
+    def look_up(self, direction: Direction, flow: Flow) -> PolicyEntry | None:
+        """Return the first policy for `flow`, by priority."""
+        version, protocol, source, destination, source_port, destination_port = flow
+        best: PolicyEntry | None = None
+        for shape, entries in self._shapes[direction].items():
+            if shape[0] != version:
+                continue
+            _, source_bits, destination_bits, with_protocol, with_source, with_destination = shape
+            found = entries.get(
+                (
+                    source >> source_bits,
+                    destination >> destination_bits,
+                    protocol if with_protocol else 0,
+                    source_port if with_source else 0,
+                    destination_port if with_destination else 0,
+                )
+            )
+            if found is not None and (best is None or found.rank < best.rank):
+                best = found
+        return best
+
+
+def _shape(selector: TrafficSelector) -> _Shape:
+    source, destination = selector.source, selector.destination
+    return (
+        source.version,
+        source.max_prefixlen - source.prefixlen,
+        destination.max_prefixlen - destination.prefixlen,
+        bool(selector.protocol),
+        bool(selector.source_port),
+        bool(selector.destination_port),
+    )
+
+
+def _key(selector: TrafficSelector, shape: _Shape) -> tuple[int, ...]:
+    return (
+        int(selector.source.network_address) >> shape[1],
+        int(selector.destination.network_address) >> shape[2],
+        selector.protocol,
+        selector.source_port,
+        selector.destination_port,
+    )

@@ -1,0 +1,227 @@
+"""The portable data path: bursts of packets in, bursts of packets or reasons out.
+
+`DataPath` is the seam. The engine keeps the databases and the rules; a path only carries packets by
+them. This one is pure Python on `cryptography`, and the reference for any other.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from ipaddress import ip_address
+from itertools import repeat
+from struct import Struct
+from typing import Final, NamedTuple, Protocol, TypeAlias
+
+from natcompat.esp.association import Address, Inbound, Outbound
+from natcompat.esp.crypto import HEADER_LENGTH
+from natcompat.esp.databases import AnyAssociation, AssociationDatabase, PolicyDatabase, PolicyEntry, allows
+from natcompat.esp.packet import Flow, FlowKey, expand, flow_key, inner_length
+from natcompat.esp.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
+from natcompat.ipsec import Action, Direction
+
+_HEADER: Final = Struct("!II")
+_MOST_FLOWS: Final = 16384
+"""Flows whose way is remembered; more, and it is found again."""
+
+_new = tuple.__new__
+"""Makes named tuples without their constructor, which takes twice as long."""
+
+Sealed: TypeAlias = tuple[bytes, Destination]
+
+
+class DataPath(Protocol):
+    """What carries packets."""
+
+    def open_burst(
+        self, burst: Iterable[tuple[Packet, Address]], traffic_classes: Sequence[int] | None
+    ) -> list[Opened | Dropped]:
+        """Return what each ESP packet of `burst` holds, in order."""
+        ...
+
+    def seal_burst(self, burst: Iterable[Packet]) -> list[Sealed | Dropped]:
+        """Return the ESP packet for each inner packet of `burst`, in order."""
+        ...
+
+    def forget(self) -> None:
+        """The databases have changed: what was derived from them is void."""
+        ...
+
+    def count(self, results: Iterable[object]) -> None:
+        """Count the drops among `results`, made elsewhere."""
+        ...
+
+    def counters(self) -> Mapping[Reason, int]:
+        """Return how many packets went no further, by reason."""
+        ...
+
+
+class _Way(NamedTuple):
+    """What becomes of the packets of an outbound flow."""
+
+    association: Outbound | None
+    entry: PolicyEntry | None
+    dropped: Dropped
+
+
+class PortableDataPath:
+    """A `DataPath` that works everywhere. Any thread may call it."""
+
+    def __init__(
+        self,
+        associations: AssociationDatabase,
+        policies: PolicyDatabase,
+        report: Callable[[AnyAssociation], None],
+        acquire: Callable[[PolicyEntry, Flow], None],
+    ) -> None:
+        """`report` is called with an SA of which something is due, `acquire` for packets without an SA."""
+        self._associations = associations
+        self._policies = policies
+        self._report = report
+        self._acquire = acquire
+        self._drops: Counter[Reason] = Counter()
+        self._lock = threading.Lock()
+        self.forget()
+
+    def forget(self) -> None:
+        """Find the ways of all flows again. Who is finding one now keeps it to himself."""
+        self._admitted: dict[FlowKey, tuple[Inbound, PolicyEntry | None]] = {}
+        self._ways: dict[FlowKey, _Way] = {}
+
+    def counters(self) -> Mapping[Reason, int]:
+        """Return how many packets went no further, by reason."""
+        with self._lock:
+            return dict(self._drops)
+
+    def count(self, results: Iterable[object]) -> None:
+        """Count the drops among `results`."""
+        dropped = [each.reason for each in results if isinstance(each, Dropped)]
+        if dropped:
+            with self._lock:
+                self._drops.update(dropped)
+
+    def open_burst(
+        self, burst: Iterable[tuple[Packet, Address]], traffic_classes: Sequence[int] | None = None
+    ) -> list[Opened | Dropped]:
+        """Return what each ESP packet of `burst` holds, in order."""
+        now = time.time()
+        inbound = self._associations.inbound
+        results: list[Opened | Dropped] = []
+        put = results.append
+        classes: Iterable[int] = repeat(0) if traffic_classes is None else traffic_classes
+        # one loop, not a function per packet: calls are what a packet costs most
+        for (packet, source), traffic_class in zip(burst, classes, strict=traffic_classes is not None):
+            if len(packet) < HEADER_LENGTH:
+                put(DROPPED[Reason.SHORT])
+                continue
+            if not isinstance(packet, bytes):
+                packet = bytes(packet)  # cheaper than the views that would be cut from it
+            spi, low = _HEADER.unpack_from(packet)
+            found = inbound.get(spi)
+            if found is None:
+                put(DROPPED[Reason.NO_SA])
+                continue
+            association = found[0] if len(found) == 1 else _choose(found, source)
+            inner = association.open(packet, low, source, traffic_class, now)
+            if association.due:
+                self._report(association)
+            if isinstance(inner, Dropped):
+                put(inner)
+                continue
+            key = flow_key(inner)
+            if key is None:
+                put(DROPPED[Reason.MALFORMED])
+                continue
+            admitted = self._admitted.get(key)
+            if admitted is None or admitted[0] is not association:
+                admitted = self._admit(association, key)
+                if admitted is None:
+                    put(DROPPED[Reason.SELECTOR])
+                    continue
+            if admitted[1] is not None:
+                admitted[1].last_used = now
+            put(_new(Opened, (inner, association.sa)))
+        self.count(results)
+        return results
+
+    def _admit(self, association: Inbound, key: FlowKey) -> tuple[Inbound, PolicyEntry | None] | None:
+        """Return the SA and the policy that let the flow in, or None: it came by the wrong SA."""
+        admitted = self._admitted
+        flow = expand(key)
+        entry = None
+        if association.sa.selectors:
+            if not allows(association.sa.selectors, flow):
+                return None
+        else:
+            entry = self._policies.look_up(Direction.IN, flow)
+            if entry is None or entry.policy.action is not Action.PROTECT or entry.link != association.link:
+                return None
+        if len(admitted) >= _MOST_FLOWS:
+            admitted.clear()
+        admitted[key] = association, entry
+        return association, entry
+
+    def seal_burst(self, burst: Iterable[Packet]) -> list[Sealed | Dropped]:
+        """Return the ESP packet for each inner packet of `burst`, in order."""
+        now = time.time()
+        results = [self._seal(packet, now) for packet in burst]
+        self.count(results)
+        return results
+
+    def _seal(self, packet: Packet, now: float) -> Sealed | Dropped:
+        inner = packet if isinstance(packet, bytes) else bytes(packet)
+        length = inner_length(inner)
+        key = flow_key(inner) if length and length == len(inner) else None
+        if key is None:
+            return DROPPED[Reason.MALFORMED]
+        for _ in range(2):
+            way = self._ways.get(key) or self._find_way(key)
+            association, entry, dropped = way
+            if entry is not None:
+                entry.last_used = now
+            if association is None:
+                if dropped.reason is Reason.ACQUIRE and entry is not None:
+                    return self._ask(key, entry)
+                return dropped
+            result = association.seal(inner, now)
+            if association.due:
+                self._report(association)
+            if not isinstance(result, Dropped) or result.reason is not Reason.NO_SA:
+                return result
+            self.forget()  # the SA ended while we held it
+        return DROPPED[Reason.ACQUIRE]
+
+    def _find_way(self, key: FlowKey) -> _Way:
+        ways = self._ways
+        way = self._way(expand(key))
+        if len(ways) >= _MOST_FLOWS:
+            ways.clear()
+        ways[key] = way
+        return way
+
+    def _way(self, flow: Flow) -> _Way:
+        entry = self._policies.look_up(Direction.OUT, flow)
+        if entry is None:
+            return _Way(None, None, DROPPED[Reason.NO_POLICY])
+        policy = entry.policy
+        if policy.action is Action.DISCARD:
+            return _Way(None, entry, DROPPED[Reason.DISCARD])
+        if policy.action is Action.BYPASS:
+            return _Way(None, entry, DROPPED[Reason.BYPASS])
+        return _Way(self._associations.outbound_for(entry, flow), entry, DROPPED[Reason.ACQUIRE])
+
+    def _ask(self, key: FlowKey, entry: PolicyEntry) -> Dropped:
+        self._acquire(entry, expand(key))
+        return DROPPED[Reason.BYPASS if entry.policy.optional else Reason.ACQUIRE]
+
+
+def _choose(found: tuple[Inbound, ...], source: Address) -> Inbound:
+    """Return the SA that the peer at `source` means, of several with one SPI and other destinations."""
+    try:
+        address = ip_address(str(source[0]).partition("%")[0])
+    except (ValueError, IndexError):
+        return found[0]
+    address = getattr(address, "ipv4_mapped", None) or address
+    return next((each for each in found if each.sa.source == address), found[0])

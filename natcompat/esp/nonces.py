@@ -1,0 +1,60 @@
+"""Initialization vectors of counter modes: no key ever sees one twice."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator
+from hashlib import blake2s
+from itertools import count
+from typing import Final
+
+MEMORY: Final = 4096
+"""Keys that are remembered after their last SA is gone."""
+
+
+class Nonces:
+    """A 64-bit counter per key, shared by all SAs that have the key, also one after the other.
+
+    A counter begins at a random number, as the kernel's seqiv does, so that a restart with the same
+    keys meets used numbers about never; who needs to be sure of that keeps the numbers himself and
+    gives a `start`. An SA that is deleted and added again goes on where it was. Keys are kept as
+    digests. The caller holds a lock.
+    """
+
+    def __init__(self) -> None:
+        self._live: dict[bytes, count[int]] = {}
+        self._shared: dict[bytes, int] = {}
+        """How many more SAs than one use a key, where there are more."""
+        self._retired: OrderedDict[bytes, count[int]] = OrderedDict()
+
+    def attach(self, key: bytes, start: int | None = None) -> Iterator[int] | None:
+        """Return the IVs of a new SA, as integers without an end; no two threads get the same.
+
+        None if there is a `start`, but the key has been used.
+        """
+        digest = blake2s(key, digest_size=16).digest()
+        live, retired = self._live.get(digest), self._retired.get(digest)
+        if start is not None and (live or retired):
+            return None
+        if live is not None:
+            self._shared[digest] = self._shared.get(digest, 0) + 1
+            return live
+        if retired is not None:
+            del self._retired[digest]
+            self._live[digest] = retired
+            return retired
+        self._live[digest] = fresh = count(int.from_bytes(os.urandom(8)) if start is None else start)
+        return fresh
+
+    def detach(self, key: bytes) -> None:
+        """An SA with this key is gone."""
+        digest = blake2s(key, digest_size=16).digest()
+        more = self._shared.pop(digest, 0)
+        if more:
+            if more > 1:
+                self._shared[digest] = more - 1
+            return
+        self._retired[digest] = self._live.pop(digest)
+        if len(self._retired) > MEMORY:
+            self._retired.popitem(last=False)
