@@ -65,10 +65,10 @@ class NatTSocket(_Socket):
             return NatTSocket.recvfrom(self, bufsize, flags)[0]
         root = half.root
         datagram = root.recv(self, bufsize + HEADROOM)
-        if datagram[:MARKER_LENGTH] == NON_ESP_MARKER and not datagram.startswith(half.prefix):
-            if half.on:  # it may have been switched off while this thread waited
-                half.counters.ike += 1
-                return datagram[MARKER_LENGTH : MARKER_LENGTH + bufsize]
+        # it may have been switched off while this thread waited
+        if half.on and datagram[:MARKER_LENGTH] == NON_ESP_MARKER and not datagram.startswith(half.prefix):
+            half.counters.ike += 1
+            return datagram[MARKER_LENGTH : MARKER_LENGTH + bufsize]
         return receive_ike(self, root, bufsize, 0, 0, (datagram, [], 0, None))[0]
 
     def recvfrom(self, bufsize: int, flags: int = 0, /) -> tuple[bytes, Any]:
@@ -83,10 +83,10 @@ class NatTSocket(_Socket):
             return message[0], message[3]
         begun = time.monotonic() if half.room else None
         datagram, source = root.recvfrom(self, half.room or bufsize + HEADROOM)
-        if datagram[:MARKER_LENGTH] == NON_ESP_MARKER and not datagram.startswith(half.prefix):
-            if half.on:  # it may have been switched off while this thread waited
-                half.counters.ike += 1
-                return datagram[MARKER_LENGTH : MARKER_LENGTH + bufsize], source
+        # it may have been switched off while this thread waited
+        if half.on and datagram[:MARKER_LENGTH] == NON_ESP_MARKER and not datagram.startswith(half.prefix):
+            half.counters.ike += 1
+            return datagram[MARKER_LENGTH : MARKER_LENGTH + bufsize], source
         message = receive_ike(self, root, bufsize, 0, 0, (datagram, [], 0, source), begun)
         return message[0], message[3]
 
