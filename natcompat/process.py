@@ -80,7 +80,7 @@ class ProcessHalf:
         self.unwrap: Callable[[bytes], tuple[bytes, Any] | None] = diversion.hand_back.unwrap
         self.room: int = LARGEST_DATAGRAM
         """What to receive at least, so that ESP comes whole; 0 once the kernel delivers IKE alone."""
-        self.on = True
+        self.on: bool = True
         """Whether the option has not been switched off since: cheaper to ask than the class."""
         self.draining: bool = False
         """Whether it will be 0 once the queue has no datagrams from before that."""
