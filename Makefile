@@ -17,10 +17,10 @@ WORKERS ?= 2
 # per cent of natcompat/, by branches; held where no test may skip
 COVERED := $(if $(filter true-0,$(CI)-$(UID)),--cov-fail-under=94)
 
-.PHONY: help verify test check pytest conformance bench nox format clean
+.PHONY: help verify test check pytest conformance lab-newer bench nox format clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 verify: .venv/.main ## run natcompat verify: every row of the contract on every backend (ARGS="--json")
 	@$(BIN)/natcompat verify $(ARGS)
@@ -43,6 +43,9 @@ pytest: .venv/.test ## run the tests alone (ARGS="-k steering")
 conformance: .venv/.test ## 100,000 random datagrams against the contract (a minute or two)
 	@NATCOMPAT_DATAGRAMS=$${NATCOMPAT_DATAGRAMS:-100000} \
 	  $(BIN)/python -m pytest -s --timeout 3600 tests/test_differential.py $(ARGS)
+
+lab-newer: .venv/.test ## the tests of kernel ESP on a newer kernel, emulated (many minutes)
+	@tests/lab/newer-kernel $(ARGS)
 
 bench: .venv/.test ## what natcompat costs, beside bare sockets (ARGS="--json")
 	@$(BIN)/python -m tests.bench $(ARGS)

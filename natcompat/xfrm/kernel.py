@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
 import socket
-import struct
 import time
 from ipaddress import ip_address
 from types import EllipsisType
@@ -31,7 +31,7 @@ from natcompat.xfrm.events import RECEIVE_BUFFER, Known, XfrmEvents
 from natcompat.xfrm.keepalive import KeepaliveSender
 from natcompat.xfrm.move import move_sa
 from natcompat.xfrm.netlink import LocalAddresses, Netlink, attributes, failure
-from natcompat.xfrm.probe import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL
+from natcompat.xfrm.probe import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, probe_attributes
 from natcompat.xfrm.readback import XFRMA, decode, installed_sa, usage_of
 from natcompat.xfrm.translate import (
     INFO_END,
@@ -68,7 +68,7 @@ class XfrmIPsec:
     def __init__(self) -> None:
         self._netlink = Netlink(receive_buffer=QUEUE)
         try:
-            self._kernel = self._ask_kernel()
+            self._kernel = _ask_kernel()
             self._local = LocalAddresses()
         except BaseException:
             self._netlink.close()
@@ -99,28 +99,6 @@ class XfrmIPsec:
             marks=True,
             interface_ids=True,
             sa_direction=self._kernel.sa_direction,
-        )
-
-    def _ask_kernel(self) -> KernelFeatures:
-        """Find out which attributes the kernel knows, by bad values for them.
-
-        A kernel ignores attributes that it does not know and refuses bad values of those that it
-        knows (nla_policy of xfrm_user.c: ERANGE), before it looks at anything else. What is asked
-        for is an SA of no address family, which is refused in any case.
-        """
-
-        def knows(name: str, bad: bytes) -> bool:
-            message = bytearray(INFO_END) + struct.pack("=HH4s", 4 + len(bad), XFRMA[name], bad)
-            try:
-                self._netlink.request("Opening XFRM", message, messages.XFRM_MSG_NEWSA)
-            except NatCompatError as error:
-                if error.errno == errno.EPERM:
-                    raise
-                return error.errno == errno.ERANGE
-            return False
-
-        return KernelFeatures(
-            sa_direction=knows("SA_DIR", b"\xff"), keepalive=knows("NAT_KEEPALIVE_INTERVAL", b"\0")
         )
 
     # -- security associations
@@ -391,6 +369,14 @@ class XfrmIPsec:
         `receive_buffer` bytes of queue are asked for.
         """
         return XfrmEvents(self._dump_sas, self._known, self._is_there, receive_buffer=receive_buffer)
+
+
+def _ask_kernel() -> KernelFeatures:
+    """Find out which attributes the kernel knows. EPERM: no privilege."""
+    found = probe_attributes()
+    if found.errno:
+        raise failure("Opening XFRM", found.errno, os.strerror(found.errno))
+    return KernelFeatures(sa_direction=bool(found.sa_direction), keepalive=bool(found.keepalive))
 
 
 def open_xfrm() -> XfrmIPsec:

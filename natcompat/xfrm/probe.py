@@ -42,6 +42,8 @@ XFRMA_ALG_CRYPT = 2
 XFRMA_ALG_AEAD = 18
 XFRMA_ALG_AUTH_TRUNC = 20
 XFRMA_REPLAY_ESN_VAL = 23
+XFRMA_SA_DIR = 33
+XFRMA_NAT_KEEPALIVE_INTERVAL = 34
 UDP_ENCAP = 100  # linux/udp.h
 UDP_ENCAP_ESPINUDP = 2
 
@@ -130,6 +132,42 @@ class EspProbe:
 
     def __bool__(self) -> bool:
         return self.support is EspSupport.AVAILABLE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class XfrmAttributes:
+    """Which of its newer attributes for SAs the kernel knows; None: it did not say."""
+
+    sa_direction: bool | None = None
+    """SAs have a direction (Linux 6.10)."""
+    keepalive: bool | None = None
+    """The kernel sends NAT-keepalives (Linux 6.11)."""
+    errno: int = 0
+    """Why it did not say."""
+
+
+def probe_attributes() -> XfrmAttributes:
+    """Ask which attributes the kernel knows, with bad values for them; installs nothing, never raises.
+
+    A kernel ignores attributes that it does not know, and refuses bad values of those that it knows
+    (xfrma_policy in xfrm_user.c; ERANGE or EINVAL) before it looks at anything else. What is asked for
+    is an SA of no address family, which is refused in any case, but in other words.
+    """
+    try:
+        with _xfrm_socket() as netlink:
+
+            def ask(attribute: bytes) -> tuple[int, str]:
+                return _request(netlink, XFRM_MSG_NEWSA, NLM_F_REQUEST | NLM_F_ACK, bytes(224) + attribute)
+
+            bare = ask(b"")
+            if bare[0] != errno.EINVAL:
+                return XfrmAttributes(errno=bare[0])
+            return XfrmAttributes(
+                sa_direction=ask(_attribute(XFRMA_SA_DIR, b"\xff")) != bare,
+                keepalive=ask(_attribute(XFRMA_NAT_KEEPALIVE_INTERVAL, b"\0")) != bare,
+            )
+    except (AttributeError, OSError) as error:
+        return XfrmAttributes(errno=getattr(error, "errno", None) or errno.EAFNOSUPPORT)
 
 
 def probe_esp(
@@ -226,7 +264,19 @@ def _dry_run(
         + struct.pack("=IIHBBB7x", 0, 0, family, 1, 0, 0)
     )
     flags = NLM_F_REQUEST | NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_XFRM) as netlink:
+    with _xfrm_socket() as netlink:
+        code, text = _request(netlink, XFRM_MSG_NEWSA, flags, info + algorithms + bitmap)
+        if code == 0:
+            # No kernel is known to take it. Should one: it lives for a second, and not even that.
+            same = struct.pack("=16s4sHBx", destination, spi.to_bytes(4, "big"), family, socket.IPPROTO_ESP)
+            _request(netlink, XFRM_MSG_DELSA, NLM_F_REQUEST | NLM_F_ACK, same)
+        return code, text
+
+
+def _xfrm_socket() -> socket.socket:
+    """Open XFRM, such that it explains its refusals where it can."""
+    netlink = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, NETLINK_XFRM)
+    try:
         netlink.settimeout(_ANSWER_TIMEOUT)
         for option in (NETLINK_CAP_ACK, NETLINK_EXT_ACK):  # since 4.3 and 4.12; worth having, not needed
             try:
@@ -234,12 +284,10 @@ def _dry_run(
             except OSError as error:
                 if error.errno != errno.ENOPROTOOPT:
                     raise
-        code, text = _request(netlink, XFRM_MSG_NEWSA, flags, info + algorithms + bitmap)
-        if code == 0:
-            # No kernel is known to take it. Should one: it lives for a second, and not even that.
-            same = struct.pack("=16s4sHBx", destination, spi.to_bytes(4, "big"), family, socket.IPPROTO_ESP)
-            _request(netlink, XFRM_MSG_DELSA, NLM_F_REQUEST | NLM_F_ACK, same)
-        return code, text
+    except BaseException:
+        netlink.close()
+        raise
+    return netlink
 
 
 def _attribute(kind: int, value: bytes) -> bytes:

@@ -27,6 +27,7 @@ from rich.table import Table
 from natcompat import Viability, set_nat_t_endpoint
 from natcompat.backends.base import Backend
 from natcompat.backends.linux import LinuxBackend
+from natcompat.xfrm.bypass import bypass
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PAYLOAD: Final = b"\xa5" * 1400
@@ -75,6 +76,8 @@ PAIRS: Final[dict[str, Pair]] = {
     "sendmsg + recvfrom": lambda sock, peer: (sock.sendmsg([PAYLOAD], [], 0, peer), sock.recvfrom(2048)),
     "send + recvfrom": lambda sock, _: (sock.send(PAYLOAD), sock.recvfrom(2048)),
 }
+BARE: Final = "bare"
+EXEMPT: Final = "exempt"  # from the kernel's IPsec policies, as far as this process may
 BARRED: Final = {"sendto + recvfrom": 1.3}
 
 SUBJECTS: Final[dict[str, tuple[str | Backend, bool]]] = {
@@ -91,10 +94,13 @@ def bench_pairs(rounds: int, count: int) -> Iterator[Result]:
     for method, pair in PAIRS.items():
         with contextlib.ExitStack() as opened:
             socks: dict[str, socket.socket] = {}
-            for subject in ("", *SUBJECTS):
+            for subject in (BARE, EXEMPT, *SUBJECTS):
                 sock = socks[subject] = opened.enter_context(socket.socket(type=socket.SOCK_DGRAM))
                 sock.bind(("127.0.0.1", 0))
-                if subject:
+                if subject == EXEMPT:
+                    with contextlib.suppress(OSError):
+                        bypass(sock)
+                elif subject != BARE:
                     backend, consumed = SUBJECTS[subject]
                     set_nat_t_endpoint(sock, backend=backend, esp=(lambda *_: None) if consumed else None)
                 if method.startswith("send +"):
@@ -104,21 +110,33 @@ def bench_pairs(rounds: int, count: int) -> Iterator[Result]:
                 for subject in random.sample(list(socks), len(socks)):
                     sock = socks[subject]
                     took[subject].append(_time(pair, sock, sock.getsockname(), count))
-            yield Result(method, "bare socket", statistics.median(took[""]) * 1e6, "us")
+            yield Result(method, BARE, statistics.median(took[BARE]) * 1e6, "us")
+            yield _ratio(method, EXEMPT, took, BARE)
+            if "linux" in SUBJECTS:
+                yield _ratio(method, "linux", took, BARE)
             for subject in SUBJECTS:
-                ratios = [ours / bare for ours, bare in zip(took[subject], took[""], strict=True)]
-                spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-                yield Result(method, subject, statistics.median(ratios), "x bare", BARRED.get(method), spread)
+                # every IKE daemon exempts its socket, which the linux backend does for it
+                yield _ratio(
+                    method, subject, took, EXEMPT if subject == "linux" else BARE, BARRED.get(method)
+                )
+
+
+def _ratio(
+    method: str, subject: str, took: dict[str, list[float]], floor: str, bar: float | None = None
+) -> Result:
+    ratios = [ours / theirs for ours, theirs in zip(took[subject], took[floor], strict=True)]
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
+    return Result(method, subject, statistics.median(ratios), f"x {floor}", bar, spread)
 
 
 def _time(pair: Pair, sock: socket.socket, address: Any, count: int) -> float:
     for _ in range(50):
         pair(sock, address)
     repeat = range(count)
-    begun = time.perf_counter()
+    begun = time.thread_time()  # what others do on this machine is not in it; nothing here waits
     for _ in repeat:
         pair(sock, address)
-    return (time.perf_counter() - begun) / count
+    return (time.thread_time() - begun) / count
 
 
 # --- importing ------------------------------------------------------------------------------------
@@ -211,8 +229,8 @@ def _child(code: str, *arguments: str) -> subprocess.Popen[str]:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--rounds", default=25, show_default=True, help="Rounds of each measurement.")
-@click.option("--count", default=1500, show_default=True, help="Pairs per round.")
+@click.option("--rounds", default=50, show_default=True, help="Rounds of each measurement.")
+@click.option("--count", default=500, show_default=True, help="Pairs per round.")
 def main(as_json: bool, rounds: int, count: int) -> None:
     """Measure, print, and exit with 1 if a bar is missed."""
     results = [*bench_pairs(rounds, count), *bench_import(rounds), *bench_flood()]

@@ -3,6 +3,8 @@
 It sees this machine's files read-only, has its own memory, network and clock ticks, needs no root,
 and leaves nothing behind. Slow at system calls (about 60 us each), as fast as the host at the rest.
 
+Where NATCOMPAT_LAB_KERNEL names another kernel, that one runs instead (tests/lab/newer.py).
+
 By hand: python -m tests.lab.guest COMMAND...
 """
 
@@ -17,7 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from tests.lab import newer
 
 PACKAGES = (
     "user-mode-linux",
@@ -53,8 +58,8 @@ class GuestError(Exception):
 
 
 def kernel() -> str | None:
-    """Return the path of the kernel, or None."""
-    return os.environ.get("UML_KERNEL") or shutil.which("linux.uml")
+    """Return the path of the kernel (or the directory of another one), or None."""
+    return os.environ.get(newer.KERNEL) or os.environ.get("UML_KERNEL") or shutil.which("linux.uml")
 
 
 def run(command: list[str], directory: Path, *, limit: float, environment: dict[str, str]) -> int:
@@ -63,9 +68,6 @@ def run(command: list[str], directory: Path, *, limit: float, environment: dict[
     `directory` (of the host) is the only one in which the guest can write; `output` there gets
     stdout and stderr of the command, `console` what the kernel says. Raises GuestError.
     """
-    uml = kernel()
-    if uml is None:
-        raise GuestError("no User Mode Linux kernel (Debian: user-mode-linux)")
     directory = directory.resolve()
     script = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     script += [f"cd {shlex.quote(os.getcwd())} || exit 125", "exec " + shlex.join(command)]
@@ -74,14 +76,9 @@ def run(command: list[str], directory: Path, *, limit: float, environment: dict[
     init = directory / "init"
     shutil.copyfile(INIT, init)
     init.chmod(0o755)
-    arguments = [
-        uml, f"mem={MEMORY}", "umid=guest", f"uml_dir={directory}/",
-        "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "rw", f"init={init}",
-        "con=null", "con0=null,fd:1", "ssl=null", "panic=-1", "quiet", "random.trust_cpu=on",
-        f"NATCOMPAT_GUEST={directory}",
-    ]  # fmt: skip
     with (
         tempfile.TemporaryDirectory(dir=_memory_directory()) as memory,
+        _machine(directory, init) as arguments,
         (directory / "console").open("wb") as log,
     ):
         process = subprocess.Popen(
@@ -104,6 +101,27 @@ def run(command: list[str], directory: Path, *, limit: float, environment: dict[
         return int((directory / "status").read_text())
     except (OSError, ValueError):
         raise GuestError(f"the guest died; its console:\n{_tail(directory / 'console')}") from None
+
+
+@contextlib.contextmanager
+def _machine(directory: Path, init: Path) -> Iterator[list[str]]:
+    """Yield the command that boots the guest."""
+    if newer.KERNEL in os.environ:
+        try:
+            with newer.machine(directory, init) as arguments:
+                yield arguments
+        except newer.NewerKernelError as error:
+            raise GuestError(str(error)) from None
+        return
+    uml = kernel()
+    if uml is None:
+        raise GuestError("no User Mode Linux kernel (Debian: user-mode-linux)")
+    yield [
+        uml, f"mem={MEMORY}", "umid=guest", f"uml_dir={directory}/",
+        "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "rw", f"init={init}",
+        "con=null", "con0=null,fd:1", "ssl=null", "panic=-1", "quiet", "random.trust_cpu=on",
+        f"NATCOMPAT_GUEST={directory}",
+    ]  # fmt: skip
 
 
 def _memory_directory() -> str:

@@ -5,7 +5,8 @@ namespace where the running kernel has ESP, otherwise in one guest (tests/lab/gu
 come back and are reported in their turn. Where neither works they are skipped with the reason; with
 CI=true in the environment they fail instead.
 
-NATCOMPAT_LAB=native or NATCOMPAT_LAB=guest chooses the place.
+NATCOMPAT_LAB=native or NATCOMPAT_LAB=guest chooses the place, NATCOMPAT_LAB_KERNEL another kernel for
+the guest.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from typing import Any
 
 import pytest
 
-from tests.lab import guest
+from tests.lab import guest, newer
 
 RESULTS = "NATCOMPAT_LAB_RESULTS"
 """Environment variable of the second pytest: the file for its reports, one JSON object a line."""
 
 LIMIT = 540
-"""Seconds for all tests of the lab together."""
+SLOW_LIMIT = 3600
+"""Seconds for all tests of the lab together; the second where the kernel is emulated."""
 
 Reports = dict[str, list[dict[str, Any]]]
 _FOUND: pytest.StashKey[Reports | str] = pytest.StashKey()
@@ -166,11 +168,12 @@ def _run(names: list[str], root: Path, coverage: bool) -> Reports | str:
         )
         environment["PATH"] += ":/usr/sbin:/sbin"
         ending = ""
+        limit = SLOW_LIMIT if newer.KERNEL in os.environ else LIMIT
         try:
             status = (
                 _run_natively(command, directory, environment)
                 if place == "native"
-                else guest.run(command, directory, limit=LIMIT, environment=environment)
+                else guest.run(command, directory, limit=limit, environment=environment)
             )
             ending = f"The inner run ended with status {status}."
         except (guest.GuestError, OSError, subprocess.SubprocessError) as error:

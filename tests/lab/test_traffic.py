@@ -32,6 +32,7 @@ from natcompat.ipsec import (
     UDPEncapsulation,
 )
 from natcompat.xfrm.bypass import bypass, undo_bypass
+from natcompat.xfrm.kernel import XfrmIPsec
 from tests.lab.topology import Host, Network, inside, wait_for
 
 pytestmark = pytest.mark.kernel_esp
@@ -645,6 +646,56 @@ def test_keepalives_go_out_while_nothing_else_does(network: Network, version: in
         while select.select([listener], [], [], 0)[0]:
             listener.recvfrom(100)
         assert not select.select([listener], [], [], 1.6)[0]
+
+
+def test_keepalives_outlive_the_process_where_the_kernel_sends_them(network: Network) -> None:
+    near, far = network.initiator, network.responder
+    with far.udp(encap=False) as listener:
+        with inside(near.name):
+            opened = XfrmIPsec()
+        with opened:
+            by_kernel = opened.features.kernel_keepalive
+            opened.add_sa(
+                SecurityAssociation(
+                    spi=0x4001,
+                    source=near.address,
+                    destination=far.address,
+                    direction=Direction.OUT,
+                    encryption=Encr.AES_GCM_16,
+                    encryption_key=key(1),
+                    encapsulation=UDPEncapsulation(local_port=4500, remote_port=4500),
+                    nat_keepalive=1,
+                )
+            )
+            helpers = [each for each in threading.enumerate() if each.name == "natcompat-keepalive"]
+            assert bool(helpers) != by_kernel
+            assert listener.recv(100) == b"\xff"
+        while select.select([listener], [], [], 0)[0]:
+            listener.recv(100)
+        assert bool(select.select([listener], [], [], 3)[0]) == by_kernel
+        assert not by_kernel or listener.recv(100) == b"\xff"
+
+
+def test_an_outbound_sa_takes_nothing_in_where_the_kernel_knows_directions(network: Network) -> None:
+    near, far = network.initiator, network.responder
+    sa = SecurityAssociation(
+        spi=0x4002,
+        source=near.address,
+        destination=far.address,
+        direction=Direction.OUT,
+        encryption=Encr.AES_GCM_16,
+        encryption_key=key(1),
+    )
+    sa_id = far.ipsec.add_sa(sa)
+    with inside(near.name):
+        raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ESP)
+    with raw:
+        raw.sendto((0x4002).to_bytes(4, "big") + bytes([0, 0, 0, 1]) + bytes(64), (far.address, 0))
+    if far.ipsec.features.sa_direction:
+        wait_for("the refusal", lambda: far.statistic("XfrmInStateDirError") == 1)
+        assert far.ipsec.get_sa(sa_id).integrity_drops == 0
+    else:
+        wait_for("the check", lambda: far.ipsec.get_sa(sa_id).integrity_drops == 1)
 
 
 def test_keepalives_follow_the_sa_and_wait_while_it_sends(network: Network) -> None:
