@@ -18,6 +18,10 @@ versions of natcompat may add some, and raise the number if one changes its mean
 ``esp``
     whether this process could install an SA in the kernel: a list with ``family``, ``algorithm``,
     ``support`` (see `natcompat.xfrm.probe.EspSupport`), ``reason``, ``remedy``
+``xfrm``
+    what else the kernel's IPsec does for this process, each true, false, or null where it did not
+    say: ``bypass`` (endpoints are exempt from IPsec policies), ``keepalive`` (the kernel sends
+    NAT-keepalives), ``sa_direction`` (SAs have a direction); ``reason`` and ``remedy`` of what is missing
 ``privileges``
     ``user`` (effective user id), ``capabilities`` (name to true or false; null where there are none)
 ``tun``
@@ -53,19 +57,13 @@ import click
 from natcompat.contract import NAT_T_PORT, Duty
 
 SCHEMA: Final = 1
-_IKE_PORT: Final = 500  # RFC 7296, 2
+IKE_PORT: Final = 500  # RFC 7296, 2
 
 _CAPABILITIES: Final = {
     "CAP_NET_BIND_SERVICE": 10,
     "CAP_NET_ADMIN": 12,
     "CAP_NET_RAW": 13,
 }  # linux/capability.h
-_WHAT_FOR: Final = {
-    "CAP_NET_ADMIN": "to install SAs and policies, and for TUN",
-    "CAP_NET_BIND_SERVICE": "to bind port 500; 4500 needs no privilege",
-    "CAP_NET_RAW": "to capture packets; natcompat does not need it",
-}
-
 _ALGORITHMS: Final = (
     ("AES-GCM-16", "rfc4106(gcm(aes))", ""),
     ("ChaCha20-Poly1305", "rfc7539esp(chacha20,poly1305)", ""),
@@ -105,12 +103,13 @@ def examine() -> dict[str, Any]:
             for found in backends.probe()
         ],
         "esp": _kernel_esp(),
+        "xfrm": _xfrm(),
         "privileges": {
             "user": os.geteuid() if hasattr(os, "geteuid") else None,
             "capabilities": _capabilities(),
         },
         "tun": _tun(),
-        "ports": [*_owners(_IKE_PORT), *_owners(NAT_T_PORT)],
+        "ports": [*_owners(IKE_PORT), *_owners(NAT_T_PORT)],
         "system": _system(),
         "beyond_solaris": ["AF_INET6 sockets are served; Solaris answers EAFNOSUPPORT."],
     }
@@ -164,6 +163,25 @@ def _kernel_esp() -> list[dict[str, str]]:
                 }
             )
     return rows
+
+
+def _xfrm() -> dict[str, Any]:
+    """Exempt a socket from IPsec policies and close it; ask XFRM for what it knows."""
+    from natcompat.errors import NatCompatError
+    from natcompat.xfrm.bypass import bypass
+    from natcompat.xfrm.probe import probe_attributes
+
+    known = probe_attributes()
+    found: dict[str, Any] = {"bypass": None, "keepalive": known.keepalive, "sa_direction": known.sa_direction}
+    if sys.platform != "linux":
+        return {**found, "reason": "XFRM is the IPsec of Linux; this is not Linux.", "remedy": ""}
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            bypass(sock)
+    except NatCompatError as error:
+        reason, remedy = _sentence(error.strerror or ""), _sentence(error.remedy)
+        return {**found, "bypass": False, "reason": reason, "remedy": remedy}
+    return {**found, "bypass": True, "reason": "", "remedy": ""}
 
 
 def _status() -> dict[str, str]:
@@ -333,124 +351,6 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def show(report: dict[str, Any]) -> None:
-    """Print `report` for people."""
-    from natcompat.report import Printer, Words, bad, doubtful, good, quiet
-
-    out = Printer()
-    system, requested = report["system"], report["requested"]
-    out.line(
-        f"natcompat {report['natcompat']} on {system['kernel']} {system['machine']}, {system['python']}, "
-        f"user {report['privileges']['user']}"
-    )
-
-    out.heading("Backends", "who would do each duty: the kernel, a filter or steering in it, this process")
-    out.table(
-        ["name", "viable", "runts", "ESP", "strip", "insert", "why"],
-        [
-            [
-                each["name"],
-                good("yes") if each["viable"] else bad("no"),
-                *[each["duties"].get(str(duty.name).lower(), "-") for duty in Duty],
-                each["reason"],
-            ]
-            for each in report["backends"]
-        ],
-    )
-    for each in report["backends"]:
-        if each["remedy"]:
-            out.line(Words(f"  {each['name']}: ", "bold"), each["remedy"])
-    if report["auto"] is None:
-        out.line(bad("auto finds no backend that works here."))
-    elif report["auto"] == report["auto_with_consumer"]:
-        out.line("auto takes ", Words(report["auto"], "bold green"), " here.")
-    else:
-        out.line(
-            "auto takes ",
-            Words(report["auto"], "bold green"),
-            " here, and where the program takes ESP itself (esp=) ",
-            Words(report["auto_with_consumer"] or "none", "bold green"),
-            ".",
-        )
-    if requested["error"]:
-        out.line(bad(f"NATCOMPAT_BACKEND={requested['value']} cannot be had: "), requested["error"])
-    elif requested["value"]:
-        out.line(f"NATCOMPAT_BACKEND={requested['value']} takes {requested['backend']} instead.")
-    else:
-        out.line(quiet("NATCOMPAT_BACKEND is not set."))
-
-    out.heading(
-        "ESP in the kernel", "by a request for an SA that the kernel has to refuse; none was installed"
-    )
-    out.table(["family", "algorithm", "SA", "why"], list(_esp_rows(report["esp"])))
-    for remedy in dict.fromkeys(each["remedy"] for each in report["esp"] if each["remedy"]):
-        out.line("  ", remedy)
-
-    out.heading("Privileges and devices")
-    rows: list[list[str]] = []
-    for name, has in (report["privileges"]["capabilities"] or {}).items():
-        rows.append([name, good("yes") if has else doubtful("no"), _WHAT_FOR[name]])
-    tun = report["tun"]
-    usable = {True: good("yes"), False: doubtful("no"), None: doubtful("?")}[tun["usable"]]
-    rows.append(["TUN", usable, " ".join(filter(None, (tun["reason"], tun["remedy"])))])
-    out.table(["", "", ""], rows)
-
-    out.heading("UDP ports of IKE", "in this network namespace")
-    out.table(["", "", ""], list(_port_rows(report["ports"])))
-
-    out.heading("System")
-    seccomp = {"off": "off", "strict": "strict", "filter": "a filter is on: it may refuse socket options"}
-    bpf = {"0": "allowed", "1": "forbidden", "2": "forbidden"}.get(
-        system["unprivileged_bpf"] or "", "unknown"
-    )
-    out.table(
-        ["", ""],
-        [
-            ["sandbox", ", ".join(system["sandbox"]) or "no sign of one"],
-            ["seccomp", seccomp.get(system["seccomp"] or "", "unknown")],
-            ["unprivileged eBPF", f"{bpf}; natcompat uses classic BPF, which needs no permission"],
-            [
-                "gevent",
-                f"{system['gevent']}; its sockets are served" if system["gevent"] else "not installed",
-            ],
-            [
-                "uvloop",
-                f"{system['uvloop']}; use natcompat.aio on its loops"
-                if system["uvloop"]
-                else "not installed",
-            ],
-            *(["beyond Solaris", each] for each in report["beyond_solaris"]),
-        ],
-    )
-
-
-def _esp_rows(esp: list[dict[str, str]]) -> Iterator[list[str]]:
-    """Yield a row for each algorithm; one for all of a family where they have the reason in common."""
-    from natcompat.report import bad, doubtful, good
-
-    words = {"available": good("yes"), "no privilege": doubtful("?"), "unknown": doubtful("?")}
-    for family in dict.fromkeys(each["family"] for each in esp):
-        found = [each for each in esp if each["family"] == family]
-        if len({each["reason"] for each in found}) == 1:
-            found = [{**found[0], "algorithm": "any"}]
-        for each in found:
-            yield [family, each["algorithm"], words.get(each["support"], bad("no")), each["reason"]]
-
-
-def _port_rows(ports: list[dict[str, Any]]) -> Iterator[list[str]]:
-    from natcompat.report import doubtful, good
-
-    for port in (_IKE_PORT, NAT_T_PORT):
-        held = [each for each in ports if each["port"] == port]
-        for each in held:
-            owners = ", ".join(f"{owner['command']} (pid {owner['pid']})" for owner in each["owners"])
-            hidden = f"a process of user {each['user']}, which this user may not see"
-            address = f"[{each['address']}]" if each["family"] == "IPv6" else each["address"]
-            yield [str(port), doubtful("taken"), f"{address} by {owners or hidden}"]
-        if not held:
-            yield [str(port), good("free"), "over IPv4 and IPv6"]
-
-
 @click.command("doctor", short_help="Tell what works on this machine, and what would help.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON; natcompat/doctor.py documents its keys.")
 @click.pass_context
@@ -460,7 +360,9 @@ def command(context: click.Context, as_json: bool) -> int:
     For every backend: whether it is viable, the reason, a remedy, and who would do each of the four
     duties (drop runts, divert ESP, strip the marker, insert the marker). Further: which backend is
     chosen here and what NATCOMPAT_BACKEND asks for; whether the kernel would install an ESP SA, by
-    address family and algorithm; privileges, TUN, who holds UDP 500 and 4500, and signs of a sandbox.
+    address family and algorithm; whether endpoints will be exempt from IPsec policies, and whether
+    the kernel sends NAT-keepalives and knows the direction of SAs; privileges, TUN, who holds UDP 500
+    and 4500, and signs of a sandbox.
 
     That a kernel accepts the option UDP_ENCAP proves nothing, so ESP is asked for by a request that
     the kernel has to refuse, filters and steering by datagrams over loopback, and TUN by a device in
@@ -486,5 +388,7 @@ def command(context: click.Context, as_json: bool) -> int:
 
         print_json(report)
     else:
+        from natcompat.doctor_report import show
+
         show(report)
     return 0 if report["auto"] is not None else 1

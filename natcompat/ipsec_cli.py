@@ -1,7 +1,32 @@
 """What is installed in the kernel, for people and for programs: ``sad``, ``spd``, ``events``, ``top``.
 
-The commands are in `COMMANDS`, for a click group to take. On a terminal they draw tables, in a pipe they
-write plain lines, with ``--json`` JSON: an array, or for ``events`` one object a line.
+On a terminal they draw tables, in a pipe they write plain lines, with ``--json`` JSON. Later versions of
+natcompat may add keys to these. Times are seconds since the epoch, null where there was none.
+
+``sad --json``
+    an array of SAs. Always: ``spi`` (0x and eight digits), ``source``, ``destination``, ``state``
+    (mature, or larval: only an SPI so far), ``description`` (protocol and algorithms in the kernel's
+    words), ``packets``, ``octets``, ``added``, ``first_used``, ``last_used``, ``sequence`` (of the last
+    packet sent, or the highest received), ``replay_drops``, ``window_drops``, ``integrity_drops``,
+    ``mark`` (0xVALUE/0xMASK or null). Of what natcompat has words for, too: ``direction`` (in, out),
+    ``mode`` (tunnel, transport), ``encryption`` and ``integrity`` (names of natcompat.ipsec.Encr and
+    Integ), ``encryption_bits``, ``esn``, ``replay_window``, ``local_port`` and ``remote_port`` (null:
+    not in UDP), ``reqid``, ``nat_keepalive`` (seconds), ``interface_id``, ``selectors``, ``lifetime``
+    (the limits there are, by the names of natcompat.ipsec.Lifetime). With ``--show-keys``:
+    ``encryption_key`` and ``integrity_key`` in hexadecimal digits, a salt at their end
+``spd --json``
+    an array of policies: ``direction``, ``selector``, ``action`` (protect, bypass, discard), ``mode``,
+    ``source`` and ``destination`` (of the tunnel, or null), ``reqid``, ``priority``, ``optional``,
+    ``mark``, ``interface_id``, ``added``, ``last_used``
+``events --json``
+    one object a line: ``time``, ``event``, and for ``acquire``: ``source``, ``destination``, ``reqid``,
+    ``selector``, ``sequence``; for ``soft expire`` and ``hard expire``: ``spi``, ``destination``,
+    ``reqid``; for ``mapping change``: these, ``old`` and ``new`` ("ADDRESS port NUMBER"); for
+    ``events lost`` nothing more
+``top --json``
+    one array a line, the busiest SA first, with the columns of the table as keys: ``SPI``, ``way``,
+    ``source``, ``destination``, ``UDP``, ``mode``, ``transform``, ``reqid``, ``packets``, ``bytes``,
+    ``drops``, ``age``, ``packets/s``, ``bytes/s``
 """
 
 from __future__ import annotations
@@ -27,7 +52,7 @@ Row: TypeAlias = dict[str, Any]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 as_json: Callable[[_Command], _Command] = click.option(
-    "--json", "json_output", is_flag=True, help="Write JSON."
+    "--json", "json_output", is_flag=True, help="Print JSON; natcompat/ipsec_cli.py documents its keys."
 )
 
 
@@ -253,6 +278,8 @@ def _table(title: str, lines: list[Row]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
+    if not lines:
+        return Text(f"{title}: none in this network namespace")
     table = Table(title=f"{title}: {len(lines)}", title_justify="left", header_style="bold")
     names = list(dict.fromkeys(name for line in lines for name in line))
     for name in names:
@@ -268,13 +295,36 @@ def _sa_rows(ipsec: IPsec, *, show_keys: bool = False) -> list[Row]:
     return sorted(rows, key=lambda row: (row["source"], row["destination"], row["spi"]))
 
 
-@click.command()
+@click.command(short_help="List the security associations of the kernel.")
 @as_json
-@click.option("--show-keys", is_flag=True, help="Show key material, too (root only).")
+@click.option("--show-keys", is_flag=True, help="Show keys, too; for root only.")
 def sad(json_output: bool, show_keys: bool) -> None:
-    """List the security associations of the kernel."""
+    """List the security associations of the kernel.
+
+    Every SA of this network namespace, whoever installed it: its SPI and direction, outer addresses,
+    UDP ports (local-remote) where ESP goes in UDP, transforms, what it has carried and what it has
+    dropped (replays, wrong integrity check values). A larval SA is an SPI that is reserved, or
+    traffic that waits for IKE. Where the kernel does not know the direction of an SA, it is told
+    from the addresses of this host.
+
+    Takes root or CAP_NET_ADMIN, changes nothing. Keys are never shown, except to root with
+    --show-keys: whoever has them reads the traffic.
+
+    \b
+    Exit status:
+      0    the SAs were listed, be there any or not
+      1    this process may not ask (it takes root or CAP_NET_ADMIN), or the kernel
+           has no IPsec; the last line says which, and what would help
+      2    the command line is wrong
+
+    \b
+    Examples:
+      natcompat sad
+      natcompat sad --json | jq '.[] | select(.integrity_drops > 0)'
+      ip netns exec gateway natcompat sad
+    """
     if show_keys and os.geteuid() != 0:
-        raise click.ClickException("--show-keys is for root only")
+        raise click.ClickException("--show-keys is for root only. Run it with sudo, or leave it out")
     with opened() as ipsec:
         show(
             "Security associations",
@@ -284,22 +334,68 @@ def sad(json_output: bool, show_keys: bool) -> None:
         )
 
 
-@click.command()
+@click.command(short_help="List the policies of the kernel.")
 @as_json
 def spd(json_output: bool) -> None:
-    """List the policies of the kernel."""
+    """List the policies of the kernel.
+
+    Every inbound and outbound policy of this network namespace, whoever installed it: which packets
+    it is for, what happens to them (protect, bypass, discard), the ends of its tunnel, the reqid
+    that its SAs have, and when a packet last met it. A smaller priority is looked at first.
+    Those for forwarding come with the inbound ones and are not listed again, nor are those that
+    single sockets have, such as the exemption of endpoints with the option.
+
+    Takes root or CAP_NET_ADMIN, changes nothing.
+
+    \b
+    Exit status:
+      0    the policies were listed, be there any or not
+      1    this process may not ask (it takes root or CAP_NET_ADMIN), or the kernel
+           has no IPsec; the last line says which, and what would help
+      2    the command line is wrong
+
+    \b
+    Examples:
+      natcompat spd
+      natcompat spd --json | jq '.[] | select(.last_used == null)'
+    """
     with opened() as ipsec:
         rows = [describe_policy(usage) for usage in ipsec.list_policies()]
         rows.sort(key=lambda row: (row["direction"], row["priority"]))
         show("Policies", rows, policy_columns, json_output=json_output)
 
 
-@click.command()
+@click.command(short_help="Report acquires, expiries and mapping changes as they happen.")
 @as_json
 @click.option("--count", type=click.IntRange(1), help="End after so many events.")
 @click.option("--timeout", type=click.FloatRange(0), help="End after so many seconds.")
 def events(json_output: bool, count: int | None, timeout: float | None) -> None:
-    """Report acquires, expiries and mapping changes as they happen, until interrupted."""
+    """Report acquires, expiries and mapping changes as they happen, until interrupted.
+
+    \b
+    acquire         traffic met a policy that has no SA: IKE should negotiate one
+    soft expire     an SA should be replaced
+    hard expire     an SA is gone
+    mapping change  packets of an SA come from another address or port, since the
+                    mapping of a NAT changed
+    events lost     the kernel had more than the queue took; what is still due follows
+
+    Those of this network namespace, one a line, each written at once. Takes root or CAP_NET_ADMIN,
+    changes nothing, and takes no event away from an IKE daemon.
+
+    \b
+    Exit status:
+      0    --count or --timeout was reached
+      1    this process may not ask (it takes root or CAP_NET_ADMIN), or the kernel
+           has no IPsec; the last line says which, and what would help
+      2    the command line is wrong
+      130  interrupted by Ctrl-C
+
+    \b
+    Examples:
+      natcompat events
+      natcompat events --json --timeout 60 | jq 'select(.event == "mapping change")'
+    """
     deadline = None if timeout is None else time.monotonic() + timeout
     with opened() as ipsec, ipsec.events() as source:
         seen = 0
@@ -322,12 +418,31 @@ def events(json_output: bool, count: int | None, timeout: float | None) -> None:
                     return
 
 
-@click.command()
+@click.command(short_help="Show the busiest security associations, live.")
 @as_json
 @click.option("--interval", type=click.FloatRange(0.1), default=1.0, show_default=True, help="Seconds.")
-@click.option("--count", type=click.IntRange(1), help="End after so many rounds.")
+@click.option("--count", type=click.IntRange(1), help="End after so many rounds (the first has no rates).")
 def top(json_output: bool, interval: float, count: int | None) -> None:
-    """Show the busiest security associations, live."""
+    """Show the busiest security associations, live.
+
+    The columns of natcompat sad, and packets and bytes a second since the last round; in a pipe a
+    table each round, with --json an array a line. Ctrl-C ends it.
+
+    Takes root or CAP_NET_ADMIN, changes nothing.
+
+    \b
+    Exit status:
+      0    --count was reached
+      1    this process may not ask (it takes root or CAP_NET_ADMIN), or the kernel
+           has no IPsec; the last line says which, and what would help
+      2    the command line is wrong
+      130  interrupted by Ctrl-C
+
+    \b
+    Examples:
+      natcompat top
+      natcompat top --interval 10 --count 7 > minute.txt
+    """
     with opened() as ipsec:
         rounds = _rounds(ipsec, interval, count)
         if json_output:

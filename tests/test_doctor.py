@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from natcompat import backends, doctor
+from natcompat import backends, doctor, doctor_report
 from natcompat.errors import NatCompatError
 from natcompat.namespaces import Topology
+from natcompat.xfrm.bypass import bypass
 from natcompat.xfrm.probe import EspSupport, probe_esp
 from tests.running import as_nobody, run, run_on_terminal
 
@@ -30,6 +31,13 @@ SHAPE = {
         {"name": str, "viable": bool, "automatic": bool, "duties": dict, "reason": str, "remedy": str}
     ],
     "esp": [{"family": str, "algorithm": str, "support": str, "reason": str, "remedy": str}],
+    "xfrm": {
+        "bypass": (bool, type(None)),
+        "keepalive": (bool, type(None)),
+        "sa_direction": (bool, type(None)),
+        "reason": str,
+        "remedy": str,
+    },
     "privileges": {"user": int, "capabilities": dict},
     "tun": {"usable": (bool, type(None)), "reason": str, "remedy": str},
     "ports": [{"port": int, "family": str, "address": str, "user": int, "owners": list}],
@@ -102,6 +110,20 @@ def test_esp_is_what_the_probe_says() -> None:
                 assert each["support"] == found.value
 
 
+@linux_only
+def test_exemption_from_policies_is_what_an_endpoint_gets() -> None:
+    found = report()["xfrm"]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        refusal: NatCompatError | None = None
+        try:
+            bypass(sock)
+        except NatCompatError as error:
+            refusal = error
+    assert found["bypass"] is (refusal is None)
+    assert (refusal.remedy if refusal else "") in found["remedy"]
+    assert bool(found["reason"]) == bool(refusal)
+
+
 @pytest.mark.parametrize(
     ("value", "backend", "error"),
     [
@@ -165,6 +187,9 @@ def test_as_an_ordinary_user(arguments: tuple[str, ...]) -> None:
         assert not found["privileges"]["capabilities"]["CAP_NET_ADMIN"]
         assert found["auto"] == "userspace"
         assert found["tun"]["usable"] is not True
+        asked = found["xfrm"]
+        assert (asked["bypass"], asked["keepalive"], asked["sa_direction"]) == (False, None, None)
+        assert "CAP_NET_ADMIN" in asked["remedy"]
 
 
 @linux_only
@@ -194,7 +219,7 @@ def test_says_when_no_backend_is_viable(
 ) -> None:
     found = doctor.examine()
     found["auto"] = found["auto_with_consumer"] = None
-    doctor.show(found)
+    doctor_report.show(found)
     assert "auto finds no backend" in capsys.readouterr().out
 
 

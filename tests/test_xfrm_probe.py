@@ -1,5 +1,6 @@
 """The dry run tells the truth about this kernel, and leaves no trace."""
 
+import errno
 import json
 import os
 import socket
@@ -62,6 +63,28 @@ def test_both_probes_agree(family: int) -> None:
     if not has_privilege():
         pytest.skip("the dry run needs CAP_NET_ADMIN")
     assert bool(probe_esp(family=family)) == bool(probe_esp_unprivileged(family))
+
+
+@needs_root
+def test_attributes_are_known_from_the_kernels_that_brought_them_on() -> None:
+    found = probe.probe_attributes()
+    assert found.errno == 0
+    release = tuple(map(int, os.uname().release.split("-")[0].split("+")[0].split(".")[:2]))
+    assert found.sa_direction or release < (6, 10)
+    assert found.keepalive or release < (6, 11)
+
+
+@needs_root
+def test_an_attribute_that_no_kernel_knows_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "XFRMA_SA_DIR", 1000)
+    monkeypatch.setattr(probe, "XFRMA_NAT_KEEPALIVE_INTERVAL", 1001)
+    assert probe.probe_attributes() == probe.XfrmAttributes(sa_direction=False, keepalive=False)
+
+
+@needs_root
+def test_attributes_are_not_told_without_privilege() -> None:
+    found = as_nobody(lambda: [getattr(probe.probe_attributes(), name) for name in ("keepalive", "errno")])
+    assert found == [None, errno.EPERM]
 
 
 def test_says_which_module_is_missing() -> None:

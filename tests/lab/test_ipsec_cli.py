@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +21,8 @@ from natcompat import ipsec_cli
 from natcompat.ipsec import Direction, Lifetime, Policy, TrafficSelector, UDPEncapsulation
 from natcompat.xfrm.kernel import XfrmIPsec
 from tests.lab.test_kernel import cbc, make, tunnel
+from tests.lab.topology import wait_for
+from tests.running import run_on_terminal
 from tests.test_xfrm_probe import as_nobody
 
 KEY = bytes(range(1, 21)).hex()
@@ -140,6 +145,68 @@ def test_tables_on_a_terminal(populated: XfrmIPsec, command: str) -> None:
     assert process.wait(30) == 0, shown
     assert "┃".encode() in shown
     assert KEY.encode() not in shown
+
+
+@pytest.mark.kernel_esp
+@pytest.mark.parametrize("command", ["sad", "spd"])
+def test_nothing_is_said_to_be_nothing(ipsec: XfrmIPsec, command: str) -> None:
+    status, shown = run_on_terminal(command)
+    assert status == 0
+    assert shown.strip().endswith(": none in this network namespace")
+    assert (call(command).output, json.loads(call(command, "--json").output)) == ("", [])
+
+
+@pytest.mark.kernel_esp
+def test_every_key_is_documented(populated: XfrmIPsec) -> None:
+    keys = {key for row in json.loads(call("sad", "--json", "--show-keys").output) for key in row}
+    keys |= {key for row in json.loads(call("spd", "--json").output) for key in row}
+    keys |= {key for row in json.loads(call("top", "--json", "--count", "1").output) for key in row}
+    assert len(keys) > 40
+    assert [key for key in sorted(keys) if f"``{key}``" not in (ipsec_cli.__doc__ or "")] == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="opening XFRM takes root")
+@pytest.mark.parametrize(
+    ("command", "started"),
+    [("events", ""), ("top --interval 0.1", "Busiest"), ("top --json --interval 0.1", "[]")],
+    ids=["events", "live view", "JSON"],
+)
+def test_interrupted_it_ends_without_a_word(command: str, started: str) -> None:
+    terminal, end = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "natcompat", *command.split()],
+        stdin=end,
+        stdout=end,
+        stderr=end,
+        env={**os.environ, "TERM": "xterm-256color"},
+    )
+    os.close(end)
+    shown = b""
+    try:
+        if started:
+            while started.encode() not in shown:
+                shown += os.read(terminal, 4096)
+        else:  # until it waits for events
+            waits = Path(f"/proc/{process.pid}/wchan")
+            wait_for("the wait", lambda: "poll" in waits.read_text() or "select" in waits.read_text(), 60)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(OSError):
+            while chunk := os.read(terminal, 4096):
+                shown += chunk
+        assert process.wait(30) == 130
+    finally:
+        process.kill()
+        process.wait(30)
+        os.close(terminal)
+    assert b"Traceback" not in shown
+    assert b"Aborted" not in shown
+
+
+@pytest.mark.parametrize("command", [each.name for each in ipsec_cli.COMMANDS])
+def test_help_says_what_it_takes_and_how_it_ends(command: str) -> None:
+    text = call(command, "--help").output
+    for part in ("CAP_NET_ADMIN", "Exit status:", "Examples:", f"natcompat {command}"):
+        assert part in text
 
 
 @pytest.mark.kernel_esp
