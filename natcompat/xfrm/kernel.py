@@ -132,7 +132,13 @@ class XfrmIPsec:
         what = f"Allocating an SPI for {destination}"
         for _ in range(_ALLOCATION_ATTEMPTS):
             request = encode_allocate(
-                source, destination, reqid=reqid, minimum=minimum, maximum=maximum, sequence=sequence
+                source,
+                destination,
+                self._kernel,
+                reqid=reqid,
+                minimum=minimum,
+                maximum=maximum,
+                sequence=sequence,
             )
             try:
                 answer = self._netlink.request(what, request, messages.XFRM_MSG_ALLOCSPI, 0)
@@ -187,16 +193,24 @@ class XfrmIPsec:
         """Make `sa` of the larval SA of its name; return False where there is none (any more)."""
         if not self._is_larval(sa.sa_id):
             return False
-        try:
-            self._install(sa, messages.XFRM_MSG_UPDSA, NLM_F_ACK)
-        except NatCompatError as error:
-            if error.errno == errno.ESRCH:
-                return False
-            raise
-        return True
+        # A larval SA that somebody else made without a direction takes none from the SA.
+        for features in dict.fromkeys((self._kernel, self._kernel._replace(sa_direction=False))):
+            try:
+                self._install(sa, messages.XFRM_MSG_UPDSA, NLM_F_ACK, features)
+            except NatCompatError as error:
+                if error.errno not in (errno.ESRCH, errno.EINVAL):
+                    raise
+                refusal = error
+            else:
+                return True
+        if refusal.errno == errno.ESRCH:
+            return False
+        raise refusal
 
-    def _install(self, sa: SecurityAssociation, kind: int, flags: int) -> None:
-        message = encode_sa(sa, self._kernel)
+    def _install(
+        self, sa: SecurityAssociation, kind: int, flags: int, features: KernelFeatures | None = None
+    ) -> None:
+        message = encode_sa(sa, features or self._kernel)
         remedies = {errno.ENOSYS: modules_of(sa), errno.ENOENT: modules_of(sa)}
         self._netlink.request(f"Adding {sa.sa_id}", message, kind, flags, remedies=remedies)
 

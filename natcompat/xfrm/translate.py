@@ -358,7 +358,14 @@ def _mark_attribute(mark: Mark | None) -> bytes:
 
 
 def encode_allocate(
-    source: IPAddress, destination: IPAddress, *, reqid: int, minimum: int, maximum: int, sequence: int
+    source: IPAddress,
+    destination: IPAddress,
+    features: KernelFeatures,
+    *,
+    reqid: int,
+    minimum: int,
+    maximum: int,
+    sequence: int,
 ) -> bytearray:
     """Return the message that reserves an SPI (XFRM_MSG_ALLOCSPI)."""
     message = messages.xfrm_userspi_info()
@@ -373,6 +380,8 @@ def encode_allocate(
         min=minimum,
         max=maximum,
     )
+    if features.sa_direction:  # only an SA of the same direction completes it
+        message["attrs"] = [("XFRMA_SA_DIR", messages.XFRM_SA_DIR_IN)]
     message.encode()
     return bytearray(message.data)
 

@@ -455,15 +455,17 @@ def _set_state(ipsec: XfrmIPsec, sa: SecurityAssociation) -> bytes:
     message = bytearray(16) + bytearray(encode_sa_id(sa.sa_id)[16:])
     message += bytes(16) + struct.pack("=II", 0, 0)
     message += struct.pack("=HH4Q", 36, 9, 5000, 50, int(ipsec.get_sa(sa.sa_id).added), 0)  # XFRMA_LTIME_VAL
-    words = 1 if sa.direction is Direction.OUT and sa.esn else 2
-    if sa.esn or sa.direction is Direction.IN:
-        window = 32 if words == 1 else 64
+    outbound = sa.direction is Direction.OUT
+    sent, received = (1234, 0) if outbound else (0, 1234)
+    if outbound and not sa.esn:
+        message += struct.pack("=HHIII", 16, 10, sent, 0, 0)
+    else:  # an outbound SA has no window where the kernel knows that it is one
+        words = int(not ipsec.features.sa_direction) if outbound else 2
+        high = (int(outbound), int(not outbound)) if sa.esn else (0, 0)
         message += struct.pack(
-            f"=HH6I{words}I", 28 + 4 * words, 23, words, 1234, 4321, int(sa.esn), int(sa.esn), window,
+            f"=HH6I{words}I", 28 + 4 * words, 23, words, sent, received, *high, 32 * words,
             *[0x5A5A5A5A] * words,
         )  # fmt: skip
-    else:
-        message += struct.pack("=HHIII", 16, 10, 1234, 0, 0)
     ipsec._netlink.request("aevent", message, messages.XFRM_MSG_NEWAE, 0x104)
     return _raw(ipsec, sa.sa_id)
 
