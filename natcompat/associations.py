@@ -23,6 +23,8 @@ SMALLEST_SPI = 256
 LARGEST_SPI = 0xFFFF_FFFF
 LARGEST_REPLAY_WINDOW = 4096
 """Packets; XFRMA_REPLAY_ESN_MAX of linux/xfrm.h, and enough for any offload."""
+PRIORITY_BASE = 0x2000
+"""Priority of the most specific selector; there is room for others before it and behind it."""
 
 
 def _describe(self: Any) -> str:
@@ -374,6 +376,13 @@ class Policy:
             raise ValueError("source, destination: a tunnel policy needs both outer addresses")
         if self.source and self.destination and self.source.version != self.destination.version:
             raise ValueError("source, destination: a tunnel has one outer address family")
+
+
+def default_priority(selector: TrafficSelector) -> int:
+    """Return the priority of a policy that has none: the more specific, the smaller."""
+    bits = selector.source.prefixlen + selector.destination.prefixlen
+    wide = (not selector.protocol) * 4 + (not selector.source_port) * 2 + (not selector.destination_port)
+    return PRIORITY_BASE + (256 - bits) * 8 + wide
 
 
 def _in_range(name: str, value: int, smallest: int, largest: int) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import TypeAlias, TypeVar
 
+from natcompat.associations import default_priority
 from natcompat.esp.association import Association, Inbound, Link, Outbound
 from natcompat.esp.packet import Flow, address_of, matches
 from natcompat.ipsec import (
@@ -21,7 +22,6 @@ from natcompat.ipsec import (
     TrafficSelector,
 )
 
-_PRIORITY_BASE = 0x2000
 _K = TypeVar("_K")
 _A = TypeVar("_A", bound=Association)
 
@@ -111,13 +111,6 @@ class PolicyEntry:
         """When an SA was last asked for, on the monotonic clock."""
         priority = default_priority(policy.selector) if policy.priority is None else policy.priority
         self.rank: tuple[int, int] = (priority, number)
-
-
-def default_priority(selector: TrafficSelector) -> int:
-    """Return the priority of a policy that has none: the more specific, the smaller."""
-    bits = selector.source.prefixlen + selector.destination.prefixlen
-    wide = (not selector.protocol) * 4 + (not selector.source_port) * 2 + (not selector.destination_port)
-    return _PRIORITY_BASE + (256 - bits) * 8 + wide
 
 
 _Shape: TypeAlias = tuple[int, int, int, bool, bool, bool]

@@ -14,6 +14,7 @@ import struct
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Any, NamedTuple
 
+from natcompat.associations import default_priority
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
     Action,
@@ -61,9 +62,6 @@ INTEGRITY_NAMES = {
 MAPPING_INTERVAL = 5
 """Seconds between two reports of the same new NAT mapping (XFRMA_MTIMER_THRESH)."""
 
-PRIORITY_BASE = 0x2000
-"""Priority of the most specific selector; there is room for others before it and behind it."""
-
 BODY = HEADER.size
 _INFO = {
     name: BODY + messages.offset_of(messages.XFRM_USERSA_INFO, name)
@@ -106,13 +104,6 @@ def encapsulation_of(source_port: int, destination_port: int, direction: Directi
     if direction is Direction.OUT:
         return UDPEncapsulation(local_port=source_port, remote_port=destination_port)
     return UDPEncapsulation(local_port=destination_port, remote_port=source_port)
-
-
-def default_priority(selector: TrafficSelector) -> int:
-    """Return the priority of a policy that has none: the more specific, the smaller."""
-    bits = selector.source.prefixlen + selector.destination.prefixlen
-    wide = (not selector.protocol) * 4 + (not selector.source_port) * 2 + (not selector.destination_port)
-    return PRIORITY_BASE + (256 - bits) * 8 + wide
 
 
 class _Shape(NamedTuple):

@@ -1,0 +1,155 @@
+"""What the suites of IPsec have in common: the SAs and policies that they install, and their parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import select
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from natcompat.errors import NatCompatError
+from natcompat.ipsec import (
+    Direction,
+    Encr,
+    Event,
+    Events,
+    Integ,
+    IPsec,
+    Mode,
+    Policy,
+    SecurityAssociation,
+    TrafficSelector,
+    UDPEncapsulation,
+)
+
+if TYPE_CHECKING:
+    import pytest
+
+PATIENCE = 10.0
+"""Seconds after which what has not come is lost."""
+
+OUTER = {4: ("192.0.2.1", "192.0.2.2"), 6: ("2001:db8::1", "2001:db8::2")}
+"""This end and its peer, by IP version."""
+
+NETWORKS = {4: ("10.1.0.0/16", "10.2.0.0/16"), 6: ("fd00:1::/64", "fd00:2::/64")}
+"""What is behind this end and behind the peer."""
+
+HOSTS = {4: ("10.1.0.1", "10.2.0.1"), 6: ("fd00:1::1", "fd00:2::1")}
+
+TRANSFORMS: Sequence[tuple[Encr, Integ]] = (
+    *(
+        (encryption, Integ.NONE)
+        for encryption in (Encr.AES_GCM_8, Encr.AES_GCM_12, Encr.AES_GCM_16, Encr.CHACHA20_POLY1305)
+    ),
+    *itertools.product(
+        (Encr.AES_CBC, Encr.AES_CTR, Encr.NULL),
+        (Integ.HMAC_SHA1_96, Integ.HMAC_SHA2_256_128, Integ.HMAC_SHA2_384_192, Integ.HMAC_SHA2_512_256),
+    ),
+)
+"""What every implementation has."""
+
+PORTS = UDPEncapsulation(local_port=4500, remote_port=4500)
+SPI = 0xC0DE0001
+REQID = 7
+
+
+def keys(encryption: Encr, integrity: Integ = Integ.NONE, length: int | None = None) -> dict[str, Any]:
+    """Return the transforms of an SA with keys: the longest, or of `length` bytes."""
+    size = max(encryption.key_lengths) if length is None else length
+    return {
+        "encryption": encryption,
+        "encryption_key": bytes(range(1, size + 1)),
+        "integrity": integrity,
+        "integrity_key": bytes(range(101, 101 + integrity.key_length)),
+    }
+
+
+def association(direction: Direction, version: int = 4, **changes: Any) -> SecurityAssociation:
+    """Return an SA of this end, towards the peer or from there."""
+    local, remote = OUTER[version]
+    arguments: dict[str, Any] = {
+        "spi": SPI,
+        "source": local if direction is Direction.OUT else remote,
+        "destination": remote if direction is Direction.OUT else local,
+        "direction": direction,
+        "encapsulation": PORTS,
+        "reqid": REQID,
+        **keys(Encr.AES_GCM_16, length=20),
+        **changes,
+    }
+    return SecurityAssociation(**arguments)
+
+
+def policy(direction: Direction, version: int = 4, inner: int | None = None, **changes: Any) -> Policy:
+    """Return the policy that belongs to `association`."""
+    local, remote = OUTER[version]
+    near, far = NETWORKS[inner or version]
+    if changes.get("mode") is Mode.TRANSPORT:
+        near, far = local, remote
+    out = direction is Direction.OUT
+    arguments: dict[str, Any] = {
+        "direction": direction,
+        "selector": TrafficSelector(source=near if out else far, destination=far if out else near),
+        "reqid": REQID,
+        **changes,
+    }
+    if "mode" not in changes and "action" not in changes:
+        arguments |= {"source": local if out else remote, "destination": remote if out else local}
+    return Policy(**arguments)
+
+
+def wait_for(events: Events, seconds: float = PATIENCE) -> list[Event]:
+    """Return the next events, or nothing when there are none for so long."""
+    readable = select.select([events], [], [], seconds)[0]
+    return list(events.read()) if readable else []
+
+
+@contextlib.contextmanager
+def raises(number: int) -> Iterator[None]:
+    """Expect a `NatCompatError` with this errno."""
+    import pytest
+
+    with pytest.raises(NatCompatError) as caught:
+        yield
+    assert caught.value.errno == number, caught.value  # noqa: S101
+
+
+class IPsecHarness:
+    """The parameters of the suites without their tests."""
+
+    transforms: ClassVar[Sequence[tuple[Encr, Integ]]] = TRANSFORMS
+    """The combinations of transforms to be tried."""
+
+    def open_ipsec(self) -> IPsec:
+        """Open what is tested, with neither SAs nor policies."""
+        raise NotImplementedError
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[IPsec]:
+        """Open what is tested, and leave nothing behind."""
+        ipsec = self.open_ipsec()
+        try:
+            yield ipsec
+        finally:
+            try:
+                ipsec.flush_policies()
+                ipsec.flush_sas()
+            finally:
+                ipsec.close()
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Called by pytest: every test for all transforms, modes and versions that it names."""
+        for parameter, values, name in (
+            (
+                "transforms",
+                self.transforms,
+                lambda pair: "-".join(each.name for each in pair if each is not Integ.NONE),
+            ),
+            ("version", (4, 6), lambda version: f"IPv{version}"),
+            ("mode", tuple(Mode), lambda mode: mode.value),
+            ("esn", (False, True), lambda esn: "64 bits" if esn else "32 bits"),
+            ("direction", tuple(Direction), lambda direction: direction.value),
+        ):
+            if parameter in metafunc.fixturenames:
+                metafunc.parametrize(parameter, list(values), ids=[name(value) for value in values])
