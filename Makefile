@@ -12,7 +12,7 @@ unexport PYTEST_ADDOPTS NATCOMPAT_BACKEND COVERAGE_PROCESS_START MYPYPATH
 
 BIN := .venv/bin
 UID := $(shell id -u)
-CHECKED := natcompat tests docs/examples $(wildcard noxfile.py)
+CHECKED := natcompat tests docs/examples docs/platform_table.py $(wildcard noxfile.py)
 WORKERS ?= 2
 # per cent of natcompat/, by branches; held where no test may skip
 COVERED := $(if $(filter true-0,$(CI)-$(UID)),--cov-fail-under=95)
@@ -27,10 +27,12 @@ verify: .venv/.main ## run natcompat verify: every row of the contract on every 
 
 test: check pytest ## check, then run all tests
 
-check: .venv/.test ## format, lint, types, completeness of the public types
+check: .venv/.test ## format, lint, types, completeness of the public types, workflow files
 	@echo "[check] ruff format"; $(BIN)/ruff format --check --quiet .
 	@echo "[check] ruff"; $(BIN)/ruff check --quiet .
 	@echo "[check] mypy --strict"; $(BIN)/mypy $(CHECKED)
+	@echo "[check] zizmor, check-jsonschema"; $(BIN)/zizmor --offline --quiet --persona=pedantic .github; \
+	  $(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	@echo "[check] pyright --verifytypes"; \
 	  PYTHONPATH=$(CURDIR) $(BIN)/pyright --pythonpath $(BIN)/python --verifytypes natcompat --ignoreexternal > .venv/pyright.log \
 	    || { cat .venv/pyright.log; exit 1; }; \

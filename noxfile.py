@@ -13,6 +13,7 @@ import nox
 
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
 NOT_NEEDED = ("gevent", "trio", "uvloop", "scapy")  # tests of these are skipped where they are missing
+NEEDED = [each for each in PROJECT["optional-dependencies"]["test"] if not each.startswith(NOT_NEEDED)]
 
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
@@ -49,10 +50,12 @@ def lowest(session: nox.Session) -> None:
 @nox.session(python="3.11")
 def bare(session: nox.Session) -> None:
     """Run the tests without the packages that only some of them need."""
-    needed = [
-        requirement
-        for requirement in PROJECT["optional-dependencies"]["test"]
-        if not requirement.startswith(NOT_NEEDED)
-    ]
-    session.install("-e", ".", *needed)
+    session.install("-e", ".", *NEEDED)
     pytest(session, CI="")  # their tests skip here, and shall
+
+
+@nox.session(python="3.14t")
+def free_threaded(session: nox.Session) -> None:
+    """Run the tests on a Python without the interpreter lock, without packages that would bring it back."""
+    session.install("-e", ".", *NEEDED)
+    pytest(session, CI="", PYTHON_GIL="0")

@@ -4,6 +4,9 @@
 
 ``natcompat``, ``passed``
     version; whether there was no difference
+``platform``
+    ``system``, ``release``, ``machine``, ``python``, and ``root``: whether it ran with user id 0
+    (null where there are none)
 ``trials``
     a list: ``backend``, ``path`` (``loopback``, ``from behind NAT``, ``to behind NAT``), ``version``
     (of IP), ``mode``, ``reason``, ``duties`` (drop_runts, divert_esp, strip_marker, insert_marker:
@@ -21,6 +24,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import platform
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -68,12 +73,23 @@ class Verification:
         return {
             "schema": SCHEMA,
             "natcompat": __version__,
+            "platform": _platform(),
             "passed": self.passed,
             "trials": [{**asdict(each), "passed": each.passed} for each in self.trials],
             "replays": [{**asdict(each), "passed": each.passed} for each in self.replays],
             "nat": self.nat,
             "skipped": self.skipped,
         }
+
+
+def _platform() -> dict[str, str | bool | None]:
+    return {
+        "system": platform.system(),
+        "release": platform.release(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "root": os.geteuid() == 0 if hasattr(os, "geteuid") else None,
+    }
 
 
 def verify(names: tuple[str, ...], *, nat: bool, progress: Callable[[str], object]) -> Verification:
