@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,8 @@ from tests.lab import newer
 
 PACKAGES = (
     "user-mode-linux",
+    "gcc",
+    "libc6-dev",
     "iptables",
     "iproute2",
     "procps",
@@ -50,6 +53,7 @@ MODULES = """
 """Loaded at the start, as far as the guest has them; ciphers that are missing here come on demand."""
 
 MEMORY = "1G"
+WHOLE_XSTATE = Path(__file__).with_name("whole_xstate.c")
 INIT = Path(__file__).with_name("guest-init")
 
 
@@ -62,11 +66,19 @@ def kernel() -> str | None:
     return os.environ.get(newer.KERNEL) or os.environ.get("UML_KERNEL") or shutil.which("linux.uml")
 
 
-def run(command: list[str], directory: Path, *, limit: float, environment: dict[str, str]) -> int:
+def run(
+    command: list[str],
+    directory: Path,
+    *,
+    limit: float,
+    environment: dict[str, str],
+    abandoned: threading.Event | None = None,
+) -> int:
     """Run `command` in a guest, as root, and return its exit status.
 
     `directory` (of the host) is the only one in which the guest can write; `output` there gets
-    stdout and stderr of the command, `console` what the kernel says. Raises GuestError.
+    stdout and stderr of the command, `console` what the kernel says. Who sets `abandoned` ends it.
+    Raises GuestError.
     """
     directory = directory.resolve()
     script = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
@@ -87,20 +99,38 @@ def run(command: list[str], directory: Path, *, limit: float, environment: dict[
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env={"PATH": os.environ.get("PATH", os.defpath), "HOME": str(directory), "TMPDIR": memory},
+            env={
+                "PATH": os.environ.get("PATH", os.defpath),
+                "HOME": str(directory),
+                "TMPDIR": memory,
+                **_help_with_registers(directory),
+            },
         )
         try:
-            process.wait(limit)
+            wait(process, limit, abandoned or threading.Event())
         except subprocess.TimeoutExpired:
             raise GuestError(
                 f"time limit of {limit:g} seconds reached\n{_tail(directory / 'output')}"
             ) from None
         finally:
-            _end_session(process)
+            end_session(process)
     try:
         return int((directory / "status").read_text())
     except (OSError, ValueError):
         raise GuestError(f"the guest died; its console:\n{_tail(directory / 'console')}") from None
+
+
+def wait(process: subprocess.Popen[bytes], limit: float, abandoned: threading.Event) -> int:
+    """Return the exit status of `process`. Raises subprocess.TimeoutExpired, or GuestError when abandoned."""
+    deadline = time.monotonic() + limit
+    while True:
+        try:
+            return process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > deadline:
+                raise
+        if abandoned.is_set():
+            raise GuestError("it was abandoned: the tests outside have ended")
 
 
 @contextlib.contextmanager
@@ -124,6 +154,21 @@ def _machine(directory: Path, init: Path) -> Iterator[list[str]]:
     ]  # fmt: skip
 
 
+def _help_with_registers(directory: Path) -> dict[str, str]:
+    """Return what the environment must have on a processor whose registers are too many for the guest."""
+    if newer.KERNEL in os.environ or " amx_tile " not in Path("/proc/cpuinfo").read_text():
+        return {}
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        raise GuestError("on a processor with AMX the guest needs a C compiler (Debian: gcc libc6-dev)")
+    library = directory / "whole_xstate.so"
+    command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(library), str(WHOLE_XSTATE), "-ldl"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise GuestError(f"{WHOLE_XSTATE.name} could not be compiled: {done.stderr[-500:]}")
+    return {"LD_PRELOAD": str(library)}
+
+
 def _memory_directory() -> str:
     """Return a directory for the guest's memory, a sparse file that has to be mapped executable."""
     for candidate in (os.environ.get("UML_MEMORY"), tempfile.gettempdir(), "/dev/shm", "/var/tmp"):
@@ -135,7 +180,7 @@ def _memory_directory() -> str:
     raise GuestError("no directory with 1 GB to spare that allows execution (set UML_MEMORY to one)")
 
 
-def _end_session(process: subprocess.Popen[bytes]) -> None:
+def end_session(process: subprocess.Popen[bytes]) -> None:
     """End every process of the guest: they are all in the session that was made for it."""
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:

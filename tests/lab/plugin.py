@@ -1,9 +1,9 @@
 """Runs the tests marked ``kernel_esp`` on a kernel with ESP, and counts them as if they had run here.
 
-Before the first test, all of them are run together by a second pytest: in a private network
+While the other tests run, all of them are run together by a second pytest: in a private network
 namespace where the running kernel has ESP, otherwise in one guest (tests/lab/guest.py). Their reports
-come back and are reported in their turn. Where neither works they are skipped with the reason; with
-CI=true in the environment they fail instead.
+come back and are reported in their turn, after all others. Where neither works they are skipped with
+the reason; with CI=true in the environment they fail instead.
 
 NATCOMPAT_LAB=native or NATCOMPAT_LAB=guest chooses the place, NATCOMPAT_LAB_KERNEL another kernel for
 the guest.
@@ -15,11 +15,13 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -35,45 +37,82 @@ SLOW_LIMIT = 3600
 """Seconds for all tests of the lab together; the second where the kernel is emulated."""
 
 Reports = dict[str, list[dict[str, Any]]]
-_FOUND: pytest.StashKey[Reports | str] = pytest.StashKey()
 
 
-def _lab_items(items: list[pytest.Item]) -> list[pytest.Item]:
-    return [item for item in items if item.get_closest_marker("kernel_esp")]
+class Lab:
+    """The run of all tests of the lab, in the background of this process or of another xdist worker."""
+
+    def __init__(self, names: list[str], config: pytest.Config) -> None:
+        self._names, self._config = names, config
+        self._abandoned = threading.Event()
+        self._found: Reports | str | None = None
+        run_of_all = os.environ.get("PYTEST_XDIST_TESTRUNUID") or secrets.token_hex(16)
+        self._directory = Path(tempfile.gettempdir()) / f"natcompat-lab-{run_of_all}"
+        self._directory.mkdir(exist_ok=True)
+        self._thread = threading.Thread(target=self.found, name="lab")
+        self._thread.start()
+
+    def found(self) -> Reports | str:
+        """Return the reports, or why there are none. The first to ask runs the lab, others wait."""
+        shared = self._directory / "found.json"
+        with (self._directory / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if self._found is None and not shared.exists():
+                config = self._config
+                found = _run(self._names, config.rootpath, _measures_coverage(config), self._abandoned)
+                shared.write_text(json.dumps(found))
+            if self._found is None:
+                self._found = json.loads(shared.read_text())
+            assert self._found is not None
+            return self._found
+
+    def close(self) -> None:
+        """End what still runs. The last worker takes away what they shared."""
+        self._abandoned.set()
+        self._thread.join()
+        with (self._directory / "closed").open("a+") as closed:
+            fcntl.flock(closed, fcntl.LOCK_EX)
+            closed.write("x")
+            last = closed.tell() == int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+        if last:
+            shutil.rmtree(self._directory)
+
+
+_LAB: pytest.StashKey[Lab] = pytest.StashKey()
+
+
+def _is_lab_item(item: pytest.Item) -> bool:
+    return item.get_closest_marker("kernel_esp") is not None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if RESULTS not in os.environ:
+        items.sort(key=_is_lab_item)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
-    items = _lab_items(session.items)
-    if RESULTS in os.environ or config.option.collectonly or not items:
-        return
-    names = [item.nodeid for item in items]
-    worker = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if worker is None:
-        config.stash[_FOUND] = _run(names, config.rootpath, _measures_coverage(config))
-        return
-    # Of several xdist workers, each of which has collected all tests, the first runs the lab.
-    directory = Path(tempfile.gettempdir()) / f"natcompat-lab-{worker}"
-    directory.mkdir(exist_ok=True)
-    with (directory / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        shared = directory / "found.json"
-        if not shared.exists():
-            shared.write_text(json.dumps(_run(names, config.rootpath, _measures_coverage(config))))
-        config.stash[_FOUND] = json.loads(shared.read_text())
-        with (directory / "readers").open("a+") as readers:
-            readers.write("x")
-            last = readers.tell() == int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    if last:
-        shutil.rmtree(directory)
+    names = [item.nodeid for item in session.items if _is_lab_item(item)]
+    # of a run with workers, only these run tests
+    leads = getattr(config.option, "numprocesses", None) and "PYTEST_XDIST_WORKER" not in os.environ
+    if names and RESULTS not in os.environ and not config.option.collectonly and not leads:
+        config.stash[_LAB] = Lab(names, config)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    lab = session.config.stash.get(_LAB, None)
+    if lab is not None:
+        lab.close()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    found = item.config.stash.get(_FOUND, None)
-    if found is None or item.get_closest_marker("kernel_esp") is None:
+    lab = item.config.stash.get(_LAB, None)
+    if lab is None or not _is_lab_item(item):
         return None
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    found = lab.found()
     for report in _reports(item, found):
         item.ihook.pytest_runtest_logreport(report=report)
     # what the test before this one left set up for it
@@ -135,7 +174,7 @@ def _measures_coverage(config: pytest.Config) -> bool:
     return bool(getattr(config.option, "cov_source", None)) and not config.option.no_cov
 
 
-def _run(names: list[str], root: Path, coverage: bool) -> Reports | str:
+def _run(names: list[str], root: Path, coverage: bool, abandoned: threading.Event) -> Reports | str:
     """Run the tests `names` in the lab; return their reports (and the output under ""), or why not.
 
     With `coverage` what the inner run covers is left beside the outer run's data, which includes it.
@@ -171,9 +210,9 @@ def _run(names: list[str], root: Path, coverage: bool) -> Reports | str:
         limit = SLOW_LIMIT if newer.KERNEL in os.environ else LIMIT
         try:
             status = (
-                _run_natively(command, directory, environment)
+                _run_natively(command, directory, environment, abandoned)
                 if place == "native"
-                else guest.run(command, directory, limit=limit, environment=environment)
+                else guest.run(command, directory, limit=limit, environment=environment, abandoned=abandoned)
             )
             ending = f"The inner run ended with status {status}."
         except (guest.GuestError, OSError, subprocess.SubprocessError) as error:
@@ -200,19 +239,24 @@ def _kernel_has_esp() -> bool:
     return bool(probe_esp()) and bool(probe_esp("rfc4106(gcm(aes))", "", family=socket.AF_INET6))
 
 
-def _run_natively(command: list[str], directory: Path, environment: dict[str, str]) -> int:
+def _run_natively(
+    command: list[str], directory: Path, environment: dict[str, str], abandoned: threading.Event
+) -> int:
     """Run `command` in namespaces of its own, which end with it."""
     script = 'mkdir -p /run/netns && mount -t tmpfs names /run/netns && ip link set lo up && exec "$@"'
     with (directory / "output").open("wb") as output:
-        return subprocess.run(
+        process = subprocess.Popen(
             ["unshare", "--net", "--mount", "sh", "-ec", script, "sh", *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
             env=environment,
-            timeout=LIMIT,
-            check=False,
-        ).returncode
+        )
+        try:
+            return guest.wait(process, LIMIT, abandoned)
+        finally:
+            guest.end_session(process)
 
 
 def _install_packages() -> str:
