@@ -175,8 +175,9 @@ class Inbound(Association):
     window_drops: int
     integrity_drops: int
 
-    def __init__(self, sa: SecurityAssociation, link: Link) -> None:
-        self.window: ReplayWindow = ReplayWindow(sa.replay_window)
+    def __init__(self, sa: SecurityAssociation, link: Link, sequence: int = 0) -> None:
+        """`sequence`: all numbers up to this one have been received."""
+        self.window: ReplayWindow = ReplayWindow(sa.replay_window, sequence)
         super().__init__(sa, link)
 
     def place(self, sa: SecurityAssociation) -> None:
@@ -274,24 +275,37 @@ class Inbound(Association):
 
 
 class Outbound(Association):
-    """An SA that seals packets."""
+    """An SA that seals packets.
 
-    __slots__ = ("_destination", "_last", "highest", "ivs")
+    `permitted` is the highest sequence number that it may use now: the last one there is, unless the
+    owner reserves them bit by bit (`permit`).
+    """
+
+    __slots__ = ("_destination", "_last", "highest", "ivs", "permitted")
 
     highest: int
+    permitted: int
 
-    def __init__(self, sa: SecurityAssociation, link: Link, sequence: int) -> None:
-        """`sequence`: the last number that is not to be used again."""
+    def __init__(
+        self, sa: SecurityAssociation, link: Link, sequence: int, permitted: int | None = None
+    ) -> None:
+        """`sequence`: the last number that is not to be used again. `permitted` None: all."""
         self.ivs: Iterator[int] | None = None
         """The IVs for ciphers that count, modulo 2**64; set before the first packet."""
         self.highest = sequence
         self._last = 0xFFFF_FFFF_FFFF_FFFF if sa.esn else 0xFFFF_FFFF
+        self.permitted = self._last if permitted is None else min(permitted, self._last)
         super().__init__(sa, link)
 
     def place(self, sa: SecurityAssociation) -> None:
         """Take the addresses and ports of `sa`."""
         super().place(sa)
         self._destination: Destination | None = None
+
+    def permit(self, number: int) -> None:
+        """Allow sequence numbers up to `number`; what is allowed already stays so."""
+        with self.lock:
+            self.permitted = max(self.permitted, min(number, self._last))
 
     def seal(self, inner: bytes, now: float) -> tuple[bytes, Destination] | Dropped:
         """Return the ESP packet that carries `inner`, an IP packet whose lengths are right."""
@@ -332,7 +346,9 @@ class Outbound(Association):
         if len(payload) + 2 + pad + self._fixed > _LARGEST_UDP[self.sa.destination.version]:
             return DROPPED[Reason.TOO_BIG]
         sequence = self.highest + 1
-        if sequence > self._last:
+        if sequence > self.permitted:
+            if sequence <= self._last:
+                return DROPPED[Reason.UNRESERVED]
             self.expire(hard=True)
             return DROPPED[Reason.SEQUENCE]
         self.highest = sequence  # from here on it is used, whatever happens

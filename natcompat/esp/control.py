@@ -134,12 +134,16 @@ class Control:
                     return spi
         raise NatCompatError(errno.ENOENT, f"no SPI is free in {minimum}..{maximum}", "Ask for a wider range")
 
-    def add_sa(self, sa: SecurityAssociation, *, sequence: int | None = None) -> SaId:
+    def add_sa(
+        self, sa: SecurityAssociation, *, sequence: int | None = None, permitted: int | None = None
+    ) -> SaId:
         """Install `sa`, whole or not at all; completes what `allocate_spi` began.
 
-        `sequence`, for an outbound SA whose keys outlive this process: the last sequence number that
-        was or may have been used under its key. IVs are then the sequence numbers themselves, and
-        nothing repeats if the caller keeps that number (RFC 4106, 3.1).
+        `sequence`, for an SA whose keys outlive this process. Outbound: the last sequence number that
+        was or may have been used under its key; IVs are then the sequence numbers themselves, and
+        nothing repeats if the caller keeps that number (RFC 4106, 3.1). Inbound: the highest that was
+        received; it and all before it are taken for replays. `permitted`, outbound: the highest
+        number that may be used until `permit` allows more, for callers who reserve them in a file.
 
         EEXIST: there is one of this name, or the key has been used in this process and so `sequence`
         cannot be trusted. EPROTONOSUPPORT: no UDP encapsulation, or a transform that is not had.
@@ -151,7 +155,7 @@ class Control:
                 raise NatCompatError(
                     errno.EEXIST, f"there is an SA {sa.sa_id}", "Delete it first, or use update_sa"
                 )
-            association = self._make(sa, sequence)
+            association = self._make(sa, sequence, permitted)
             if self._reserved(sa.sa_id):
                 del self._larval[sa.spi]
             self._associations.add(association)
@@ -186,11 +190,22 @@ class Control:
                 "Give EspEngine(transmit=...), or leave nat_keepalive to the IKE daemon",
             )
 
-    def _make(self, sa: SecurityAssociation, sequence: int | None) -> AnyAssociation:
+    def permit(self, sa_id: SaId, number: int) -> None:
+        """Let an outbound SA use sequence numbers up to `number`, which the caller has reserved.
+
+        What needs a higher one is dropped (`Reason.UNRESERVED`), and the SA stays. ESRCH: there is none.
+        """
+        with self._usable():
+            association = self._find(sa_id)
+            if not isinstance(association, Outbound):
+                raise NatCompatError(errno.ESRCH, f"{sa_id} is no outbound SA")
+            association.permit(number)
+
+    def _make(self, sa: SecurityAssociation, sequence: int | None, permitted: int | None) -> AnyAssociation:
         link = link_of(sa)
         if sa.direction is Direction.IN:
-            return Inbound(sa, link)
-        outbound = Outbound(sa, link, sequence or 0)
+            return Inbound(sa, link, sequence or 0)
+        outbound = Outbound(sa, link, sequence or 0, permitted)
         if outbound.cipher.counts:
             ivs = self._nonces.attach(sa.encryption_key, None if sequence is None else sequence + 1)
             if ivs is None:
