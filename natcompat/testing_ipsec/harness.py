@@ -149,6 +149,7 @@ class IPsecHarness:
             ("version", (4, 6), lambda version: f"IPv{version}"),
             ("mode", tuple(Mode), lambda mode: mode.value),
             ("esn", (False, True), lambda esn: "64 bits" if esn else "32 bits"),
+            ("window", (32, 64, 1024), str),
             ("direction", tuple(Direction), lambda direction: direction.value),
         ):
             if parameter in metafunc.fixturenames:
