@@ -19,7 +19,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers import aead
 
 from natcompat.errors import NatCompatError
-from natcompat.esp.association import Inbound
+from natcompat.esp.association import PortableInbound
 from natcompat.esp.databases import link_of
 from natcompat.esp.datapath import PortableDataPath
 from natcompat.esp.engine import ACQUIRE_INTERVAL, LONGEST_QUEUE, EspEngine
@@ -745,7 +745,7 @@ def test_spis_are_unique_whatever_the_destination(engine: EspEngine) -> None:
 
 def test_without_encapsulation_there_is_no_state() -> None:
     with pytest.raises(ValueError, match="encapsulation"):
-        Inbound(sa(Direction.IN, encapsulation=None), link_of(sa(Direction.IN)))
+        PortableInbound(sa(Direction.IN, encapsulation=None), link_of(sa(Direction.IN)))
 
 
 def test_a_transform_that_openssl_was_built_without(
