@@ -85,6 +85,19 @@ class UDPEncapsulation:
             object.__setattr__(self, "original_address", ip_address(self.original_address))
 
 
+def wire_ports(encapsulation: UDPEncapsulation, direction: Direction) -> tuple[int, int]:
+    """Return source and destination port of the packets of an SA. The one place that knows."""
+    local, remote = encapsulation.local_port, encapsulation.remote_port
+    return (local, remote) if direction is Direction.OUT else (remote, local)
+
+
+def encapsulation_of(source_port: int, destination_port: int, direction: Direction) -> UDPEncapsulation:
+    """Undo `wire_ports`."""
+    if direction is Direction.OUT:
+        return UDPEncapsulation(local_port=source_port, remote_port=destination_port)
+    return UDPEncapsulation(local_port=destination_port, remote_port=source_port)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lifetime:
     """When an SA expires: at the soft limit it is time to rekey, at the hard limit the SA is gone.

@@ -76,13 +76,13 @@ class Usage:
     first_used: float | None
     last_used: float | None
     """Seconds since the epoch; None: never, or (`last_used` only) not known to this kernel."""
-    replay_drops: int
-    """Packets dropped because their sequence number had been seen."""
-    window_drops: int
+    replay_drops: int | None
+    """Packets dropped because their sequence number had been seen; None: this kernel does not say."""
+    window_drops: int | None
     """Packets dropped because their sequence number was older than the window."""
-    integrity_drops: int
+    integrity_drops: int | None
     """Packets dropped because their integrity check value was wrong."""
-    sequence: int
+    sequence: int | None
     """The sequence number of the last packet sent, or the highest received."""
 
 

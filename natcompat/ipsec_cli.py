@@ -5,15 +5,15 @@ natcompat may add keys to these. Times are seconds since the epoch, null where t
 
 ``sad --json``
     an array of SAs. Always: ``spi`` (0x and eight digits), ``source``, ``destination``, ``state``
-    (mature, or larval: only an SPI so far), ``description`` (protocol and algorithms in the kernel's
-    words), ``packets``, ``octets``, ``added``, ``first_used``, ``last_used``, ``sequence`` (of the last
-    packet sent, or the highest received), ``replay_drops``, ``window_drops``, ``integrity_drops``,
-    ``mark`` (0xVALUE/0xMASK or null). Of what natcompat has words for, too: ``direction`` (in, out),
-    ``mode`` (tunnel, transport), ``encryption`` and ``integrity`` (names of natcompat.ipsec.Encr and
-    Integ), ``encryption_bits``, ``esn``, ``replay_window``, ``local_port`` and ``remote_port`` (null:
-    not in UDP), ``reqid``, ``nat_keepalive`` (seconds), ``interface_id``, ``selectors``, ``lifetime``
-    (the limits there are, by the names of natcompat.ipsec.Lifetime). With ``--show-keys``:
-    ``encryption_key`` and ``integrity_key`` in hexadecimal digits, a salt at their end
+    (mature, or larval: only an SPI so far), ``description`` (protocol and algorithms in the kernel's words),
+    ``packets``, ``octets``, ``added``, ``first_used``, ``last_used``, ``sequence`` (of the last packet sent,
+    or the highest received), ``replay_drops``, ``window_drops``, ``integrity_drops`` (these four are null
+    where the kernel does not say), ``mark`` (0xVALUE/0xMASK or null). Of what natcompat has words for, too:
+    ``direction`` (in, out), ``mode`` (tunnel, transport), ``encryption`` and ``integrity`` (names of
+    natcompat.ipsec.Encr and Integ), ``encryption_bits``, ``esn``, ``replay_window``, ``local_port`` and
+    ``remote_port`` (null: not in UDP), ``reqid``, ``nat_keepalive`` (seconds), ``interface_id``,
+    ``selectors``, ``lifetime`` (the limits there are, by the names of natcompat.ipsec.Lifetime). With
+    ``--show-keys``: ``encryption_key`` and ``integrity_key`` in hexadecimal digits, a salt at their end
 ``spd --json``
     an array of policies: ``direction``, ``selector``, ``action`` (protect, bypass, discard), ``mode``,
     ``source`` and ``destination`` (of the tunnel, or null), ``reqid``, ``priority``, ``optional``,
@@ -206,7 +206,8 @@ def sa_columns(row: Row) -> Row:
         if row["integrity"] != "NONE":
             transform += f" {row['integrity']}"
     ports = f"{row['local_port']}-{row['remote_port']}" if row.get("local_port") else ""
-    drops = row["replay_drops"] + row["window_drops"] + row["integrity_drops"]
+    counted = [row["replay_drops"], row["window_drops"], row["integrity_drops"]]
+    drops = "" if None in counted else sum(counted)
     return {
         "SPI": row["spi"],
         "way": row.get("direction", row["state"]),

@@ -11,6 +11,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("XFRM is the IPsec of Linux", allow_module_level=True)
 
+from natcompat.associations import encapsulation_of, wire_ports
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
     Action,
@@ -29,13 +30,11 @@ from natcompat.xfrm import _messages as messages
 from natcompat.xfrm.netlink import NLM_F_DUMP_INTR, Netlink
 from natcompat.xfrm.translate import (
     KernelFeatures,
-    encapsulation_of,
     encode_policy,
     encode_policy_id,
     encode_sa,
     encode_sa_id,
     kernel_directions,
-    wire_ports,
 )
 from tests.test_xfrm_messages import REQUESTS, decode
 

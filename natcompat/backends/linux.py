@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from natcompat.ipsec import IPsec
 
 UDP_ENCAP_ESPINUDP: Final = 2  # include/uapi/linux/udp.h
+MAPPING_VARIABLE: Final = "NATCOMPAT_IPSEC"
 
 _UNFILTERED: Final[Mapping[Duty, Performer]] = {
     Duty.DROP_RUNTS: Performer.PROCESS,
@@ -53,7 +56,22 @@ class LinuxBackend:
         return _Attachment(sock)
 
     def open_ipsec(self) -> IPsec:
-        """Open the kernel's SAD and SPD."""
+        """Open the kernel's SAD and SPD: over XFRM, or as NATCOMPAT_IPSEC says.
+
+        Its values are ``auto`` and ``xfrm``, and ``pfkey`` for af_key, which can do less (see
+        `natcompat.pfkey.dialects`) and hands keys to every PF_KEY socket. EINVAL for another one.
+        """
+        mapping = os.environ.get(MAPPING_VARIABLE) or "auto"
+        if mapping == "pfkey":
+            from natcompat.pfkey import open_ipsec
+
+            return open_ipsec("linux")
+        if mapping not in ("auto", "xfrm"):
+            raise NatCompatError(
+                errno.EINVAL,
+                f"there is no mapping of IPsec called {mapping!r} ({MAPPING_VARIABLE})",
+                "Choose among auto, xfrm, pfkey",
+            )
         from natcompat.xfrm.kernel import XfrmIPsec
 
         return XfrmIPsec()

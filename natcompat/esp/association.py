@@ -1,4 +1,4 @@
-"""The state of one SA in Python, and what it does with a packet.
+"""The state of one SA, and what it does with a packet.
 
 Everything that changes does so under the lock of the SA. What concerns others (expiries, a new
 mapping) is noted in `due`, for the engine to act on when the lock is free.
@@ -12,15 +12,18 @@ import time
 from collections.abc import Iterator
 from ipaddress import IPv6Address, ip_address
 from struct import Struct
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 from natcompat.esp import packet as packets
-from natcompat.esp.base import HARD, MOVED, SOFT, UNLIMITED, Address, Association, Inbound, Link, Outbound
 from natcompat.esp.crypto import HEADER_LENGTH, Cipher, make_cipher
 from natcompat.esp.replay import ReplayWindow
 from natcompat.esp.results import DROPPED, Destination, Dropped, Reason
-from natcompat.ipsec import IPAddress, Mode, SecurityAssociation, Usage
+from natcompat.ipsec import IPAddress, Mode, SecurityAssociation, UDPEncapsulation, Usage
 
+SOFT, HARD, MOVED = 1, 2, 4
+"""What may be due: the soft limit is reached, the hard one is, packets come from another address."""
+
+_UNLIMITED: Final = 1 << 64
 _IV_MASK: Final = (1 << 64) - 1
 _HEADER: Final = Struct("!II")
 _HEADER_AND_IV: Final = Struct("!IIQ")
@@ -28,8 +31,13 @@ _TUNNELLED: Final = {packets.IPV4: 4, packets.IPV6: 6}
 """IP version by next header."""
 _LARGEST_UDP: Final = {4: 65535 - 20 - 8, 6: 65535 - 8}
 
+Link: TypeAlias = tuple[Mode, int, IPAddress | None, IPAddress | None]
+"""What ties an SA to policies: mode, reqid, outer addresses; inbound transport mode has none."""
 
-class PortableAssociation(Association):
+Address: TypeAlias = tuple[Any, ...]
+
+
+class Association:
     """What both directions have in common."""
 
     __slots__ = (
@@ -40,10 +48,12 @@ class PortableAssociation(Association):
         "added",
         "cipher",
         "due",
+        "encapsulation",
         "first_used",
         "gone",
         "integrity_drops",
         "last_used",
+        "link",
         "lock",
         "moved_to",
         "next_bytes",
@@ -51,9 +61,12 @@ class PortableAssociation(Association):
         "octets",
         "packets",
         "replay_drops",
+        "sa",
         "soft",
         "window_drops",
     )
+    sa: SecurityAssociation
+    encapsulation: UDPEncapsulation
     highest: int
     """The sequence number of the last packet sent, or the highest received."""
     gone: bool
@@ -70,6 +83,7 @@ class PortableAssociation(Association):
     def __init__(self, sa: SecurityAssociation, link: Link) -> None:
         self.cipher: Cipher = make_cipher(sa.encryption, sa.encryption_key, sa.integrity, sa.integrity_key)
         self.lock: threading.Lock = threading.Lock()
+        self.link: Link = link
         self._fixed = HEADER_LENGTH + self.cipher.iv_length + self.cipher.icv_length
         self._remainder = self.cipher.block_length - 1  # blocks are powers of two
         self._esn, self._tunnel = sa.esn, sa.mode is Mode.TUNNEL
@@ -82,26 +96,23 @@ class PortableAssociation(Association):
         self.added: float = time.time()
         self.first_used: float | None = None
         self.last_used: float | None = None
-        super().__init__(sa, link)
+        self.place(sa)
 
-    def place(self, sa: SecurityAssociation, link: Link) -> None:
-        """Take the addresses and ports of `sa`."""
-        with self.lock:
-            super().place(sa, link)
-            self._set_limits()
-            self._placed()
-
-    def _placed(self) -> None:
-        """Forget what was derived from the old place. The lock is held."""
-        raise NotImplementedError
+    def place(self, sa: SecurityAssociation) -> None:
+        """Take the addresses and ports of `sa`, which is otherwise what it was."""
+        if sa.encapsulation is None:
+            raise ValueError("encapsulation: this SA has none")
+        self.sa = sa
+        self.encapsulation = sa.encapsulation
+        self._set_limits()
 
     def _set_limits(self) -> None:
         """Set the limits that come next: the soft ones, or when they are behind the hard ones."""
         lifetime = self.sa.lifetime
-        packets, octets = lifetime.hard_packets or UNLIMITED, lifetime.hard_bytes or UNLIMITED
+        packets, octets = lifetime.hard_packets or _UNLIMITED, lifetime.hard_bytes or _UNLIMITED
         if not self.soft:
-            packets = min(packets, lifetime.soft_packets or UNLIMITED)
-            octets = min(octets, lifetime.soft_bytes or UNLIMITED)
+            packets = min(packets, lifetime.soft_packets or _UNLIMITED)
+            octets = min(octets, lifetime.soft_bytes or _UNLIMITED)
         self.next_packets, self.next_bytes = packets, octets
 
     def _use(self, octets: int, now: float) -> None:
@@ -113,15 +124,11 @@ class PortableAssociation(Association):
             self.first_used = now
         if self.packets >= self.next_packets or self.octets >= self.next_bytes:
             lifetime = self.sa.lifetime
-            packets, octets = lifetime.hard_packets or UNLIMITED, lifetime.hard_bytes or UNLIMITED
-            self._expire(hard=self.packets >= packets or self.octets >= octets)
+            packets, octets = lifetime.hard_packets or _UNLIMITED, lifetime.hard_bytes or _UNLIMITED
+            self.expire(hard=self.packets >= packets or self.octets >= octets)
 
     def expire(self, *, hard: bool) -> None:
-        """Note that a limit is reached; at the hard one this SA is over."""
-        with self.lock:
-            self._expire(hard=hard)
-
-    def _expire(self, *, hard: bool) -> None:
+        """Note that a limit is reached; at the hard one this SA is over. The caller holds the lock."""
         if hard:
             self.gone = True
             self.due |= HARD
@@ -157,7 +164,7 @@ class PortableAssociation(Association):
             )
 
 
-class PortableInbound(PortableAssociation, Inbound):
+class Inbound(Association):
     """An SA that opens packets."""
 
     __slots__ = ("_home", "window")
@@ -168,13 +175,14 @@ class PortableInbound(PortableAssociation, Inbound):
     window_drops: int
     integrity_drops: int
 
-    def __init__(self, sa: SecurityAssociation, link: Link, sequence: int = 0) -> None:
-        """`sequence`: all numbers up to this one have been received."""
-        self.window: ReplayWindow = ReplayWindow(sa.replay_window, sequence)
+    def __init__(self, sa: SecurityAssociation, link: Link) -> None:
+        self.window: ReplayWindow = ReplayWindow(sa.replay_window)
         super().__init__(sa, link)
 
-    def _placed(self) -> None:
-        self._home: Address = (str(self.sa.source), self.encapsulation.remote_port)
+    def place(self, sa: SecurityAssociation) -> None:
+        """Take the addresses and ports of `sa`."""
+        super().place(sa)
+        self._home: Address = (str(sa.source), self.encapsulation.remote_port)
         self.moved_to = ()
 
     @property
@@ -265,40 +273,25 @@ class PortableInbound(PortableAssociation, Inbound):
             self.due |= MOVED
 
 
-class PortableOutbound(PortableAssociation, Outbound):
-    """An SA that seals packets.
+class Outbound(Association):
+    """An SA that seals packets."""
 
-    `permitted` is the highest sequence number that it may use now: the last one there is, unless the
-    owner reserves them bit by bit (`permit`).
-    """
-
-    __slots__ = ("_destination", "_last", "highest", "ivs", "permitted")
+    __slots__ = ("_destination", "_last", "highest", "ivs")
 
     highest: int
-    permitted: int
 
-    def __init__(
-        self, sa: SecurityAssociation, link: Link, sequence: int, permitted: int | None = None
-    ) -> None:
-        """`sequence`: the last number that is not to be used again. `permitted` None: all."""
+    def __init__(self, sa: SecurityAssociation, link: Link, sequence: int) -> None:
+        """`sequence`: the last number that is not to be used again."""
         self.ivs: Iterator[int] | None = None
-        """The IVs for ciphers that count, modulo 2**64."""
+        """The IVs for ciphers that count, modulo 2**64; set before the first packet."""
         self.highest = sequence
         self._last = 0xFFFF_FFFF_FFFF_FFFF if sa.esn else 0xFFFF_FFFF
-        self.permitted = self._last if permitted is None else min(permitted, self._last)
         super().__init__(sa, link)
 
-    def _placed(self) -> None:
+    def place(self, sa: SecurityAssociation) -> None:
+        """Take the addresses and ports of `sa`."""
+        super().place(sa)
         self._destination: Destination | None = None
-
-    def draw_ivs(self, counter: Iterator[int]) -> None:
-        """Take IVs from `counter` from now on."""
-        self.ivs = counter
-
-    def permit(self, number: int) -> None:
-        """Allow sequence numbers up to `number`; what is allowed already stays so."""
-        with self.lock:
-            self.permitted = max(self.permitted, min(number, self._last))
 
     def seal(self, inner: bytes, now: float) -> tuple[bytes, Destination] | Dropped:
         """Return the ESP packet that carries `inner`, an IP packet whose lengths are right."""
@@ -339,10 +332,8 @@ class PortableOutbound(PortableAssociation, Outbound):
         if len(payload) + 2 + pad + self._fixed > _LARGEST_UDP[self.sa.destination.version]:
             return DROPPED[Reason.TOO_BIG]
         sequence = self.highest + 1
-        if sequence > self.permitted:
-            if sequence <= self._last:
-                return DROPPED[Reason.UNRESERVED]
-            self._expire(hard=True)
+        if sequence > self._last:
+            self.expire(hard=True)
             return DROPPED[Reason.SEQUENCE]
         self.highest = sequence  # from here on it is used, whatever happens
         high = b""
@@ -371,5 +362,12 @@ class PortableOutbound(PortableAssociation, Outbound):
         """Return where packets with these outer fields go."""
         last = self._destination
         if last is None or last.traffic_class != traffic_class or last.dont_fragment is not dont_fragment:
-            last = self._destination = super().destination(traffic_class, dont_fragment)
+            ports = self.encapsulation
+            last = self._destination = Destination(
+                str(self.sa.destination),
+                ports.remote_port,
+                local_port=ports.local_port,
+                traffic_class=traffic_class,
+                dont_fragment=dont_fragment,
+            )
         return last

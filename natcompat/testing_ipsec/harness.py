@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import select
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from natcompat.errors import NatCompatError
@@ -65,24 +65,8 @@ def keys(encryption: Encr, integrity: Integ = Integ.NONE, length: int | None = N
     }
 
 
-def association(direction: Direction, version: int = 4, **changes: Any) -> SecurityAssociation:
-    """Return an SA of this end, towards the peer or from there."""
-    local, remote = OUTER[version]
-    arguments: dict[str, Any] = {
-        "spi": SPI,
-        "source": local if direction is Direction.OUT else remote,
-        "destination": remote if direction is Direction.OUT else local,
-        "direction": direction,
-        "encapsulation": PORTS,
-        "reqid": REQID,
-        **keys(Encr.AES_GCM_16, length=20),
-        **changes,
-    }
-    return SecurityAssociation(**arguments)
-
-
 def policy(direction: Direction, version: int = 4, inner: int | None = None, **changes: Any) -> Policy:
-    """Return the policy that belongs to `association`."""
+    """Return the policy that belongs to `IPsecHarness.association`."""
     local, remote = OUTER[version]
     near, far = NETWORKS[inner or version]
     if changes.get("mode") is Mode.TRANSPORT:
@@ -120,6 +104,31 @@ class IPsecHarness:
 
     transforms: ClassVar[Sequence[tuple[Encr, Integ]]] = TRANSFORMS
     """The combinations of transforms to be tried."""
+    common: ClassVar[Mapping[str, Any]] = keys(Encr.AES_GCM_16, length=20)
+    """What the SAs of the suite have, unless a test is about it."""
+    sequences: ClassVar[Sequence[bool]] = (False, True)
+    """Whether sequence numbers are extended: what is to be tried."""
+    moves: ClassVar[bool] = True
+    """An SA goes to other addresses with its sequence numbers; False: that is refused."""
+    cross_family: ClassVar[bool] = True
+    """A tunnel carries another IP version than its own; False: that is refused."""
+    counts: ClassVar[bool] = True
+    """`get_sa` knows sequence numbers and drops; False: it says None."""
+
+    def association(self, direction: Direction, version: int = 4, **changes: Any) -> SecurityAssociation:
+        """Return an SA of this end, towards the peer or from there."""
+        local, remote = OUTER[version]
+        arguments: dict[str, Any] = {
+            "spi": SPI,
+            "source": local if direction is Direction.OUT else remote,
+            "destination": remote if direction is Direction.OUT else local,
+            "direction": direction,
+            "encapsulation": PORTS,
+            "reqid": REQID,
+            **self.common,
+            **changes,
+        }
+        return SecurityAssociation(**arguments)
 
     def open_ipsec(self) -> IPsec:
         """Open what is tested, with neither SAs nor policies."""
@@ -148,8 +157,7 @@ class IPsecHarness:
             ),
             ("version", (4, 6), lambda version: f"IPv{version}"),
             ("mode", tuple(Mode), lambda mode: mode.value),
-            ("esn", (False, True), lambda esn: "64 bits" if esn else "32 bits"),
-            ("window", (32, 64, 1024), str),
+            ("esn", self.sequences, lambda esn: "64 bits" if esn else "32 bits"),
             ("direction", tuple(Direction), lambda direction: direction.value),
         ):
             if parameter in metafunc.fixturenames:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from natcompat.ipsec import (
     Direction,
@@ -16,7 +17,6 @@ from natcompat.ipsec import (
     Integ,
     IPsec,
     Lifetime,
-    MappingChange,
     Mode,
     Policy,
     TrafficSelector,
@@ -29,18 +29,14 @@ from natcompat.testing_ipsec.harness import (
     REQID,
     SPI,
     IPsecHarness,
-    association,
     keys,
     policy,
+    raises,
     wait_for,
 )
 
 if TYPE_CHECKING:
     from natcompat.esp.engine import EspEngine
-
-
-PEER_PORTS = (4500, 1024, 1025)
-"""The ports of the peer, or of the NAT in front of it, in these tests."""
 
 
 def udp_packet(source: str, destination: str, payload: bytes, traffic_class: int = 0) -> bytes:
@@ -62,9 +58,6 @@ def udp_packet(source: str, destination: str, payload: bytes, traffic_class: int
 class IPsecTrafficConformance(IPsecHarness):
     """What becomes of packets; subclass it and say how packets get in and out."""
 
-    shortest: ClassVar[Mapping[int, int]] = {4: 0, 6: 0}
-    """ESP packets of fewer bytes than that get lost before they reach the SA, by outer IP version."""
-
     def seal(self, ipsec: IPsec, inner: bytes) -> list[bytes]:
         """Send an inner packet; return the UDP payloads that leave for the peer."""
         raise NotImplementedError
@@ -85,15 +78,15 @@ class IPsecTrafficConformance(IPsecHarness):
             for direction in Direction:
                 out = direction is Direction.OUT
                 spi = SPI + out
-                key = {**keys(Encr.AES_GCM_16, length=20), **changes}
+                key = {**self.common, **changes}
                 if key["encryption"].salt_length:  # one key, one direction
                     key["encryption_key"] = key["encryption_key"][:-1] + bytes((out,))
-                sa = association(direction, version, spi=spi, **key)
+                sa = self.association(direction, version, spi=spi, **key)
                 ipsec.add_sa(sa)
                 ipsec.add_policy(policy(direction, version, inner, **mode))
                 opposite = Direction.IN if out else Direction.OUT
                 ends = {"source": sa.source, "destination": sa.destination}
-                peer.add_sa(association(opposite, version, spi=spi, **{**key, **ends}))
+                peer.add_sa(self.association(opposite, version, spi=spi, **{**key, **ends}))
                 tunnel = {} if mode else ends
                 mine = policy(direction, version, inner, **mode).selector
                 peer.add_policy(Policy(direction=opposite, selector=mine, reqid=REQID, **{**mode, **tunnel}))
@@ -109,8 +102,7 @@ class IPsecTrafficConformance(IPsecHarness):
 
         with self.connected(version, mode=mode, esn=esn, **keys(*transforms)) as (ipsec, peer):
             near, far = self.hosts(version, mode)
-            sizes, delivered = (0, 1, 2, 3, 15, 16, 17, 1200), 0
-            for size in sizes:
+            for size in (0, 1, 2, 3, 15, 16, 17, 1200):
                 question, answer = (udp_packet(*ends, bytes(size)) for ends in ((near, far), (far, near)))
                 (packet,) = self.seal(ipsec, question)
                 opened = peer.open(packet, (OUTER[version][0], 4500))
@@ -118,19 +110,19 @@ class IPsecTrafficConformance(IPsecHarness):
                 assert _comparable(opened.inner, mode) == _comparable(question, mode)
                 sealed = peer.seal(answer)
                 assert not isinstance(sealed, Dropped), sealed
-                if len(sealed[0][0]) < self.shortest[version]:
-                    continue
                 (inner,) = self.deliver(ipsec, sealed[0][0], (OUTER[version][1], 4500))
                 assert _comparable(inner, mode) == _comparable(answer, mode)
-                delivered += 1
-            usage = {each.sa_id.spi: each.usage.packets for each in ipsec.list_sas()}
-            assert usage == {SPI: delivered, SPI + 1: len(sizes)}
+            assert {each.usage.packets for each in ipsec.list_sas()} == {8}
 
     def test_families_inside(self, version: int) -> None:
-        """IPv4 in IPv6 and IPv6 in IPv4."""
+        """IPv4 in IPv6 and IPv6 in IPv4, or a word why not."""
         from natcompat.esp.results import Dropped, Opened
 
         other = 10 - version
+        if not self.cross_family:
+            with self.opened() as ipsec, raises(errno.EOPNOTSUPP):
+                ipsec.add_policy(policy(Direction.OUT, version, other))
+            return
         with self.connected(version, other) as (ipsec, peer):
             near, far = HOSTS[other]
             (packet,) = self.seal(ipsec, udp_packet(near, far, b"question"))
@@ -161,81 +153,11 @@ class IPsecTrafficConformance(IPsecHarness):
                 assert self.deliver(ipsec, packet, source) == []
             assert self.deliver(ipsec, packets[19], source), "the oldest in the window"
             assert self.deliver(ipsec, packets[60], source), "the forged one has not taken its place"
-            usage = ipsec.get_sa(association(Direction.IN, spi=SPI).sa_id)
-            assert (usage.replay_drops, usage.window_drops, usage.integrity_drops) == (1, 1, 1)
-            assert (usage.packets, usage.sequence) == (3, 61)
-
-    def test_tampered_in_each_byte(self, version: int) -> None:
-        """Nothing comes out and nothing is learnt; the packet itself is taken afterwards."""
-        from natcompat.esp.results import Dropped
-
-        with self.connected(version, esn=True, replay_window=64) as (ipsec, peer):
-            near, far = HOSTS[version]
-            source = (OUTER[version][1], 4500)
-            sealed = peer.seal(udp_packet(far, near, b"x"))
-            assert not isinstance(sealed, Dropped)
-            packet = sealed[0][0]
-            for at in range(len(packet)):
-                bad = packet[:at] + bytes((packet[at] ^ 0x40,)) + packet[at + 1 :]
-                assert self.deliver(ipsec, bad, source) == [], f"byte {at}"
-            usage = ipsec.get_sa(association(Direction.IN, version, spi=SPI).sa_id)
-            assert (usage.packets, usage.sequence) == (0, 0)
-            assert self.deliver(ipsec, packet, source) == [udp_packet(far, near, b"x")]
-
-    def test_windows(self, window: int, esn: bool) -> None:
-        """As old as the window is wide is taken, once; what is older is not."""
-        from natcompat.esp.results import Dropped
-
-        with self.connected(replay_window=window, esn=esn) as (ipsec, peer):
-            near, far = HOSTS[4]
-            source = (OUTER[4][1], 4500)
-            packets = []
-            for number in range(window + 5):
-                sealed = peer.seal(udp_packet(far, near, number.to_bytes(2)))
-                assert not isinstance(sealed, Dropped)
-                packets.append(sealed[0][0])
-            newest = window + 3
-            old = newest - window
-            order = (newest, old, old + 1, old + 1, old + 2, newest, newest - 1, newest + 1, old + 1, old + 2)
-            verdicts = [len(self.deliver(ipsec, packets[number], source)) for number in order]
-            assert verdicts == [1, 0, 1, 0, 1, 0, 1, 1, 0, 0]
-            usage = ipsec.get_sa(association(Direction.IN, spi=SPI).sa_id)
-            assert (usage.packets, usage.sequence) == (5, newest + 2)
-            # left of the window is, with ESN, right of it 2**32 later (RFC 4303, A2.2): the ICV tells
-            old_drops = (0, 2) if esn else (2, 0)
-            assert (usage.replay_drops, usage.window_drops, usage.integrity_drops) == (3, *old_drops)
-
-    def test_from_another_port(self) -> None:
-        """Authentic is enough to be taken, and reported where the implementation can do that."""
-        from natcompat.esp.results import Dropped
-
-        with self.connected() as (ipsec, peer), ipsec.events() as events:
-            near, far = HOSTS[4]
-            sealed = peer.seal(udp_packet(far, near, b"x"))
-            assert not isinstance(sealed, Dropped)
-            moved = (OUTER[4][1], PEER_PORTS[1])
-            assert self.deliver(ipsec, sealed[0][0], moved) == [udp_packet(far, near, b"x")]
-            found = wait_for(events) if ipsec.features.mapping_events else []
-            assert [(each.old_port, each.new_port) for each in found if isinstance(each, MappingChange)] == [
-                (4500, PEER_PORTS[1])
-            ] * ipsec.features.mapping_events
-
-    def test_padded_for_traffic_flow_confidentiality(self) -> None:
-        """The length of a packet does not show, and the packet is what it was."""
-        from natcompat.esp.results import Opened
-
-        with self.connected(tfc=600) as (ipsec, peer):
-            near, far = HOSTS[4]
-            lengths = set()
-            for size in (0, 1, 100, 500):
-                question = udp_packet(near, far, bytes(size))
-                (packet,) = self.seal(ipsec, question)
-                opened = peer.open(packet, (OUTER[4][0], 4500))
-                assert isinstance(opened, Opened)
-                assert opened.inner == question
-                lengths.add(len(packet))
-            assert len(lengths) == 1
-            assert lengths.pop() > 600
+            usage = ipsec.get_sa(self.association(Direction.IN, spi=SPI).sa_id)
+            expected = (1, 1, 1, 61) if self.counts else (None,) * 4
+            drops = usage.replay_drops, usage.window_drops, usage.integrity_drops
+            assert (*drops, usage.sequence) == expected
+            assert usage.packets == 3
 
     def test_what_the_sa_is_not_for(self) -> None:
         """An authentic packet with other inner addresses is dropped (RFC 4301, 5.2)."""
@@ -262,7 +184,7 @@ class IPsecTrafficConformance(IPsecHarness):
                 isinstance(each, Expire) and each.hard for each in found
             ):
                 found += wait_for(events)
-            sa_id = association(Direction.OUT, spi=SPI + 1).sa_id
+            sa_id = self.association(Direction.OUT, spi=SPI + 1).sa_id
             expiries = [each for each in found if isinstance(each, Expire)]
             assert expiries == [Expire(sa_id=sa_id, reqid=REQID, hard=hard) for hard in (False, True)]
 
@@ -270,15 +192,15 @@ class IPsecTrafficConformance(IPsecHarness):
         """Or the peer would take its packets for replayed ones."""
         with self.connected() as (ipsec, _):
             near, far = HOSTS[4]
-            sa_id = association(Direction.OUT, spi=SPI + 1).sa_id
+            sa_id = self.association(Direction.OUT, spi=SPI + 1).sa_id
             numbers = []
-            for port in PEER_PORTS:
+            for port in (4500, 1024, 1025):
                 ports = UDPEncapsulation(local_port=4500, remote_port=port)
                 sa_id = ipsec.update_sa(sa_id, encapsulation=ports)
                 (packet,) = self.seal(ipsec, udp_packet(near, far, b"x"))
                 numbers.append(int.from_bytes(packet[4:8]))
             assert numbers == [1, 2, 3]
-            assert ipsec.get_sa(sa_id).sequence == 3
+            assert ipsec.get_sa(sa_id).sequence == (3 if self.counts else None)
 
 
 def _comparable(packet: bytes, mode: Mode) -> bytes:

@@ -15,6 +15,7 @@ import errno
 import struct
 from types import EllipsisType
 
+from natcompat.associations import wire_ports
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import Direction, IPAddress, SaId, UDPEncapsulation
 from natcompat.xfrm import _messages as messages
@@ -28,7 +29,6 @@ from natcompat.xfrm.translate import (
     encode_sa_id,
     octets,
     patch_ports,
-    wire_ports,
 )
 
 _AT = {

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
+from natcompat.associations import encapsulation_of
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
     Direction,
@@ -30,7 +31,6 @@ from natcompat.xfrm.translate import (
     INFO_END,
     INTEGRITY_NAMES,
     address_of,
-    encapsulation_of,
     lifetime_of,
     selector_of,
 )

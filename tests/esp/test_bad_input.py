@@ -44,7 +44,7 @@ def test_tampered_in_each_byte(transforms: tuple[Encr, Integ]) -> None:
             assert state(pair) == before
             assert not events.read()
             assert pair.open(sealed) == inner(payload=udp(b"short")), "the window has not moved"
-        assert pair.far.get_sa(pair.expected).integrity_drops > 0
+        assert (pair.far.get_sa(pair.expected).integrity_drops or 0) > 0
 
 
 @pytest.mark.parametrize("transforms", TRANSFORMS, ids=name)
