@@ -12,7 +12,7 @@ unexport PYTEST_ADDOPTS NATCOMPAT_BACKEND COVERAGE_PROCESS_START MYPYPATH
 
 BIN := .venv/bin
 UID := $(shell id -u)
-CHECKED := natcompat tests docs/examples docs/platform_table.py $(wildcard noxfile.py)
+CHECKED := natcompat tests docs/examples docs/platform_table.py ffi $(wildcard noxfile.py)
 WORKERS ?= 2
 # per cent of natcompat/, by branches; held where no test may skip
 COVERED := $(if $(filter true-0,$(CI)-$(UID)),--cov-fail-under=95)
@@ -60,15 +60,16 @@ format: .venv/.test ## format and sort the sources
 
 clean: ## remove everything that was made
 	rm -rf .venv .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* build dist *.egg-info
+	rm -f natcompat/esp/_datapath.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- set-up, done once ------------------------------------------------------------------------------
 
-.venv/.main: pyproject.toml .ci/setup | .venv/.system-main-$(UID)
+.venv/.main: pyproject.toml .ci/setup $(wildcard ffi/*) | .venv/.system-main-$(UID)
 	@.ci/setup python
 	@touch $@
 
-.venv/.test: pyproject.toml .ci/setup | .venv/.system-test-$(UID)
+.venv/.test: pyproject.toml .ci/setup $(wildcard ffi/*) | .venv/.system-test-$(UID)
 	@.ci/setup python test,check
 	@touch $@ .venv/.main
 

@@ -100,8 +100,10 @@ class Printer:
             pad_edge=False,
             padding=(0, 1, 0, 0) if any(columns) else (0, 2, 0, 0),
         )
-        for name in columns:
-            table.add_column(name, overflow="fold")
+        for index, name in enumerate(columns):
+            # a row is found by its first cell, so that is folded last
+            longest = max((len(row[0]) for row in rows), default=0) if index == 0 else 0
+            table.add_column(name, overflow="fold", min_width=min(longest, 24) or None)
         for row in rows:
             table.add_row(*[Text(cell, style=_style(cell)) for cell in row])
         self._console.print(table)

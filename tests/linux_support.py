@@ -25,6 +25,7 @@ import pytest
 from natcompat import NON_ESP_MARKER, NatTEndpoint, probe
 from natcompat import filters as bpf
 from natcompat.backends import steering
+from tests.running import can_become_nobody
 
 P = ParamSpec("P")
 
@@ -213,6 +214,8 @@ def isolated(
                     _refuse_socket_options(refused)
                 body(*args, **kwargs)
                 return
+            if ordinary_user and os.geteuid() == 0 and not can_become_nobody():
+                pytest.skip("there is no ordinary user in this user namespace")
             _run_elsewhere(body.__module__, body.__name__, (args, kwargs), network)
 
         return run

@@ -14,6 +14,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
 import natcompat
 
 ROOT = Path(natcompat.__file__).resolve().parent.parent
@@ -35,6 +37,19 @@ def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     paths = (more or {}).get("PYTHONPATH", ""), str(ROOT), os.environ.get("PYTHONPATH", "")
     plain = {key: value for key, value in os.environ.items() if key != "NATCOMPAT_BACKEND"}
     return {**plain, **(more or {}), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
+def can_become_nobody() -> bool:
+    """Return whether this process is root and there is an ordinary user; a user namespace may have none."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        return False
+    ranges = [line.split() for line in Path("/proc/self/uid_map").read_text().splitlines()]
+    return any(int(first) <= NOBODY < int(first) + int(count) for first, _, count in ranges)
+
+
+becomes_nobody = pytest.mark.skipif(
+    not can_become_nobody(), reason="becomes an ordinary user, which takes root and such a user"
+)
 
 
 def as_nobody() -> tuple[str, ...]:

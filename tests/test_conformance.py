@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from natcompat.backends.userspace import InLineAttachment, UserspaceBackend
 from natcompat.contract import Duty, Performer
 from natcompat.diversion import Diversion
 from natcompat.testing import EndpointConformance, Service
+from tests.running import becomes_nobody
 
 ON_LINUX: Final = sys.platform == "linux"
 
@@ -75,7 +75,7 @@ def ordinary_user(*command: str) -> list[str]:
     ]
 
 
-@pytest.mark.skipif(not ON_LINUX or os.geteuid() != 0, reason="becomes an ordinary user, which takes root")
+@becomes_nobody
 def test_conformance_for_an_ordinary_user() -> None:
     here = Path(__file__)
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:cov", "--color=no")

@@ -43,6 +43,7 @@ from tests.linux_support import (
     udp,
     wait_until,
 )
+from tests.running import becomes_nobody
 
 pytestmark = LINUX
 
@@ -555,7 +556,7 @@ class TestOwnFilter:
             assert type(sock) is socket.socket
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="changing the user id needs root")
+@becomes_nobody
 @isolated()
 def test_a_socket_whose_user_has_changed_is_served_in_line() -> None:
     """The kernel lets only sockets of one user share a port, and a socket keeps its maker's."""

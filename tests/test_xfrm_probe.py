@@ -13,6 +13,7 @@ import pytest
 
 from natcompat.xfrm import probe
 from natcompat.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
+from tests.running import becomes_nobody
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="XFRM is the IPsec of Linux")
 
@@ -46,9 +47,6 @@ def has_privilege() -> bool:
     return probe_esp().support is not EspSupport.NO_PRIVILEGE
 
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes an ordinary user, which takes root")
-
-
 @FAMILIES
 @ALGORITHMS
 def test_answers_with_a_sentence(family: int, encryption: str, integrity: str) -> None:
@@ -65,7 +63,7 @@ def test_both_probes_agree(family: int) -> None:
     assert bool(probe_esp(family=family)) == bool(probe_esp_unprivileged(family))
 
 
-@needs_root
+@becomes_nobody
 def test_attributes_are_known_from_the_kernels_that_brought_them_on() -> None:
     found = probe.probe_attributes()
     assert found.errno == 0
@@ -74,14 +72,14 @@ def test_attributes_are_known_from_the_kernels_that_brought_them_on() -> None:
     assert found.keepalive or release < (6, 11)
 
 
-@needs_root
+@becomes_nobody
 def test_an_attribute_that_no_kernel_knows_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "XFRMA_SA_DIR", 1000)
     monkeypatch.setattr(probe, "XFRMA_NAT_KEEPALIVE_INTERVAL", 1001)
     assert probe.probe_attributes() == probe.XfrmAttributes(sa_direction=False, keepalive=False)
 
 
-@needs_root
+@becomes_nobody
 def test_attributes_are_not_told_without_privilege() -> None:
     found = as_nobody(lambda: [getattr(probe.probe_attributes(), name) for name in ("keepalive", "errno")])
     assert found == [None, errno.EPERM]
@@ -102,7 +100,7 @@ def test_an_algorithm_that_nobody_has() -> None:
     assert probe_esp("rot13(caesar)", "").support is expected
 
 
-@needs_root
+@becomes_nobody
 def test_without_privilege() -> None:
     found = as_nobody(lambda: [probe_esp().support.value, probe_esp().remedy, probe_esp().errno])
     assert found[0] == "no privilege"
@@ -110,7 +108,7 @@ def test_without_privilege() -> None:
     assert found[2] == 1
 
 
-@needs_root
+@becomes_nobody
 @FAMILIES
 def test_the_unprivileged_probe_needs_no_privilege(family: int) -> None:
     assert as_nobody(lambda: probe_esp_unprivileged(family).support.value) == (

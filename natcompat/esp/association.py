@@ -1,4 +1,4 @@
-"""The state of one SA, and what it does with a packet.
+"""The state of one SA in Python, and what it does with a packet.
 
 Everything that changes does so under the lock of the SA. What concerns others (expiries, a new
 mapping) is noted in `due`, for the engine to act on when the lock is free.
@@ -12,18 +12,15 @@ import time
 from collections.abc import Iterator
 from ipaddress import IPv6Address, ip_address
 from struct import Struct
-from typing import Any, Final, TypeAlias
+from typing import Final
 
 from natcompat.esp import packet as packets
+from natcompat.esp.base import HARD, MOVED, SOFT, UNLIMITED, Address, Association, Inbound, Link, Outbound
 from natcompat.esp.crypto import HEADER_LENGTH, Cipher, make_cipher
 from natcompat.esp.replay import ReplayWindow
 from natcompat.esp.results import DROPPED, Destination, Dropped, Reason
-from natcompat.ipsec import IPAddress, Mode, SecurityAssociation, UDPEncapsulation, Usage
+from natcompat.ipsec import IPAddress, Mode, SecurityAssociation, Usage
 
-SOFT, HARD, MOVED = 1, 2, 4
-"""What may be due: the soft limit is reached, the hard one is, packets come from another address."""
-
-_UNLIMITED: Final = 1 << 64
 _IV_MASK: Final = (1 << 64) - 1
 _HEADER: Final = Struct("!II")
 _HEADER_AND_IV: Final = Struct("!IIQ")
@@ -31,13 +28,8 @@ _TUNNELLED: Final = {packets.IPV4: 4, packets.IPV6: 6}
 """IP version by next header."""
 _LARGEST_UDP: Final = {4: 65535 - 20 - 8, 6: 65535 - 8}
 
-Link: TypeAlias = tuple[Mode, int, IPAddress | None, IPAddress | None]
-"""What ties an SA to policies: mode, reqid, outer addresses; inbound transport mode has none."""
 
-Address: TypeAlias = tuple[Any, ...]
-
-
-class Association:
+class PortableAssociation(Association):
     """What both directions have in common."""
 
     __slots__ = (
@@ -48,12 +40,10 @@ class Association:
         "added",
         "cipher",
         "due",
-        "encapsulation",
         "first_used",
         "gone",
         "integrity_drops",
         "last_used",
-        "link",
         "lock",
         "moved_to",
         "next_bytes",
@@ -61,12 +51,9 @@ class Association:
         "octets",
         "packets",
         "replay_drops",
-        "sa",
         "soft",
         "window_drops",
     )
-    sa: SecurityAssociation
-    encapsulation: UDPEncapsulation
     highest: int
     """The sequence number of the last packet sent, or the highest received."""
     gone: bool
@@ -83,7 +70,6 @@ class Association:
     def __init__(self, sa: SecurityAssociation, link: Link) -> None:
         self.cipher: Cipher = make_cipher(sa.encryption, sa.encryption_key, sa.integrity, sa.integrity_key)
         self.lock: threading.Lock = threading.Lock()
-        self.link: Link = link
         self._fixed = HEADER_LENGTH + self.cipher.iv_length + self.cipher.icv_length
         self._remainder = self.cipher.block_length - 1  # blocks are powers of two
         self._esn, self._tunnel = sa.esn, sa.mode is Mode.TUNNEL
@@ -96,23 +82,26 @@ class Association:
         self.added: float = time.time()
         self.first_used: float | None = None
         self.last_used: float | None = None
-        self.place(sa)
+        super().__init__(sa, link)
 
-    def place(self, sa: SecurityAssociation) -> None:
-        """Take the addresses and ports of `sa`, which is otherwise what it was."""
-        if sa.encapsulation is None:
-            raise ValueError("encapsulation: this SA has none")
-        self.sa = sa
-        self.encapsulation = sa.encapsulation
-        self._set_limits()
+    def place(self, sa: SecurityAssociation, link: Link) -> None:
+        """Take the addresses and ports of `sa`."""
+        with self.lock:
+            super().place(sa, link)
+            self._set_limits()
+            self._placed()
+
+    def _placed(self) -> None:
+        """Forget what was derived from the old place. The lock is held."""
+        raise NotImplementedError
 
     def _set_limits(self) -> None:
         """Set the limits that come next: the soft ones, or when they are behind the hard ones."""
         lifetime = self.sa.lifetime
-        packets, octets = lifetime.hard_packets or _UNLIMITED, lifetime.hard_bytes or _UNLIMITED
+        packets, octets = lifetime.hard_packets or UNLIMITED, lifetime.hard_bytes or UNLIMITED
         if not self.soft:
-            packets = min(packets, lifetime.soft_packets or _UNLIMITED)
-            octets = min(octets, lifetime.soft_bytes or _UNLIMITED)
+            packets = min(packets, lifetime.soft_packets or UNLIMITED)
+            octets = min(octets, lifetime.soft_bytes or UNLIMITED)
         self.next_packets, self.next_bytes = packets, octets
 
     def _use(self, octets: int, now: float) -> None:
@@ -124,11 +113,15 @@ class Association:
             self.first_used = now
         if self.packets >= self.next_packets or self.octets >= self.next_bytes:
             lifetime = self.sa.lifetime
-            packets, octets = lifetime.hard_packets or _UNLIMITED, lifetime.hard_bytes or _UNLIMITED
-            self.expire(hard=self.packets >= packets or self.octets >= octets)
+            packets, octets = lifetime.hard_packets or UNLIMITED, lifetime.hard_bytes or UNLIMITED
+            self._expire(hard=self.packets >= packets or self.octets >= octets)
 
     def expire(self, *, hard: bool) -> None:
-        """Note that a limit is reached; at the hard one this SA is over. The caller holds the lock."""
+        """Note that a limit is reached; at the hard one this SA is over."""
+        with self.lock:
+            self._expire(hard=hard)
+
+    def _expire(self, *, hard: bool) -> None:
         if hard:
             self.gone = True
             self.due |= HARD
@@ -164,7 +157,7 @@ class Association:
             )
 
 
-class Inbound(Association):
+class PortableInbound(PortableAssociation, Inbound):
     """An SA that opens packets."""
 
     __slots__ = ("_home", "window")
@@ -175,14 +168,13 @@ class Inbound(Association):
     window_drops: int
     integrity_drops: int
 
-    def __init__(self, sa: SecurityAssociation, link: Link) -> None:
-        self.window: ReplayWindow = ReplayWindow(sa.replay_window)
+    def __init__(self, sa: SecurityAssociation, link: Link, sequence: int = 0) -> None:
+        """`sequence`: all numbers up to this one have been received."""
+        self.window: ReplayWindow = ReplayWindow(sa.replay_window, sequence)
         super().__init__(sa, link)
 
-    def place(self, sa: SecurityAssociation) -> None:
-        """Take the addresses and ports of `sa`."""
-        super().place(sa)
-        self._home: Address = (str(sa.source), self.encapsulation.remote_port)
+    def _placed(self) -> None:
+        self._home: Address = (str(self.sa.source), self.encapsulation.remote_port)
         self.moved_to = ()
 
     @property
@@ -273,25 +265,40 @@ class Inbound(Association):
             self.due |= MOVED
 
 
-class Outbound(Association):
-    """An SA that seals packets."""
+class PortableOutbound(PortableAssociation, Outbound):
+    """An SA that seals packets.
 
-    __slots__ = ("_destination", "_last", "highest", "ivs")
+    `permitted` is the highest sequence number that it may use now: the last one there is, unless the
+    owner reserves them bit by bit (`permit`).
+    """
+
+    __slots__ = ("_destination", "_last", "highest", "ivs", "permitted")
 
     highest: int
+    permitted: int
 
-    def __init__(self, sa: SecurityAssociation, link: Link, sequence: int) -> None:
-        """`sequence`: the last number that is not to be used again."""
+    def __init__(
+        self, sa: SecurityAssociation, link: Link, sequence: int, permitted: int | None = None
+    ) -> None:
+        """`sequence`: the last number that is not to be used again. `permitted` None: all."""
         self.ivs: Iterator[int] | None = None
-        """The IVs for ciphers that count, modulo 2**64; set before the first packet."""
+        """The IVs for ciphers that count, modulo 2**64."""
         self.highest = sequence
         self._last = 0xFFFF_FFFF_FFFF_FFFF if sa.esn else 0xFFFF_FFFF
+        self.permitted = self._last if permitted is None else min(permitted, self._last)
         super().__init__(sa, link)
 
-    def place(self, sa: SecurityAssociation) -> None:
-        """Take the addresses and ports of `sa`."""
-        super().place(sa)
+    def _placed(self) -> None:
         self._destination: Destination | None = None
+
+    def draw_ivs(self, counter: Iterator[int]) -> None:
+        """Take IVs from `counter` from now on."""
+        self.ivs = counter
+
+    def permit(self, number: int) -> None:
+        """Allow sequence numbers up to `number`; what is allowed already stays so."""
+        with self.lock:
+            self.permitted = max(self.permitted, min(number, self._last))
 
     def seal(self, inner: bytes, now: float) -> tuple[bytes, Destination] | Dropped:
         """Return the ESP packet that carries `inner`, an IP packet whose lengths are right."""
@@ -332,8 +339,10 @@ class Outbound(Association):
         if len(payload) + 2 + pad + self._fixed > _LARGEST_UDP[self.sa.destination.version]:
             return DROPPED[Reason.TOO_BIG]
         sequence = self.highest + 1
-        if sequence > self._last:
-            self.expire(hard=True)
+        if sequence > self.permitted:
+            if sequence <= self._last:
+                return DROPPED[Reason.UNRESERVED]
+            self._expire(hard=True)
             return DROPPED[Reason.SEQUENCE]
         self.highest = sequence  # from here on it is used, whatever happens
         high = b""
@@ -362,12 +371,5 @@ class Outbound(Association):
         """Return where packets with these outer fields go."""
         last = self._destination
         if last is None or last.traffic_class != traffic_class or last.dont_fragment is not dont_fragment:
-            ports = self.encapsulation
-            last = self._destination = Destination(
-                str(self.sa.destination),
-                ports.remote_port,
-                local_port=ports.local_port,
-                traffic_class=traffic_class,
-                dont_fragment=dont_fragment,
-            )
+            last = self._destination = super().destination(traffic_class, dont_fragment)
         return last

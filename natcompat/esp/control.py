@@ -16,8 +16,10 @@ from types import EllipsisType
 from typing import Final, NamedTuple, TypeAlias
 
 from natcompat.errors import NatCompatError
-from natcompat.esp.association import HARD, SOFT, Inbound, Link, Outbound
-from natcompat.esp.databases import AnyAssociation, AssociationDatabase, PolicyDatabase, PolicyEntry, link_of
+from natcompat.esp.base import HARD, SOFT, Association, Link, Outbound
+from natcompat.esp.crypto import counts
+from natcompat.esp.databases import AssociationDatabase, PolicyDatabase, PolicyEntry, link_of
+from natcompat.esp.datapath import DataPath
 from natcompat.esp.nonces import Nonces
 from natcompat.esp.timer import Deadlines
 from natcompat.ipsec import (
@@ -50,31 +52,34 @@ class Larval(NamedTuple):
     deadline: float
 
 
-Due: TypeAlias = Larval | tuple[AnyAssociation, int]
+Due: TypeAlias = Larval | tuple[Association, int]
 """What has a deadline: an SPI that nobody took, or an SA and SOFT, HARD or KEEPALIVE."""
 
 
 class Control:
     """SAs and policies of this process, and who may touch them.
 
-    `keepalives`: whether there is a way to send them. `changed` is called whenever something that
-    packets go by is different from before, with the lock held.
+    `keepalives`: whether there is a way to send them. `path` makes what carries packets by the databases.
     """
 
     def __init__(
-        self, *, keepalives: bool, changed: Callable[[], None], wake_at: Callable[[float], None]
+        self,
+        *,
+        keepalives: bool,
+        path: Callable[[AssociationDatabase, PolicyDatabase], DataPath],
+        wake_at: Callable[[float], None],
     ) -> None:
         self._pid = os.getpid()
         self._closed = False
         self._keepalives = keepalives
-        self._changed = changed
         self._wake_at = wake_at
         self._lock = threading.RLock()
         self._associations = AssociationDatabase()
         self._policies = PolicyDatabase()
+        self._path = path(self._associations, self._policies)
         self._larval: dict[int, Larval] = {}
         """By SPI: those that this engine gives away are unique, whatever the destination."""
-        self._nonces = Nonces()
+        self._nonces = Nonces(self._path.counter)
         self._deadlines = Deadlines()
 
     def _usable(self) -> AbstractContextManager[object]:
@@ -134,12 +139,16 @@ class Control:
                     return spi
         raise NatCompatError(errno.ENOENT, f"no SPI is free in {minimum}..{maximum}", "Ask for a wider range")
 
-    def add_sa(self, sa: SecurityAssociation, *, sequence: int | None = None) -> SaId:
+    def add_sa(
+        self, sa: SecurityAssociation, *, sequence: int | None = None, permitted: int | None = None
+    ) -> SaId:
         """Install `sa`, whole or not at all; completes what `allocate_spi` began.
 
-        `sequence`, for an outbound SA whose keys outlive this process: the last sequence number that
-        was or may have been used under its key. IVs are then the sequence numbers themselves, and
-        nothing repeats if the caller keeps that number (RFC 4106, 3.1).
+        `sequence`, for an SA whose keys outlive this process. Outbound: the last sequence number that
+        was or may have been used under its key; IVs are then the sequence numbers themselves, and
+        nothing repeats if the caller keeps that number (RFC 4106, 3.1). Inbound: the highest that was
+        received; it and all before it are taken for replays. `permitted`, outbound: the highest
+        number that may be used until `permit` allows more, for callers who reserve them in a file.
 
         EEXIST: there is one of this name, or the key has been used in this process and so `sequence`
         cannot be trusted. EPROTONOSUPPORT: no UDP encapsulation, or a transform that is not had.
@@ -151,11 +160,11 @@ class Control:
                 raise NatCompatError(
                     errno.EEXIST, f"there is an SA {sa.sa_id}", "Delete it first, or use update_sa"
                 )
-            association = self._make(sa, sequence)
+            association = self._make(sa, sequence, permitted)
             if self._reserved(sa.sa_id):
                 del self._larval[sa.spi]
             self._associations.add(association)
-            self._changed()
+            self._path.forget(association)
             now = time.monotonic()
             for seconds, kind in (
                 (sa.lifetime.soft_seconds, SOFT),
@@ -186,18 +195,31 @@ class Control:
                 "Give EspEngine(transmit=...), or leave nat_keepalive to the IKE daemon",
             )
 
-    def _make(self, sa: SecurityAssociation, sequence: int | None) -> AnyAssociation:
+    def permit(self, sa_id: SaId, number: int) -> None:
+        """Let an outbound SA use sequence numbers up to `number`, which the caller has reserved.
+
+        What needs a higher one is dropped (`Reason.UNRESERVED`), and the SA stays. ESRCH: there is none.
+        """
+        with self._usable():
+            association = self._find(sa_id)
+            if not isinstance(association, Outbound):
+                raise NatCompatError(errno.ESRCH, f"{sa_id} is no outbound SA")
+            association.permit(number)
+
+    def _make(self, sa: SecurityAssociation, sequence: int | None, permitted: int | None) -> Association:
         link = link_of(sa)
         if sa.direction is Direction.IN:
-            return Inbound(sa, link)
-        outbound = Outbound(sa, link, sequence or 0)
-        if outbound.cipher.counts:
+            return self._path.inbound(sa, link, sequence or 0)
+        outbound = self._path.outbound(sa, link, sequence or 0, permitted)
+        if counts(sa.encryption):
             ivs = self._nonces.attach(sa.encryption_key, None if sequence is None else sequence + 1)
             if ivs is None:
+                outbound.retire()
+                self._path.forget(outbound)
                 raise NatCompatError(
                     errno.EEXIST, f"the key of {sa.sa_id} has been used before", "Use a fresh key"
                 )
-            outbound.ivs = ivs
+            outbound.draw_ivs(ivs)
         return outbound
 
     def update_sa(
@@ -226,16 +248,14 @@ class Control:
             self._move(association, new, link_of(new))
             return new.sa_id
 
-    def _move(self, association: AnyAssociation, new: SecurityAssociation, link: Link) -> None:
+    def _move(self, association: Association, new: SecurityAssociation, link: Link) -> None:
         old_id = association.sa.sa_id
         if new.sa_id != old_id and new.sa_id in self._associations.by_id:
             raise NatCompatError(errno.EEXIST, f"there is an SA {new.sa_id}", "Delete it first")
         self._associations.remove(old_id)
-        with association.lock:
-            association.place(new)
-            association.link = link
+        association.place(new, link)
         self._associations.add(association)
-        self._changed()
+        self._path.forget(association)
 
     def get_sa(self, sa_id: SaId) -> Usage:
         """Return what the SA has done so far. ESRCH: there is none."""
@@ -281,20 +301,20 @@ class Control:
         larval = self._larval.get(sa_id.spi)
         return larval if larval and larval.sa_id == sa_id else None
 
-    def _find(self, sa_id: SaId) -> AnyAssociation:
+    def _find(self, sa_id: SaId) -> Association:
         association = self._associations.by_id.get(sa_id)
         if association is None:
             raise NatCompatError(errno.ESRCH, f"there is no SA {sa_id}", "list_sas() tells which there are")
         return association
 
-    def _retire(self, association: AnyAssociation) -> None:
+    def _retire(self, association: Association) -> None:
         """Take an SA out for ever. The caller holds the lock."""
         if self._associations.remove(association.sa.sa_id) is None:
             return
         association.retire()
-        if isinstance(association, Outbound) and association.ivs is not None:
+        if isinstance(association, Outbound) and counts(association.sa.encryption):
             self._nonces.detach(association.sa.encryption_key)
-        self._changed()
+        self._path.forget(association)
         if len(self._deadlines) > 64 + 6 * len(self._associations.by_id) + 2 * len(self._larval):
             self._deadlines.prune(self._meant)
 
@@ -314,7 +334,7 @@ class Control:
                     errno.EEXIST, "there is a policy with this selector and direction", "Delete it first"
                 )
             self._policies.add(policy, time.time())
-            self._changed()
+            self._path.forget()
 
     def get_policy(self, policy: Policy) -> PolicyUsage:
         """Return the installed policy with the selector and direction of `policy`. ESRCH: there is none."""
@@ -325,13 +345,13 @@ class Control:
         """Remove the policy with the selector and direction of `policy`. ESRCH: there is none."""
         with self._usable():
             self._policies.remove(self._policy(policy))
-            self._changed()
+            self._path.forget()
 
     def flush_policies(self) -> None:
         """Remove every policy of this engine."""
         with self._usable():
             self._policies.clear()
-            self._changed()
+            self._path.forget()
 
     def list_policies(self) -> list[PolicyUsage]:
         """Return every policy."""
@@ -372,4 +392,4 @@ def _unused(added: float) -> Usage:
 
 
 def _policy_usage(entry: PolicyEntry) -> PolicyUsage:
-    return PolicyUsage(policy=entry.policy, added=entry.added, last_used=entry.last_used)
+    return PolicyUsage(policy=entry.policy, added=entry.added, last_used=entry.when_used())

@@ -37,8 +37,6 @@ class Cipher(Protocol):
     icv_length: int
     block_length: int
     """Plaintexts are multiples of it."""
-    counts: bool
-    """The IV must never repeat under one key and may be a counter; else: it is random, or there is none."""
 
     def seal(self, prefix: bytes, plaintext: bytes, high: bytes) -> bytes:
         """Return the ESP packet. `prefix`: header and IV; `high`: the upper half of an ESN, or nothing."""
@@ -55,7 +53,6 @@ class _Aead:
     __slots__ = ("_aead", "_salt", "icv_length")
     block_length = 1
     iv_length = 8
-    counts = True
 
     def __init__(self, cipher: Any, salt: bytes, icv_length: int) -> None:
         self._aead = cipher
@@ -132,7 +129,6 @@ class _EncryptThenMac:
     __slots__ = ("_mac", "icv_length")
     iv_length = 0
     block_length = 1
-    counts = False
 
     def __init__(self, integrity: Integ, key: bytes) -> None:
         self._mac = _mac(integrity, key)
@@ -196,7 +192,6 @@ class _Ctr(_EncryptThenMac):
 
     __slots__ = ("_salt", "_stream")
     iv_length = 8
-    counts = True
 
     def __init__(self, key: bytes, salt: bytes, integrity: Integ, integrity_key: bytes) -> None:
         super().__init__(integrity, integrity_key)
@@ -225,6 +220,11 @@ def _mac(integrity: Integ, key: bytes) -> Any:
         Integ.HMAC_SHA2_512_256: hashes.SHA512,
     }
     return hmac.HMAC(key, hash_of[integrity]())
+
+
+def counts(encryption: Encr) -> bool:
+    """Tell whether the IV must never repeat under one key, and may be a counter; else it is random."""
+    return encryption.is_aead or encryption is Encr.AES_CTR
 
 
 SUPPORTED_INTEGRITY: Final = frozenset(Integ) - {Integ.AES_XCBC_96, Integ.NONE}

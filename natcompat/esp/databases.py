@@ -6,12 +6,12 @@ looking up needs none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import TypeAlias, TypeVar
 
 from natcompat.associations import default_priority
-from natcompat.esp.association import Association, Inbound, Link, Outbound
+from natcompat.esp.base import Association, Inbound, Link, Outbound
 from natcompat.esp.packet import Flow, address_of, matches
 from natcompat.ipsec import (
     Direction,
@@ -38,33 +38,30 @@ def link_of(item: SecurityAssociation | Policy) -> Link:
     return item.mode, item.reqid, None, None
 
 
-AnyAssociation: TypeAlias = Inbound | Outbound
-
-
 class AssociationDatabase:
     """SAs by name, inbound ones by SPI, outbound ones by what links them to policies."""
 
     def __init__(self) -> None:
-        self.by_id: dict[SaId, AnyAssociation] = {}
+        self.by_id: dict[SaId, Association] = {}
         self.inbound: dict[int, tuple[Inbound, ...]] = {}
         """Almost always one per SPI: this host chose it."""
         self._outbound: dict[Link, tuple[Outbound, ...]] = {}
 
-    def add(self, association: AnyAssociation) -> None:
+    def add(self, association: Association) -> None:
         """Put `association` in."""
         sa = association.sa
         self.by_id[sa.sa_id] = association
         if isinstance(association, Inbound):
             _put(self.inbound, sa.spi, association)
-        else:
+        elif isinstance(association, Outbound):
             _put(self._outbound, association.link, association)
 
-    def remove(self, sa_id: SaId) -> AnyAssociation | None:
+    def remove(self, sa_id: SaId) -> Association | None:
         """Take out what is named `sa_id`, and return it."""
         association = self.by_id.pop(sa_id, None)
         if isinstance(association, Inbound):
             _take(self.inbound, sa_id.spi, association)
-        elif association is not None:
+        elif isinstance(association, Outbound):
             _take(self._outbound, association.link, association)
         return association
 
@@ -100,17 +97,25 @@ def allows(selectors: Iterable[TrafficSelector], flow: Flow) -> bool:
 class PolicyEntry:
     """An installed policy."""
 
-    __slots__ = ("acquired", "added", "last_used", "link", "policy", "rank")
+    __slots__ = ("acquired", "added", "last_used", "link", "meter", "policy", "rank")
 
     def __init__(self, policy: Policy, number: int, added: float) -> None:
         self.policy: Policy = policy
         self.link: Link = link_of(policy)
         self.added: float = added
         self.last_used: float | None = None
+        self.meter: Sequence[float] | None = None
+        """Where a data path that is not Python notes the same; 0: never."""
         self.acquired: float = float("-inf")
         """When an SA was last asked for, on the monotonic clock."""
         priority = default_priority(policy.selector) if policy.priority is None else policy.priority
         self.rank: tuple[int, int] = (priority, number)
+
+    def when_used(self) -> float | None:
+        """Return when a packet last met this policy."""
+        if self.meter is None or not self.meter[0]:
+            return self.last_used
+        return max(self.meter[0], self.last_used or 0.0)
 
 
 _Shape: TypeAlias = tuple[int, int, int, bool, bool, bool]

@@ -11,16 +11,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import ip_address
-from itertools import repeat
+from itertools import count, repeat
 from struct import Struct
-from typing import Final, NamedTuple, Protocol, TypeAlias
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
-from natcompat.esp.association import Address, Inbound, Outbound
+from natcompat.esp.association import PortableInbound, PortableOutbound
+from natcompat.esp.base import Address, Association, Inbound, Link, Outbound
 from natcompat.esp.crypto import HEADER_LENGTH
-from natcompat.esp.databases import AnyAssociation, AssociationDatabase, PolicyDatabase, PolicyEntry, allows
+from natcompat.esp.databases import AssociationDatabase, PolicyDatabase, PolicyEntry, allows
 from natcompat.esp.packet import Flow, FlowKey, expand, flow_key, inner_length
 from natcompat.esp.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
-from natcompat.ipsec import Action, Direction
+from natcompat.ipsec import Action, Direction, SecurityAssociation
 
 _HEADER: Final = Struct("!II")
 _MOST_FLOWS: Final = 16384
@@ -33,7 +34,19 @@ Sealed: TypeAlias = tuple[bytes, Destination]
 
 
 class DataPath(Protocol):
-    """What carries packets."""
+    """What carries packets, and keeps the state of SAs. Any thread may call it."""
+
+    def inbound(self, sa: SecurityAssociation, link: Link, sequence: int) -> Inbound:
+        """Return an SA that opens packets; all numbers up to `sequence` have been received."""
+        ...
+
+    def outbound(self, sa: SecurityAssociation, link: Link, sequence: int, permitted: int | None) -> Outbound:
+        """Return an SA that seals packets, from the number after `sequence` on."""
+        ...
+
+    def counter(self, start: int) -> Any:
+        """Return what counts IVs from `start` on, modulo 2**64, for `Outbound.draw_ivs`."""
+        ...
 
     def open_burst(
         self, burst: Iterable[tuple[Packet, Address]], traffic_classes: Sequence[int] | None
@@ -45,8 +58,11 @@ class DataPath(Protocol):
         """Return the ESP packet for each inner packet of `burst`, in order."""
         ...
 
-    def forget(self) -> None:
-        """The databases have changed: what was derived from them is void."""
+    def forget(self, changed: Association | None = None) -> None:
+        """The databases have changed: what was derived from them is void.
+
+        `changed`: which SA it was that was added, moved or retired, if it was one.
+        """
         ...
 
     def count(self, results: Iterable[object]) -> None:
@@ -58,7 +74,19 @@ class DataPath(Protocol):
         ...
 
 
-class _Way(NamedTuple):
+DataPathFactory: TypeAlias = Callable[
+    [
+        AssociationDatabase,
+        PolicyDatabase,
+        Callable[[Association], None],
+        Callable[[PolicyEntry, Flow], None],
+    ],
+    DataPath,
+]
+"""The databases; what is called with an SA of which something is due, and for packets without an SA."""
+
+
+class Way(NamedTuple):
     """What becomes of the packets of an outbound flow."""
 
     association: Outbound | None
@@ -67,16 +95,15 @@ class _Way(NamedTuple):
 
 
 class PortableDataPath:
-    """A `DataPath` that works everywhere. Any thread may call it."""
+    """A `DataPath` that works everywhere."""
 
     def __init__(
         self,
         associations: AssociationDatabase,
         policies: PolicyDatabase,
-        report: Callable[[AnyAssociation], None],
+        report: Callable[[Association], None],
         acquire: Callable[[PolicyEntry, Flow], None],
     ) -> None:
-        """`report` is called with an SA of which something is due, `acquire` for packets without an SA."""
         self._associations = associations
         self._policies = policies
         self._report = report
@@ -85,10 +112,22 @@ class PortableDataPath:
         self._lock = threading.Lock()
         self.forget()
 
-    def forget(self) -> None:
+    def inbound(self, sa: SecurityAssociation, link: Link, sequence: int) -> Inbound:
+        """Return an SA that opens packets."""
+        return PortableInbound(sa, link, sequence)
+
+    def outbound(self, sa: SecurityAssociation, link: Link, sequence: int, permitted: int | None) -> Outbound:
+        """Return an SA that seals packets."""
+        return PortableOutbound(sa, link, sequence, permitted)
+
+    def counter(self, start: int) -> Any:
+        """Return an iterator without an end; no two threads get the same number from it."""
+        return count(start)
+
+    def forget(self, changed: Association | None = None) -> None:
         """Find the ways of all flows again. Who is finding one now keeps it to himself."""
         self._admitted: dict[FlowKey, tuple[Inbound, PolicyEntry | None]] = {}
-        self._ways: dict[FlowKey, _Way] = {}
+        self._ways: dict[FlowKey, Way] = {}
 
     def counters(self) -> Mapping[Reason, int]:
         """Return how many packets went no further, by reason."""
@@ -149,18 +188,19 @@ class PortableDataPath:
     def _admit(self, association: Inbound, key: FlowKey) -> tuple[Inbound, PolicyEntry | None] | None:
         """Return the SA and the policy that let the flow in, or None: it came by the wrong SA."""
         admitted = self._admitted
-        flow = expand(key)
-        entry = None
+        found = self._admission(association, expand(key))
+        if found is not None:
+            if len(admitted) >= _MOST_FLOWS:
+                admitted.clear()
+            admitted[key] = found
+        return found
+
+    def _admission(self, association: Inbound, flow: Flow) -> tuple[Inbound, PolicyEntry | None] | None:
         if association.sa.selectors:
-            if not allows(association.sa.selectors, flow):
-                return None
-        else:
-            entry = self._policies.look_up(Direction.IN, flow)
-            if entry is None or entry.policy.action is not Action.PROTECT or entry.link != association.link:
-                return None
-        if len(admitted) >= _MOST_FLOWS:
-            admitted.clear()
-        admitted[key] = association, entry
+            return (association, None) if allows(association.sa.selectors, flow) else None
+        entry = self._policies.look_up(Direction.IN, flow)
+        if entry is None or entry.policy.action is not Action.PROTECT or entry.link != association.link:
+            return None
         return association, entry
 
     def seal_burst(self, burst: Iterable[Packet]) -> list[Sealed | Dropped]:
@@ -193,7 +233,7 @@ class PortableDataPath:
             self.forget()  # the SA ended while we held it
         return DROPPED[Reason.ACQUIRE]
 
-    def _find_way(self, key: FlowKey) -> _Way:
+    def _find_way(self, key: FlowKey) -> Way:
         ways = self._ways
         way = self._way(expand(key))
         if len(ways) >= _MOST_FLOWS:
@@ -201,16 +241,16 @@ class PortableDataPath:
         ways[key] = way
         return way
 
-    def _way(self, flow: Flow) -> _Way:
+    def _way(self, flow: Flow) -> Way:
         entry = self._policies.look_up(Direction.OUT, flow)
         if entry is None:
-            return _Way(None, None, DROPPED[Reason.NO_POLICY])
+            return Way(None, None, DROPPED[Reason.NO_POLICY])
         policy = entry.policy
         if policy.action is Action.DISCARD:
-            return _Way(None, entry, DROPPED[Reason.DISCARD])
+            return Way(None, entry, DROPPED[Reason.DISCARD])
         if policy.action is Action.BYPASS:
-            return _Way(None, entry, DROPPED[Reason.BYPASS])
-        return _Way(self._associations.outbound_for(entry, flow), entry, DROPPED[Reason.ACQUIRE])
+            return Way(None, entry, DROPPED[Reason.BYPASS])
+        return Way(self._associations.outbound_for(entry, flow), entry, DROPPED[Reason.ACQUIRE])
 
     def _ask(self, key: FlowKey, entry: PolicyEntry) -> Dropped:
         self._acquire(entry, expand(key))

@@ -18,10 +18,10 @@ from typing import Final, Self
 
 from natcompat.contract import NAT_KEEPALIVE
 from natcompat.errors import NatCompatError
-from natcompat.esp.association import HARD, MOVED, SOFT, Address, Outbound
+from natcompat.esp.base import HARD, MOVED, SOFT, Address, Association, Outbound
 from natcompat.esp.control import KEEPALIVE, Control, Larval
-from natcompat.esp.databases import AnyAssociation, PolicyEntry
-from natcompat.esp.datapath import DataPath, PortableDataPath, Sealed
+from natcompat.esp.databases import PolicyEntry
+from natcompat.esp.datapath import DataPathFactory, PortableDataPath, Sealed
 from natcompat.esp.events import EspEvents
 from natcompat.esp.packet import Flow, address_of
 from natcompat.esp.results import DROPPED, Dropped, Opened, Packet, Reason
@@ -56,6 +56,7 @@ class EspEngine(Control):
     NAT-keepalives. With `timer` a thread sees to lifetimes and keepalives as long as there are
     any; without it the owner calls `tick`. `follow_mapping`: where an authentic packet of an SA
     comes from is where its answers go, without asking (RFC 7296, 2.23); else it is only reported.
+    `datapath` makes what carries packets.
 
     All methods may be called from any thread. A forked child has the object and cannot use it:
     two processes would use one nonce. Verbs raise EINVAL there, packets are dropped.
@@ -68,10 +69,13 @@ class EspEngine(Control):
         transmit: Callable[[list[Sealed]], object] | None = None,
         timer: bool = True,
         follow_mapping: bool = False,
+        datapath: DataPathFactory = PortableDataPath,
     ) -> None:
         self._timer = Timer(self._run_timer) if timer else None
         super().__init__(
-            keepalives=transmit is not None or not timer, changed=self._forget_ways, wake_at=self._wake_timer
+            keepalives=transmit is not None or not timer,
+            path=lambda associations, policies: datapath(associations, policies, self._report, self._acquire),
+            wake_at=self._wake_timer,
         )
         self._deliver = deliver
         self._transmit = transmit
@@ -79,9 +83,6 @@ class EspEngine(Control):
         self._listeners: tuple[EspEvents, ...] = ()
         self._acquires = 0
         self._received: deque[Opened] = deque()
-        self._path: DataPath = PortableDataPath(
-            self._associations, self._policies, self._report, self._acquire
-        )
 
     # -- packets
 
@@ -212,7 +213,7 @@ class EspEngine(Control):
             )
         )
 
-    def _report(self, association: AnyAssociation) -> None:
+    def _report(self, association: Association) -> None:
         """Act on what is due of `association`. Called without its lock."""
         due, moved = association.take_due()
         with self._lock:
@@ -225,7 +226,7 @@ class EspEngine(Control):
             if due & MOVED:
                 self._report_move(association, *moved)
 
-    def _report_move(self, association: AnyAssociation, address: IPAddress, port: int) -> None:
+    def _report_move(self, association: Association, address: IPAddress, port: int) -> None:
         sa, ports = association.sa, association.encapsulation
         self._emit(
             MappingChange(
@@ -277,14 +278,14 @@ class EspEngine(Control):
                 if kind == KEEPALIVE:
                     self._keep_alive(association, now, keepalives)
                 else:
-                    with association.lock:
-                        association.expire(hard=kind == HARD)
+                    association.expire(hard=kind == HARD)
                     self._report(association)
         return keepalives
 
     def _keep_alive(self, association: Outbound, now: float, keepalives: list[Sealed]) -> None:
         interval = association.sa.nat_keepalive or 0
-        idle = time.time() - (association.last_used or association.added)
+        usage = association.usage()
+        idle = time.time() - (usage.last_used or usage.added)
         if 0 <= idle < interval:  # negative: the clock was set back
             self._schedule(now + interval - idle, (association, KEEPALIVE))
             return
@@ -299,9 +300,6 @@ class EspEngine(Control):
     def _wake_timer(self, deadline: float) -> None:
         if self._timer is not None:
             self._timer.wake_at(deadline)
-
-    def _forget_ways(self) -> None:
-        self._path.forget()
 
     def _run_timer(self) -> float | None:
         try:

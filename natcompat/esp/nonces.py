@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable
 from hashlib import blake2s
-from itertools import count
-from typing import Final
+from typing import Final, Generic, TypeVar
 
 MEMORY: Final = 4096
 """Keys that are remembered after their last SA is gone."""
 
+_C = TypeVar("_C")
 
-class Nonces:
+
+class Nonces(Generic[_C]):
     """A 64-bit counter per key, shared by all SAs that have the key, also one after the other.
 
     A counter begins at a random number, as the kernel's seqiv does, so that a restart with the same
@@ -22,20 +23,22 @@ class Nonces:
     digests. The caller holds a lock.
     """
 
-    def __init__(self) -> None:
-        self._live: dict[bytes, count[int]] = {}
+    def __init__(self, counter: Callable[[int], _C]) -> None:
+        """`counter` makes what counts from a number on, as the data path has it."""
+        self._counter = counter
+        self._live: dict[bytes, _C] = {}
         self._shared: dict[bytes, int] = {}
         """How many more SAs than one use a key, where there are more."""
-        self._retired: OrderedDict[bytes, count[int]] = OrderedDict()
+        self._retired: OrderedDict[bytes, _C] = OrderedDict()
 
-    def attach(self, key: bytes, start: int | None = None) -> Iterator[int] | None:
-        """Return the IVs of a new SA, as integers without an end; no two threads get the same.
+    def attach(self, key: bytes, start: int | None = None) -> _C | None:
+        """Return the counter of the IVs of a new SA.
 
         None if there is a `start`, but the key has been used.
         """
         digest = blake2s(key, digest_size=16).digest()
         live, retired = self._live.get(digest), self._retired.get(digest)
-        if start is not None and (live or retired):
+        if start is not None and (live is not None or retired is not None):
             return None
         if live is not None:
             self._shared[digest] = self._shared.get(digest, 0) + 1
@@ -44,7 +47,7 @@ class Nonces:
             del self._retired[digest]
             self._live[digest] = retired
             return retired
-        self._live[digest] = fresh = count(int.from_bytes(os.urandom(8)) if start is None else start)
+        self._live[digest] = fresh = self._counter(int.from_bytes(os.urandom(8)) if start is None else start)
         return fresh
 
     def detach(self, key: bytes) -> None:

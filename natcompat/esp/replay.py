@@ -17,15 +17,18 @@ class ReplayWindow:
 
     __slots__ = ("_blocks", "_mask", "size", "top")
 
-    def __init__(self, size: int) -> None:
-        """Make a window of `size` packets; 0: everything passes."""
+    def __init__(self, size: int, top: int = 0) -> None:
+        """Make a window of `size` packets (0: everything passes), with all up to `top` received."""
         self.size: int = size
-        self.top: int = 0
+        self.top: int = top
         blocks = 1
         while blocks * 8 < size + 8:
             blocks *= 2
         self._blocks = bytearray(blocks if size else 0)
         self._mask = blocks - 1
+        if size and top:
+            self._blocks[:] = b"\xff" * blocks
+            self._blocks[(top >> 3) & self._mask] = (2 << (top & 7)) - 1
 
     def infer(self, low: int) -> int:
         """Return the 64-bit sequence number whose lower half is `low` (RFC 4303, A2.2).

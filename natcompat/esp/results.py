@@ -47,6 +47,8 @@ class Reason(enum.Enum):
     """Outbound: there is no SA yet; whoever listens to events has been told."""
     SEQUENCE = "sequence"
     """Outbound: the sequence numbers of the SA are used up; it sends no more."""
+    UNRESERVED = "unreserved"
+    """Outbound: the owner has not permitted this sequence number yet (`EspEngine.permit`)."""
     FRAGMENT = "fragment"
     """Outbound: transport mode takes whole packets only (RFC 4303, 3.3.4)."""
     HEADERS = "headers"

@@ -108,10 +108,14 @@ class IPsecHarness:
     """What the SAs of the suite have, unless a test is about it."""
     sequences: ClassVar[Sequence[bool]] = (False, True)
     """Whether sequence numbers are extended: what is to be tried."""
+    windows: ClassVar[Sequence[int]] = (32, 64, 1024)
+    """Sizes of the replay window that are to be tried."""
     moves: ClassVar[bool] = True
     """An SA goes to other addresses with its sequence numbers; False: that is refused."""
     cross_family: ClassVar[bool] = True
     """A tunnel carries another IP version than its own; False: that is refused."""
+    pads: ClassVar[bool] = True
+    """Packets are padded (TFC); False: that is refused."""
     counts: ClassVar[bool] = True
     """`get_sa` knows sequence numbers and drops; False: it says None."""
 
@@ -158,6 +162,7 @@ class IPsecHarness:
             ("version", (4, 6), lambda version: f"IPv{version}"),
             ("mode", tuple(Mode), lambda mode: mode.value),
             ("esn", self.sequences, lambda esn: "64 bits" if esn else "32 bits"),
+            ("window", self.windows, str),
             ("direction", tuple(Direction), lambda direction: direction.value),
         ):
             if parameter in metafunc.fixturenames:

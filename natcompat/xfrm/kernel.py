@@ -44,6 +44,7 @@ from natcompat.xfrm.translate import (
     kernel_directions,
     modules_of,
     policy_of,
+    put_sequence,
 )
 
 _NEW = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
@@ -165,8 +166,12 @@ class XfrmIPsec:
             raise
         return True
 
-    def add_sa(self, sa: SecurityAssociation) -> SaId:
+    def add_sa(self, sa: SecurityAssociation, *, sequence: int | None = None) -> SaId:
         """Install `sa` and return its name; completes a larval SA of the same destination and SPI.
+
+        `sequence`, for an SA that was there before: the last sequence number sent, or the highest
+        received, whereupon all before it are replays. It keeps numbers from repeating, not IVs: those
+        of counter modes begin where the kernel likes (crypto/seqiv.c), so they need new keys.
 
         EEXIST: there is an SA with this destination and SPI (and mark). ENOSYS: the kernel lacks a
         transform; EPROTONOSUPPORT: it lacks ESP. Where the kernel sends no keepalives, a thread of
@@ -177,11 +182,11 @@ class XfrmIPsec:
         if by_process:
             self._keepalives.check()
         reserved = (sa.destination, sa.spi) in self._reserved
-        if not (reserved and self._complete(sa)):
+        if not (reserved and self._complete(sa, sequence)):
             try:
-                self._install(sa, messages.XFRM_MSG_NEWSA, _NEW)
+                self._install(sa, messages.XFRM_MSG_NEWSA, _NEW, sequence)
             except NatCompatError as error:
-                if error.errno != errno.EEXIST or not self._complete(sa):
+                if error.errno != errno.EEXIST or not self._complete(sa, sequence):
                     raise
         self._reserved.pop((sa.destination, sa.spi), None)
         self._known[sa_id] = Known(sa.reqid, sa.direction)
@@ -189,14 +194,14 @@ class XfrmIPsec:
             self._keepalives.watch(sa)
         return sa_id
 
-    def _complete(self, sa: SecurityAssociation) -> bool:
+    def _complete(self, sa: SecurityAssociation, sequence: int | None) -> bool:
         """Make `sa` of the larval SA of its name; return False where there is none (any more)."""
         if not self._is_larval(sa.sa_id):
             return False
         # A larval SA that somebody else made without a direction takes none from the SA.
         for features in dict.fromkeys((self._kernel, self._kernel._replace(sa_direction=False))):
             try:
-                self._install(sa, messages.XFRM_MSG_UPDSA, NLM_F_ACK, features)
+                self._install(sa, messages.XFRM_MSG_UPDSA, NLM_F_ACK, sequence, features)
             except NatCompatError as error:
                 if error.errno not in (errno.ESRCH, errno.EINVAL):
                     raise
@@ -208,9 +213,16 @@ class XfrmIPsec:
         raise refusal
 
     def _install(
-        self, sa: SecurityAssociation, kind: int, flags: int, features: KernelFeatures | None = None
+        self,
+        sa: SecurityAssociation,
+        kind: int,
+        flags: int,
+        sequence: int | None,
+        features: KernelFeatures | None = None,
     ) -> None:
         message = encode_sa(sa, features or self._kernel)
+        if sequence:
+            put_sequence(message, sa.direction, sequence)
         remedies = {errno.ENOSYS: modules_of(sa), errno.ENOENT: modules_of(sa)}
         self._netlink.request(f"Adding {sa.sa_id}", message, kind, flags, remedies=remedies)
 

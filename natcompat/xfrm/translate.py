@@ -62,6 +62,8 @@ INTEGRITY_NAMES = {
 MAPPING_INTERVAL = 5
 """Seconds between two reports of the same new NAT mapping (XFRMA_MTIMER_THRESH)."""
 
+_REPLAY_VAL, _REPLAY_ESN_VAL = 10, 23  # linux/xfrm.h, XFRMA_*
+
 BODY = HEADER.size
 _INFO = {
     name: BODY + messages.offset_of(messages.XFRM_USERSA_INFO, name)
@@ -162,6 +164,20 @@ def encode_sa(sa: SecurityAssociation, features: KernelFeatures) -> bytearray:
     if sa.integrity_key:
         message[template.integrity_key : template.integrity_key + len(sa.integrity_key)] = sa.integrity_key
     return message
+
+
+def put_sequence(message: bytearray, direction: Direction, sequence: int) -> None:
+    """Let the SA in `message` (of `encode_sa`) go on behind `sequence`, sent or received."""
+    sent, received = (sequence, 0) if direction is Direction.OUT else (0, sequence)
+    for kind, start, end in attributes(message, INFO_END):
+        if kind == _REPLAY_ESN_VAL:  # struct xfrm_replay_state_esn
+            low = (sent & 0xFFFF_FFFF, received & 0xFFFF_FFFF)
+            struct.pack_into("=4I", message, start + 4, *low, sent >> 32, received >> 32)
+            if received:
+                message[start + 24 : end] = b"\xff" * (end - start - 24)
+            return
+    bitmap = 0xFFFF_FFFF if received else 0
+    message += struct.pack("=HH3I", 16, _REPLAY_VAL, sent, received, bitmap)
 
 
 def patch_ports(

@@ -55,6 +55,21 @@ def test_as_the_model(size: int, steps: list[int], start: int) -> None:
             assert window.top == model.top
 
 
+@given(size=SIZES, top=st.one_of(st.integers(0, 300), st.sampled_from([1 << 32, (1 << 63) - 3])), steps=STEPS)
+def test_a_window_that_goes_on(size: int, top: int, steps: list[int]) -> None:
+    """All up to `top` counts as received, and nothing behind it."""
+    window, model = ReplayWindow(size, top), Model(size)
+    model.top = top
+    model.seen = set(range(max(0, top - size - 8), top + 1))
+    at = top
+    for step in steps:
+        at = max(0, at + step)
+        assert window.check(at) is model.check(at)
+        if model.check(at) is None:
+            window.commit(at)
+            model.commit(at)
+
+
 @given(size=SIZES, numbers=st.permutations(range(1, 40)))
 def test_any_order_once(size: int, numbers: list[int]) -> None:
     window = ReplayWindow(size)

@@ -22,7 +22,7 @@ from natcompat.ipsec import Direction, Lifetime, Policy, TrafficSelector, UDPEnc
 from natcompat.xfrm.kernel import XfrmIPsec
 from tests.lab.test_kernel import cbc, make, tunnel
 from tests.lab.topology import wait_for
-from tests.running import run_on_terminal
+from tests.running import becomes_nobody, run_on_terminal
 from tests.test_xfrm_probe import as_nobody
 
 KEY = bytes(range(1, 21)).hex()
@@ -219,7 +219,7 @@ def test_top_counts(ipsec: XfrmIPsec) -> None:
     assert [line[0]["packets/s"] for line in lines] == [0, 0]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="becomes an ordinary user, which takes root")
+@becomes_nobody
 def test_without_privilege_there_is_one_sentence() -> None:
     status, output = as_nobody(lambda: _status(call("sad")))
     assert status == 1

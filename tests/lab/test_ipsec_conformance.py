@@ -3,22 +3,60 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 
 pytest.register_assert_rewrite("natcompat.testing_ipsec")
 
 from natcompat.ipsec import IPsec  # noqa: E402
-from natcompat.testing_ipsec import IPsecConformance  # noqa: E402
+from natcompat.testing_ipsec import IPsecConformance, IPsecTrafficConformance  # noqa: E402
 from natcompat.xfrm.kernel import XfrmIPsec  # noqa: E402
+from tests.esp.making import TRANSFORMS  # noqa: E402
+from tests.lab.kernel_esp import KernelEsp  # noqa: E402
+from tests.lab.topology import inside  # noqa: E402
 
 pytestmark = pytest.mark.kernel_esp
 
 
+def opened() -> XfrmIPsec:
+    """Return IPsec of this namespace, empty."""
+    subprocess.run(["ip", "xfrm", "state", "flush"], check=True)
+    ipsec = XfrmIPsec()
+    ipsec.flush_policies()
+    ipsec.flush_sas()
+    return ipsec
+
+
 class TestXfrmIPsec(IPsecConformance):
     def open_ipsec(self) -> IPsec:
-        subprocess.run(["ip", "xfrm", "state", "flush"], check=True)
-        ipsec = XfrmIPsec()
-        ipsec.flush_policies()
-        ipsec.flush_sas()
-        return ipsec
+        return opened()
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelEsp]:
+    made = KernelEsp()
+    yield made
+    made.close()
+
+
+class TestXfrmTraffic(IPsecTrafficConformance):
+    transforms = TRANSFORMS
+    shortest: ClassVar = {4: 20, 6: 40}  # the length of an IP header: see tests/lab/test_socket_table.py
+    kernel: KernelEsp
+
+    @pytest.fixture(autouse=True)
+    def placed(self, kernel: KernelEsp) -> Iterator[None]:
+        self.kernel = kernel
+        with inside("here"):
+            yield
+
+    def open_ipsec(self) -> IPsec:
+        return opened()
+
+    def seal(self, ipsec: IPsec, inner: bytes) -> list[bytes]:
+        return self.kernel.seal(inner)
+
+    def deliver(self, ipsec: IPsec, packet: bytes, source: tuple[str, int]) -> list[bytes]:
+        return self.kernel.deliver(packet, source)

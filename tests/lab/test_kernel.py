@@ -169,6 +169,24 @@ def test_replay_windows(ipsec: XfrmIPsec, window: int, esn: bool) -> None:
     assert (found.association.replay_window, found.association.esn) == (window, esn)
 
 
+@pytest.mark.parametrize("esn", [False, True])
+@pytest.mark.parametrize("window", [32, 64, 1024])
+@pytest.mark.parametrize("direction", list(Direction), ids=lambda value: value.value)
+def test_sequence_numbers_that_go_on(ipsec: XfrmIPsec, direction: Direction, window: int, esn: bool) -> None:
+    sequence = 0x5_0000_0007 if esn else 0x1234_5678
+    destination = "127.0.0.1" if direction is Direction.IN else "192.0.2.2"
+    sa = cbc(direction=direction, esn=esn, replay_window=window, destination=destination)
+    assert ipsec.get_sa(ipsec.add_sa(sa, sequence=sequence)).sequence == sequence
+    (found,) = ipsec.list_sas()
+    assert found.association is not None
+    assert found.association == dataclasses.replace(
+        sa, replay_window=window if direction is Direction.IN else found.association.replay_window
+    )
+    ipsec.delete_sa(sa.sa_id)
+    ipsec.allocate_spi(sa.source, sa.destination, minimum=sa.spi, maximum=sa.spi)
+    assert ipsec.get_sa(ipsec.add_sa(sa, sequence=sequence)).sequence == sequence, "of a larval SA as well"
+
+
 def test_the_direction_of_sas_of_others(ipsec: XfrmIPsec) -> None:
     ids = [ipsec.add_sa(make(1001, destination="127.0.0.1")), ipsec.add_sa(make(1002))]
     with XfrmIPsec() as other:

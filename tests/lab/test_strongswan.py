@@ -3,122 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import pytest
 
 from natcompat.ipsec import Direction, Encr
-from tests.lab.topology import Host, Network, wait_for
+from tests.lab.topology import Host, Network
+from tests.strongswan import Side, lacking, negotiated
 
-pytestmark = [
-    pytest.mark.kernel_esp,
-    pytest.mark.skipif(
-        not Path("/usr/sbin/charon-systemd").exists() or shutil.which("swanctl") is None,
-        reason="strongSwan is not installed (Debian: charon-systemd, strongswan-swanctl)",
-    ),
-]
-
-PLUGINS = (
-    "random nonce drbg aes sha1 sha2 hmac kdf ctr cbc gcm cmac curve25519 gmp mgf1 pem pkcs1 pkcs8 x509 "
-    "pubkey constraints kernel-netlink socket-default vici updown counters"
-)
-
-DAEMON = """
-charon-systemd {{
-  load_modular = no
-  load = {plugins}
-  install_routes = no
-  retransmit_tries = 2
-  journal {{ default = -1 }}
-  filelog {{ log {{ path = {directory}/log
-    default = 1 }} }}
-  plugins {{ vici {{ socket = unix://{directory}/vici }} }}
-}}
-"""
-
-CONNECTION = """
-connections {{
-  nat {{
-    version = 2
-    local_addrs = {local}
-    remote_addrs = {remote}
-    proposals = aes256-sha256-x25519
-    local {{ auth = psk
-      id = {name} }}
-    remote {{ auth = psk
-      id = {peer} }}
-    children {{ tunnel {{
-      local_ts = {inner}/32
-      remote_ts = {peer_inner}/32
-      esp_proposals = {proposal}
-    }} }}
-  }}
-}}
-secrets {{ ike {{ secret = correct-horse-battery-staple
-  id-1 = initiator
-  id-2 = responder }} }}
-"""
+REASON = lacking(libipsec=False)
+pytestmark = [pytest.mark.kernel_esp, pytest.mark.skipif(bool(REASON), reason=REASON)]
 
 
-class Daemon:
-    """A charon of a host, with its files in a directory of its own."""
-
-    def __init__(self, host: Host, peer: Host, remote: str, proposal: str, directory: Path) -> None:
-        directory.mkdir()
-        self.host, self.directory = host, directory
-        (directory / "strongswan.conf").write_text(DAEMON.format(plugins=PLUGINS, directory=directory))
-        (directory / "swanctl.conf").write_text(
-            CONNECTION.format(
-                local=host.address,
-                remote=remote,
-                name=host.name,
-                peer=peer.name,
-                inner=host.inner,
-                peer_inner=peer.inner,
-                proposal=proposal,
-            )
-        )
-        configuration = f"STRONGSWAN_CONF={directory}/strongswan.conf"
-        with (directory / "output").open("wb") as output:
-            self.process = subprocess.Popen(
-                ["ip", "netns", "exec", host.name, "env", configuration, "/usr/sbin/charon-systemd"],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        wait_for("charon", lambda: (directory / "vici").exists() or self.process.poll() is not None, 30)
-        self.control("--load-all", "--file", str(directory / "swanctl.conf"))
-
-    def control(self, *arguments: str) -> str:
-        """Run swanctl."""
-        command = ["swanctl", *arguments, "--uri", f"unix://{self.directory}/vici"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-        log = self.directory / "log"
-        said = (self.directory / "output").read_text(errors="replace")
-        assert done.returncode == 0, done.stderr + said + (log.read_text()[-3000:] if log.exists() else "")
-        return done.stdout
-
-    def kill(self) -> None:
-        """End the daemon before it can clean up after itself."""
-        self.process.kill()
-        self.process.wait(10)
-
-
-@contextmanager
-def negotiated(network: Network, proposal: str, directory: Path) -> Iterator[tuple[Daemon, Daemon]]:
-    """Let two strongSwans negotiate a tunnel through the NAT."""
-    near, far = network.initiator, network.responder
-    with ExitStack() as stack:
-        responder = Daemon(far, near, "%any", proposal, directory / "responder")
-        stack.callback(responder.kill)
-        initiator = Daemon(near, far, far.address, proposal, directory / "initiator")
-        stack.callback(initiator.kill)
-        initiator.control("--initiate", "--child", "tunnel")
-        yield initiator, responder
+def side(host: Host) -> Side:
+    return Side(host.name, f"/run/netns/{host.name}", host.address, (f"{host.inner}/32",))
 
 
 @pytest.mark.parametrize(
@@ -128,11 +25,11 @@ def negotiated(network: Network, proposal: str, directory: Path) -> Iterator[tup
 )
 @pytest.mark.parametrize("replaced", ["responder", "initiator"])
 def test_natcompat_takes_the_place_of_one_strongswan(
-    network: Network, tmp_path: Path, proposal: str, transform: Encr, replaced: str
+    network: Network, proposal: str, transform: Encr, replaced: str
 ) -> None:
     near, far = network.initiator, network.responder
     host = far if replaced == "responder" else near
-    with negotiated(network, proposal, tmp_path) as daemons:
+    with negotiated(side(near), side(far), proposal, libipsec=False) as daemons:
         daemon = daemons[1] if replaced == "responder" else daemons[0]
         found = host.ipsec.list_sas()
         policies = [each.policy for each in host.ipsec.list_policies() if each.policy.reqid]

@@ -1,0 +1,63 @@
+/* The ciphers of ESP: one small interface, one file per library.
+ *
+ * Whole ESP packets go in, since that is what every transform can do by itself: header (8 bytes), IV,
+ * text, and behind it room for the integrity check value. All in place.
+ */
+#ifndef NATCOMPAT_CRYPTO_H
+#define NATCOMPAT_CRYPTO_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#define ESP_HEADER 8   /* SPI and sequence number */
+
+/* Encryption transforms (IANA, IKEv2 transform type 1), as in natcompat.transforms. */
+enum {
+    ENCR_AES_GCM_8 = 18,
+    ENCR_AES_GCM_12 = 19,
+    ENCR_AES_GCM_16 = 20,
+    ENCR_CHACHA20_POLY1305 = 28,
+};
+
+/* What a transform looks like on the wire. */
+struct crypto_transform {
+    uint8_t encryption, integrity;   /* IKEv2's numbers */
+    uint8_t iv_length, icv_length, block_length, salt_length;
+    bool counts;          /* the IV is a counter */
+    uint8_t key_length;   /* without the salt */
+};
+
+/* How one library does one transform. `key`: the keys of one SA, used by one thread at a time. */
+struct crypto_cipher {
+    const char *provider;
+    size_t key_size;
+    /* Sets up `key`, zeroed memory of that size, aligned to 64. `material`: the key and its salt. */
+    bool (*expand)(void *key, const struct crypto_transform *transform, const uint8_t *material,
+                   const uint8_t *mac_key, size_t mac_key_length);
+    /* Encrypts the `length` bytes behind header and IV, and appends the integrity check value.
+     * `high`: four bytes, the upper half of an ESN, or NULL. False: it failed, nothing is to be sent. */
+    bool (*seal)(void *key, uint8_t *packet, size_t length, const uint8_t *high);
+    /* Decrypts as many bytes. False: not authentic, and what stands there now is to be thrown away. */
+    bool (*open)(void *key, uint8_t *packet, size_t length, const uint8_t *high);
+    /* Wipes what is secret and frees what `expand` took. */
+    void (*wipe)(void *key);
+};
+
+/* NULL: this library does not do this transform here (NULL: any). */
+const struct crypto_cipher *crypto_ipsec_mb(const struct crypto_transform *transform);
+const struct crypto_cipher *crypto_libcrypto(const struct crypto_transform *transform);
+
+/* Fills in the transform of a key of `key_length` bytes, salt included; false: it is not one of these. */
+bool crypto_describe(struct crypto_transform *transform, int encryption, int integrity, size_t key_length);
+
+/* How `transform` (NULL: any) is done by the library `provider`; NULL: by the fastest that can. */
+const struct crypto_cipher *crypto_find(const char *provider, const struct crypto_transform *transform);
+
+/* Of a packet: SPI and sequence number, the ESN whole if it has one (RFC 4106, 5). Returns the length. */
+size_t crypto_associated(uint8_t associated[12], const uint8_t *packet, const uint8_t *high);
+
+/* Compares in a time that depends on nothing but `length`. */
+bool crypto_equal(const uint8_t *one, const uint8_t *other, size_t length);
+
+#endif

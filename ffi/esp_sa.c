@@ -1,0 +1,346 @@
+/* What one SA does with one packet. The order of the checks is that of natcompat/esp/association.py. */
+#include "esp_sa.h"
+
+#include <string.h>
+
+enum { LARGEST_UDP_IPV4 = 65535 - 20 - 8, LARGEST_UDP_IPV6 = 65535 - 8 };
+
+static uint64_t limit(uint64_t value)
+{
+    return value ? value : UINT64_MAX;
+}
+
+static uint64_t smaller(uint64_t one, uint64_t other)
+{
+    return one < other ? one : other;
+}
+
+/* Sets the limits that come next: the soft ones, or when they are behind, the hard ones. */
+static void set_limits(struct esp_sa *sa)
+{
+    sa->next_packets = limit(sa->hard_packets);
+    sa->next_bytes = limit(sa->hard_bytes);
+    if (!sa->soft) {
+        sa->next_packets = smaller(sa->next_packets, limit(sa->soft_packets));
+        sa->next_bytes = smaller(sa->next_bytes, limit(sa->soft_bytes));
+    }
+}
+
+static void make_due(struct esp_sa *sa, uint8_t what)
+{
+    sa->due |= what;
+    path_note_due(sa->path, sa);
+}
+
+static void expire(struct esp_sa *sa, bool hard)
+{
+    if (hard) {
+        sa->gone = true;
+        make_due(sa, ESP_HARD);
+    } else if (!sa->soft) {
+        sa->soft = true;
+        make_due(sa, ESP_SOFT);
+        set_limits(sa);
+    }
+}
+
+static void use(struct esp_sa *sa, size_t octets, double now)
+{
+    if (!sa->packets++)
+        sa->first_used = now;
+    sa->last_used = now;
+    sa->octets += octets;
+    if (sa->packets >= sa->next_packets || sa->octets >= sa->next_bytes)
+        expire(sa, sa->packets >= limit(sa->hard_packets) || sa->octets >= limit(sa->hard_bytes));
+}
+
+/* The anti-replay window (natcompat/esp/replay.py): checked before, committed after authentication. */
+
+enum { BLOCK = 64 };
+
+/* The whole number whose lower half is `low` (RFC 4303, A2.2); false: one from before the first. */
+static bool infer(const struct esp_sa *sa, uint32_t low, uint64_t *sequence)
+{
+    uint32_t top_low = (uint32_t)sa->highest, high = (uint32_t)(sa->highest >> 32);
+    int64_t bottom = (int64_t)top_low - sa->window_size + 1;
+    if (bottom >= 0) {   /* case A: the window lies within one subspace */
+        if (low < bottom && ++high == 0)
+            return false;   /* there is no number behind the last */
+    } else if (low >= bottom + 0x100000000LL) {   /* case B: it spans two */
+        if (high-- == 0)
+            return false;
+    }
+    *sequence = (uint64_t)high << 32 | low;
+    return true;
+}
+
+static enum esp_result window_check(const struct esp_sa *sa, uint64_t sequence)
+{
+    if (!sa->window_size || sequence > sa->highest)
+        return ESP_DONE;
+    if (sequence == 0)
+        return ESP_REPLAYED;   /* the first packet has number 1 */
+    if (sa->highest - sequence >= sa->window_size)
+        return ESP_TOO_OLD;
+    return sa->window[sequence / BLOCK & sa->window_mask] >> sequence % BLOCK & 1 ? ESP_REPLAYED : ESP_DONE;
+}
+
+static void window_commit(struct esp_sa *sa, uint64_t sequence)
+{
+    uint64_t block = sequence / BLOCK;
+    if (sequence > sa->highest) {
+        uint64_t fresh = block - sa->highest / BLOCK;
+        sa->highest = sequence;
+        if (!sa->window_size)
+            return;
+        if (fresh > sa->window_mask)
+            memset(sa->window, 0, (sa->window_mask + (size_t)1) * sizeof *sa->window);
+        else
+            for (; fresh; --fresh)
+                sa->window[(block - fresh + 1) & sa->window_mask] = 0;
+    }
+    if (sa->window_size)
+        sa->window[block & sa->window_mask] |= 1ULL << sequence % BLOCK;
+}
+
+static bool same(const struct esp_endpoint *one, const struct esp_endpoint *other)
+{
+    return !memcmp(one, other, sizeof *one);
+}
+
+/* The newest packet came from elsewhere than expected. */
+static void notice(struct esp_sa *sa, const struct esp_endpoint *source)
+{
+    if (!source->version)
+        return;   /* the caller does not want to know */
+    sa->home = *source;
+    if (same(source, &sa->peer)) {
+        memset(&sa->moved_to, 0, sizeof sa->moved_to);
+        sa->due &= (uint8_t)~ESP_MOVED;
+    } else if (!same(source, &sa->moved_to)) {
+        sa->moved_to = *source;
+        make_due(sa, ESP_MOVED);
+    }
+}
+
+/* How long the payload in front of the trailer is; -1 if the padding is not 1, 2, 3... */
+static int64_t payload_length(const uint8_t *text, size_t length)
+{
+    uint8_t padding = text[length - 2];
+    int64_t rest = (int64_t)length - 2 - padding;
+    if (rest < 0)
+        return -1;
+    for (uint8_t each = 0; each < padding; ++each)
+        if (text[rest + each] != each + 1)
+            return -1;
+    return rest;
+}
+
+enum esp_result sa_open(struct esp_sa *sa, struct esp_packet *packet, double now)
+{
+    uint8_t high_bytes[4], *high = NULL, *text;
+    if (sa->gone)
+        return ESP_NO_SA;
+    if (packet->length < sa->fixed + 2u || (packet->length - sa->fixed) & (sa->block_length - 1u))
+        return ESP_SHORT;
+    size_t length = packet->length - sa->fixed;
+
+    uint32_t low = load32(packet->data + 4);
+    uint64_t sequence = low;
+    enum esp_result verdict = ESP_DONE;
+    if (sa->esn) {
+        if (!infer(sa, low, &sequence))
+            verdict = ESP_TOO_OLD;
+        store32(high_bytes, (uint32_t)(sequence >> 32));
+        high = high_bytes;
+    }
+    if (verdict == ESP_DONE)
+        verdict = window_check(sa, sequence);
+    if (verdict != ESP_DONE) {
+        ++*(verdict == ESP_REPLAYED ? &sa->replay_drops : &sa->window_drops);
+        return verdict;
+    }
+    if (!sa->cipher->open(sa->key, packet->data, length, high)) {
+        ++sa->integrity_drops;
+        return ESP_INTEGRITY;
+    }
+
+    /* authentic from here on */
+    bool newest = sequence > sa->highest;
+    window_commit(sa, sequence);
+    if (newest && !same(&packet->peer, &sa->home))
+        notice(sa, &packet->peer);
+    text = packet->data + sa->prefix;
+    int64_t payload = payload_length(text, length);
+    use(sa, payload > 0 ? (size_t)payload : 0, now);
+    if (payload < 0)
+        return ESP_PADDING;
+    uint8_t next_header = text[length - 1];
+    if (next_header == NEXT_DUMMY)
+        return ESP_DUMMY;
+    if (next_header != NEXT_IPV4 && next_header != NEXT_IPV6)
+        return ESP_NEXT_HEADER;
+    size_t total = inner_length(text, (size_t)payload);
+    if (!total || text[0] >> 4 != (next_header == NEXT_IPV4 ? 4 : 6))
+        return ESP_MALFORMED;
+    packet->room -= sa->prefix;
+    packet->data = text;
+    packet->length = (uint32_t)total;   /* the rest is TFC padding (RFC 4303, 2.7) */
+    if (packet->traffic_class & 3 && sa->copy_ecn && !inner_decapsulate_ecn(text, packet->traffic_class))
+        return ESP_ECN;
+    return ESP_DONE;
+}
+
+/* Seals `packet`, whose payload counts as `octets`, less than it has when there is TFC padding. */
+static enum esp_result seal(struct esp_sa *sa, struct esp_packet *packet, uint8_t next_header, double now)
+{
+    uint32_t octets = packet->length, length = octets < sa->tfc ? sa->tfc : octets;
+    uint32_t block = sa->block_length > 4 ? sa->block_length : 4, padding = -(length + 2) & (block - 1);
+    uint32_t plain = length + padding + 2, largest = sa->peer.version == 4 ? LARGEST_UDP_IPV4 : LARGEST_UDP_IPV6;
+    if (octets > largest || plain + sa->fixed > largest)
+        return ESP_TOO_BIG;
+    if (plain + sa->icv_length > packet->room)
+        return ESP_UP;
+    if (sa->highest >= sa->permitted) {
+        if (sa->highest < sa->last)
+            return ESP_UNRESERVED;
+        expire(sa, true);
+        return ESP_SEQUENCE;
+    }
+    uint64_t sequence = ++sa->highest;   /* from here on it is used, whatever happens */
+
+    uint8_t *text = packet->data, *start = text - sa->prefix, high[4];
+    memset(text + octets, 0, length - octets);
+    for (uint32_t each = 0; each < padding; ++each)
+        text[length + each] = (uint8_t)(each + 1);
+    text[plain - 2] = (uint8_t)padding;
+    text[plain - 1] = next_header;
+    store32(start, sa->spi);
+    store32(start + 4, (uint32_t)sequence);
+    store32(high, (uint32_t)(sequence >> 32));
+    if (sa->ivs) {
+        uint64_t iv = esp_counter_next(sa->ivs);
+        store32(start + 8, (uint32_t)(iv >> 32));
+        store32(start + 12, (uint32_t)iv);
+    }
+    if (!sa->cipher->seal(sa->key, start, plain, sa->esn ? high : NULL)) {
+        memset(start, 0, sa->prefix + plain);   /* plaintext does not leave */
+        expire(sa, true);
+        return ESP_SEQUENCE;
+    }
+    use(sa, octets, now);
+    packet->data = start;
+    packet->room += sa->prefix;
+    packet->length = plain + sa->fixed;
+    packet->sa = sa->serial;
+    packet->peer = sa->peer;
+    packet->local_port = sa->local_port;
+    return ESP_DONE;
+}
+
+enum esp_result sa_seal(struct esp_sa *sa, struct esp_packet *packet, double now)
+{
+    if (sa->gone)
+        return ESP_UP;
+    /* the outer header's, before the packet is overwritten (RFC 4301, 5.1.2; RFC 6040, 4.1) */
+    uint8_t mask = (uint8_t)((sa->copy_dscp ? 0xFC : 0) | (sa->copy_ecn ? 3 : 0));
+    uint8_t traffic_class = inner_traffic_class(packet->data) & mask;
+    bool dont_fragment = sa->copy_df && inner_dont_fragment(packet->data);
+    enum esp_result result = seal(sa, packet, packet->data[0] >> 4 == 4 ? NEXT_IPV4 : NEXT_IPV6, now);
+    packet->traffic_class = traffic_class;
+    packet->dont_fragment = dont_fragment;
+    return result;
+}
+
+int esp_sa_open(struct esp_sa *sa, struct esp_packet *packet, double now)
+{
+    if (packet->length < ESP_HEADER)
+        return packet->result = ESP_SHORT;
+    pthread_mutex_lock(&sa->lock);
+    packet->result = (uint8_t)sa_open(sa, packet, now);
+    pthread_mutex_unlock(&sa->lock);
+    return packet->result;
+}
+
+int esp_sa_seal(struct esp_sa *sa, struct esp_packet *packet, double now)
+{
+    pthread_mutex_lock(&sa->lock);
+    packet->result = (uint8_t)(sa->gone ? ESP_NO_SA : sa_seal(sa, packet, now));
+    pthread_mutex_unlock(&sa->lock);
+    return packet->result;
+}
+
+int esp_sa_seal_dummy(struct esp_sa *sa, struct esp_packet *packet, double now)
+{
+    pthread_mutex_lock(&sa->lock);
+    uint16_t tfc = sa->tfc;
+    sa->tfc = 0;   /* it is as long as it is */
+    packet->result = (uint8_t)(sa->gone ? ESP_NO_SA : seal(sa, packet, NEXT_DUMMY, now));
+    packet->traffic_class = packet->dont_fragment = 0;
+    sa->tfc = tfc;
+    pthread_mutex_unlock(&sa->lock);
+    return packet->result;
+}
+
+void esp_sa_place(struct esp_sa *sa, const struct esp_endpoint *peer, uint16_t local_port)
+{
+    pthread_mutex_lock(&sa->lock);
+    sa->peer = sa->home = *peer;
+    memset(&sa->moved_to, 0, sizeof sa->moved_to);
+    sa->local_port = local_port;
+    set_limits(sa);
+    pthread_mutex_unlock(&sa->lock);
+}
+
+void esp_sa_permit(struct esp_sa *sa, uint64_t number)
+{
+    pthread_mutex_lock(&sa->lock);
+    number = smaller(number, sa->last);
+    if (number > sa->permitted)
+        sa->permitted = number;
+    pthread_mutex_unlock(&sa->lock);
+}
+
+void esp_sa_expire(struct esp_sa *sa, int hard)
+{
+    pthread_mutex_lock(&sa->lock);
+    expire(sa, hard);
+    pthread_mutex_unlock(&sa->lock);
+}
+
+void esp_sa_retire(struct esp_sa *sa)
+{
+    pthread_mutex_lock(&sa->lock);
+    sa->gone = true;
+    pthread_mutex_unlock(&sa->lock);
+}
+
+int esp_sa_take_due(struct esp_sa *sa, struct esp_endpoint *moved_to)
+{
+    pthread_mutex_lock(&sa->lock);
+    int due = sa->due;
+    sa->due = 0;
+    *moved_to = sa->moved_to;
+    path_forget_due(sa->path, sa);
+    pthread_mutex_unlock(&sa->lock);
+    return due;
+}
+
+void esp_sa_usage(struct esp_sa *sa, struct esp_usage *usage)
+{
+    pthread_mutex_lock(&sa->lock);
+    *usage = (struct esp_usage){
+        .packets = sa->packets,
+        .octets = sa->octets,
+        .replay_drops = sa->replay_drops,
+        .window_drops = sa->window_drops,
+        .integrity_drops = sa->integrity_drops,
+        .sequence = sa->highest,
+        .first_used = sa->first_used,
+        .last_used = sa->last_used,
+        .gone = sa->gone,
+        .soft = sa->soft,
+        .due = sa->due,
+    };
+    pthread_mutex_unlock(&sa->lock);
+}

@@ -1,0 +1,116 @@
+"""One installed SA, as the engine sees it: whichever data path keeps its state."""
+
+from __future__ import annotations
+
+from typing import Any, Final, TypeAlias
+
+from natcompat.esp.results import Destination, Dropped
+from natcompat.ipsec import IPAddress, Mode, SecurityAssociation, UDPEncapsulation, Usage
+
+SOFT, HARD, MOVED = 1, 2, 4
+"""What may be due: the soft limit is reached, the hard one is, packets come from another address."""
+
+UNLIMITED: Final = 1 << 64
+
+Link: TypeAlias = tuple[Mode, int, IPAddress | None, IPAddress | None]
+"""What ties an SA to policies: mode, reqid, outer addresses; inbound transport mode has none."""
+
+Address: TypeAlias = tuple[Any, ...]
+"""A socket address."""
+
+
+class Association:
+    """What both directions have in common. Any thread may call it."""
+
+    __slots__ = ("encapsulation", "link", "sa")
+
+    sa: SecurityAssociation
+    encapsulation: UDPEncapsulation
+    link: Link
+
+    def __init__(self, sa: SecurityAssociation, link: Link) -> None:
+        self.place(sa, link)
+
+    @property
+    def due(self) -> int:
+        """What the engine should see to: SOFT, HARD, MOVED."""
+        raise NotImplementedError
+
+    @property
+    def gone(self) -> bool:
+        """Whether this SA is over."""
+        raise NotImplementedError
+
+    @property
+    def soft(self) -> bool:
+        """Whether it has reached a soft limit."""
+        raise NotImplementedError
+
+    def place(self, sa: SecurityAssociation, link: Link) -> None:
+        """Take the addresses and ports of `sa`, which is otherwise what it was."""
+        if sa.encapsulation is None:
+            raise ValueError("encapsulation: this SA has none")
+        self.sa = sa
+        self.encapsulation = sa.encapsulation
+        self.link = link
+
+    def expire(self, *, hard: bool) -> None:
+        """Note that a limit is reached; at the hard one this SA is over."""
+        raise NotImplementedError
+
+    def take_due(self) -> tuple[int, Address]:
+        """Return what is due and, with MOVED, the new (address, port); leave nothing."""
+        raise NotImplementedError
+
+    def retire(self) -> None:
+        """End this SA."""
+        raise NotImplementedError
+
+    def usage(self) -> Usage:
+        """Return the counters."""
+        raise NotImplementedError
+
+
+class Inbound(Association):
+    """An SA that opens packets."""
+
+    __slots__ = ()
+
+    def open(
+        self, packet: bytes, low: int, source: Address, traffic_class: int, now: float
+    ) -> bytes | Dropped:
+        """Return the inner packet. `low`: the sequence number that `packet` shows; it has 8 bytes or more."""
+        raise NotImplementedError
+
+
+class Outbound(Association):
+    """An SA that seals packets."""
+
+    __slots__ = ()
+
+    def draw_ivs(self, counter: Any) -> None:
+        """Take IVs from what the data path made to count; called before the first packet."""
+        raise NotImplementedError
+
+    def permit(self, number: int) -> None:
+        """Allow sequence numbers up to `number`; what is allowed already stays so."""
+        raise NotImplementedError
+
+    def seal(self, inner: bytes, now: float) -> tuple[bytes, Destination] | Dropped:
+        """Return the ESP packet that carries `inner`, an IP packet whose lengths are right."""
+        raise NotImplementedError
+
+    def seal_dummy(self, length: int, now: float) -> tuple[bytes, Destination] | Dropped:
+        """Return a dummy packet with `length` bytes of payload (RFC 4303, 2.6)."""
+        raise NotImplementedError
+
+    def destination(self, traffic_class: int, dont_fragment: bool) -> Destination:
+        """Return where packets with these outer fields go."""
+        ports = self.encapsulation
+        return Destination(
+            str(self.sa.destination),
+            ports.remote_port,
+            local_port=ports.local_port,
+            traffic_class=traffic_class,
+            dont_fragment=dont_fragment,
+        )
