@@ -141,10 +141,6 @@ enum esp_result sa_open(struct esp_sa *sa, struct esp_packet *packet, double now
     uint8_t high_bytes[4], *high = NULL, *text;
     if (sa->gone)
         return ESP_NO_SA;
-    if (packet->length < sa->fixed + 2u || (packet->length - sa->fixed) & (sa->block_length - 1u))
-        return ESP_SHORT;
-    size_t length = packet->length - sa->fixed;
-
     uint32_t low = load32(packet->data + 4);
     uint64_t sequence = low;
     enum esp_result verdict = ESP_DONE;
@@ -160,7 +156,12 @@ enum esp_result sa_open(struct esp_sa *sa, struct esp_packet *packet, double now
         ++*(verdict == ESP_REPLAYED ? &sa->replay_drops : &sa->window_drops);
         return verdict;
     }
-    if (!sa->cipher->open(sa->key, packet->data, length, high)) {
+    if (packet->length < sa->fixed)
+        return ESP_SHORT;
+    size_t length = packet->length - sa->fixed;
+    /* a length that cannot be right is told as a check value that is not, which is what the kernel finds */
+    if (length < 2 || length & (sa->block_length - 1u)
+        || !sa->cipher->open(sa->key, packet->data, length, high)) {
         ++sa->integrity_drops;
         return ESP_INTEGRITY;
     }

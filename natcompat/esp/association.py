@@ -189,9 +189,6 @@ class PortableInbound(PortableAssociation, Inbound):
         with self.lock:
             if self.gone:
                 return DROPPED[Reason.NO_SA]
-            length = len(packet) - self._fixed
-            if length < 2 or length & self._remainder:
-                return DROPPED[Reason.SHORT]
             window, sequence, high = self.window, low, b""
             if self._esn:
                 sequence = window.infer(low)
@@ -201,6 +198,9 @@ class PortableInbound(PortableAssociation, Inbound):
                 reason = window.check(sequence)
                 if reason is not None:
                     return self._refuse(reason)
+            length = len(packet) - self._fixed
+            if length < 2 or length & self._remainder:
+                return self._refuse_length(length)
             plaintext = self.cipher.open(packet, high)
             if plaintext is None:
                 self.integrity_drops += 1
@@ -227,6 +227,13 @@ class PortableInbound(PortableAssociation, Inbound):
         else:
             self.window_drops += 1
         return DROPPED[reason]
+
+    def _refuse_length(self, length: int) -> Dropped:
+        """Judge by the length alone as the kernel does by the check value, which is there, but wrong."""
+        if length < 0:
+            return DROPPED[Reason.SHORT]
+        self.integrity_drops += 1
+        return DROPPED[Reason.INTEGRITY]
 
     def _leave_transport(self, payload: bytes, next_header: int, traffic_class: int) -> bytes:
         sa, original = self.sa, self.encapsulation.original_address

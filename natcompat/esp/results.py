@@ -16,7 +16,7 @@ class Reason(enum.Enum):
     """Why a packet went no further; the values are the names of the counters."""
 
     SHORT = "short"
-    """Inbound: too short for its SA, or no multiple of its block size."""
+    """Inbound: too short for its SA."""
     NO_SA = "no_sa"
     """Inbound: nobody has this SPI."""
     REPLAYED = "replayed"
@@ -24,7 +24,7 @@ class Reason(enum.Enum):
     TOO_OLD = "too_old"
     """Inbound: the sequence number is left of the replay window."""
     INTEGRITY = "integrity"
-    """Inbound: the integrity check value is wrong."""
+    """Inbound: the integrity check value is wrong, or cannot be right at this length."""
     PADDING = "padding"
     """Inbound: the padding is not 1, 2, 3... (RFC 4303, 2.4)."""
     NEXT_HEADER = "next_header"

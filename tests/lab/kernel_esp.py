@@ -122,9 +122,23 @@ class KernelEsp:
     def deliver(self, packet: bytes, source: tuple[str, int]) -> list[bytes]:
         """Send a UDP payload from `source`, the peer; return the inner packets that arrive."""
         before = self.drops()
+        self._send(packet, source)
+        return self._wait([self._tun, self._here[4, 7002], self._here[6, 7002]], before)
+
+    def deliver_all(self, packets: Iterable[bytes], source: tuple[str, int], *, last: bytes) -> list[bytes]:
+        """Send UDP payloads from `source`; return the inner packets that leave a tunnel, up to `last`."""
+        for packet in packets:
+            self._send(packet, source)
+        found: list[bytes] = []
+        while not found or found[-1] != last:
+            assert select.select([self._tun], [], [], PATIENCE)[0], found
+            inner = self._take(self._tun)
+            found += [] if inner is None else [inner]
+        return found
+
+    def _send(self, packet: bytes, source: tuple[str, int]) -> None:
         version = ip_address(source[0]).version
         self._there[version, source[1]].sendto(packet, (OUTER[version][0], 4500))
-        return self._wait([self._tun, self._here[4, 7002], self._here[6, 7002]], before)
 
     def _wait(self, places: list[Any], before: int) -> list[bytes]:
         """Return what arrives, or nothing when XFRM has dropped something since `before`."""

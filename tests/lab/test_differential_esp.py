@@ -1,0 +1,162 @@
+"""The kernel's ESP and the engine judge every packet alike: what comes out, and what is counted."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from natcompat.esp.crypto import make_cipher
+from natcompat.esp.engine import EspEngine
+from natcompat.esp.packet import DUMMY, IPV4, IPV6, PADDINGS
+from natcompat.esp.results import Opened
+from natcompat.ipsec import Direction, Encr, Integ, Mode, Policy, SecurityAssociation
+from natcompat.testing_ipsec.harness import HOSTS, OUTER, SPI, association, policy
+from natcompat.testing_ipsec.traffic import _comparable, udp_packet
+from natcompat.xfrm.kernel import XfrmIPsec
+from tests.esp.making import keys, name
+from tests.lab.kernel_esp import KernelEsp
+from tests.lab.topology import inside
+
+pytestmark = pytest.mark.kernel_esp
+
+PACKETS = 2000
+WINDOW = 32
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[KernelEsp]:
+    made = KernelEsp()
+    yield made
+    made.close()
+
+
+class Peer:
+    """Who has the keys, seals what it likes, and remembers all."""
+
+    def __init__(self, sa: SecurityAssociation, mode: Mode, version: int, seed: int) -> None:
+        self.cipher = make_cipher(sa.encryption, sa.encryption_key, sa.integrity, sa.integrity_key)
+        self.block = max(self.cipher.block_length, 4)
+        self.mode, self.version = mode, version
+        self.high = bytes(4) if sa.esn else b""
+        self.random = random.Random(seed)
+        self.sent: list[bytes] = []
+
+    def seal(self, payload: bytes, next_header: int, padding: int | None = None) -> bytes:
+        """Return the next packet, with the smallest padding or with `padding` bytes."""
+        padding = -(len(payload) + 2) % self.block if padding is None else padding
+        return self.seal_plaintext(payload + PADDINGS[padding] + bytes((padding, next_header)))
+
+    def seal_plaintext(self, plaintext: bytes) -> bytes:
+        """Return the next packet, whatever is in it."""
+        prefix = SPI.to_bytes(4) + (len(self.sent) + 1).to_bytes(4)
+        iv = self.random.randbytes(self.cipher.iv_length)
+        self.sent.append(self.cipher.seal(prefix + iv, plaintext, self.high))
+        return self.sent[-1]
+
+    def good(self) -> bytes:
+        """Return the next packet that is as it should be."""
+        payload = self.random.randbytes(self.random.randrange(90))
+        if self.mode is Mode.TRANSPORT:
+            near, far = OUTER[self.version]
+            inner = udp_packet(far, near, payload + bytes(20))  # as long as Linux wants it
+            return self.seal(inner[20 if self.version == 4 else 40 :], 17)
+        near, far = HOSTS[self.version]
+        return self.seal(udp_packet(far, near, payload), IPV4 if self.version == 4 else IPV6)
+
+    def anything(self) -> bytes:
+        """Return a packet that may be new, late, replayed, forged or garbage."""
+        choice = self.random.randrange(10)
+        if choice < 4 or len(self.sent) < 3:
+            return self.good()
+        if choice == 4:  # some get lost, or come later
+            for _ in range(self.random.randrange(1, 2 * WINDOW)):
+                self.good()
+            return self.good()
+        old = self.random.choice(self.sent[-2 * WINDOW :] if choice < 8 else self.sent)
+        if choice < 7:
+            return old
+        new = self.random.choice((old, self.good()))
+        change = self.random.randrange(4)
+        at = self.random.randrange(4, len(new))  # not the SPI: that is whose SA
+        if change == 0:
+            return new[:at] + bytes((new[at] ^ 1 << self.random.randrange(8),)) + new[at + 1 :]
+        if change == 1:  # not shorter than what Linux takes for ESP
+            return new[: max(40, at)]
+        if change == 2:
+            return new + self.random.randbytes(4 * self.random.randrange(1, 9))
+        return new[: self.random.choice((4, 8))] + self.random.randbytes(len(new) - 4)
+
+    def odd(self) -> Iterator[bytes]:
+        """Yield packets that are authentic and nevertheless not what they should be, or only unusual."""
+        version = self.version
+        own, other = (IPV4, IPV6) if version == 4 else (IPV6, IPV4)
+        near, far = HOSTS[version]
+        inner = udp_packet(far, near, b"odd")
+        most = 255 - (255 + len(inner) + 2) % self.block
+        yield self.seal(bytes(40), DUMMY)  # dummy
+        yield self.seal(inner, own, most)  # much padding
+        yield self.seal(inner + bytes(100), own)  # behind the packet
+        yield self.seal(inner, 6)  # TCP in a tunnel
+        yield self.seal(inner, other)  # the other family
+        yield self.seal(inner[:-1], own)  # cut
+        yield self.seal(inner[:15], own)  # cut in the header
+        yield self.seal(b"", own)  # nothing
+        yield self.seal_plaintext(bytes(self.block - 2) + bytes((200, own)))  # more padding than packet
+        yield self.seal(udp_packet(HOSTS[version][0], near, b"spoofed"), own)  # from elsewhere
+
+
+@pytest.mark.parametrize(
+    ("transforms", "version", "mode", "esn"),
+    [
+        ((Encr.AES_GCM_16, Integ.NONE), 4, Mode.TUNNEL, False),
+        ((Encr.AES_CBC, Integ.HMAC_SHA2_256_128), 6, Mode.TUNNEL, True),
+        ((Encr.CHACHA20_POLY1305, Integ.NONE), 4, Mode.TRANSPORT, True),
+        ((Encr.AES_CTR, Integ.HMAC_SHA1_96), 6, Mode.TRANSPORT, False),
+        ((Encr.NULL, Integ.HMAC_SHA2_512_256), 6, Mode.TUNNEL, False),
+    ],
+    ids=lambda value: name(value) if isinstance(value, tuple) else None,
+)
+def test_differences(
+    kernel: KernelEsp, transforms: tuple[Encr, Integ], version: int, mode: Mode, esn: bool
+) -> None:
+    changes: dict[str, Any] = {"mode": mode}
+    sa = association(
+        Direction.IN, version, spi=SPI, esn=esn, replay_window=WINDOW, **changes, **keys(*transforms)
+    )
+    wanted: Policy = policy(Direction.IN, version, **(changes if mode is Mode.TRANSPORT else {}))
+    peer, source = Peer(sa, mode, version, 4303), (OUTER[version][1], 4500)
+    with inside("here"), XfrmIPsec() as xfrm, EspEngine(timer=False) as engine:
+        xfrm.flush_policies()
+        xfrm.flush_sas()
+        try:
+            for ipsec in (xfrm, engine):
+                ipsec.add_sa(sa)
+                ipsec.add_policy(wanted)
+
+            def both(*packets: bytes) -> None:
+                """Let packets arrive at both; the last is good where the kernel does not count all drops."""
+                opened = [engine.open(each, source) for each in packets]
+                mine = [_comparable(each.inner, mode) for each in opened if isinstance(each, Opened)]
+                theirs = (
+                    kernel.deliver(packets[0], source)
+                    if len(packets) == 1
+                    else kernel.deliver_all(packets, source, last=mine[-1])
+                )
+                assert [_comparable(each, mode) for each in theirs] == mine
+
+            for _ in range(PACKETS):
+                both(peer.anything())
+            usages = [ipsec.get_sa(sa.sa_id) for ipsec in (xfrm, engine)]
+            for what in ("packets", "sequence", "replay_drops", "window_drops", "integrity_drops"):
+                assert len({getattr(usage, what) for usage in usages}) == 1, (what, usages)
+            assert usages[0].packets > PACKETS // 4
+            assert usages[0].replay_drops > 0
+            if mode is Mode.TUNNEL:
+                for packet in peer.odd():
+                    both(packet, peer.good())
+        finally:
+            xfrm.flush_policies()
+            xfrm.flush_sas()
