@@ -1,4 +1,4 @@
-"""The published vectors, both ways: RFC 3602, RFC 3686, RFC 4106 (draft-mcgrew-gcm-test), RFC 7634."""
+"""The published vectors, both ways: RFC 3602, 3686, 4106 and 4543 (draft-mcgrew-gcm-test), and 7634."""
 
 from __future__ import annotations
 
@@ -199,6 +199,19 @@ def test_aead(transform: Encr, vector: AeadVector) -> None:
     assert cipher.open(expected[:-1] + bytes((expected[-1] ^ 1,)), high) is None
 
 
+def test_gmac() -> None:
+    """The packet of draft-mcgrew-gcm-test-01 with ENCR_NULL_AUTH_AES_GMAC (RFC 4543)."""
+    key = Key(unhex("4c80cdefbb5d10da906ac73c3613a634") + unhex("22433c64"))
+    cipher = make_cipher(Encr.NULL_AUTH_AES_GMAC, key, Integ.NONE, Key())
+    prefix = unhex("00004321 00000007 0000000000000000")
+    payload = unhex(
+        "45000030da3a00008001df3bc0a80005c0a800010800c6cd020007006162636465666768696a6b6c6d6e6f707172737401020201"
+    )
+    expected = prefix + payload + unhex("f2a9a836e155106aa8dcd618e4099aaa")
+    assert cipher.seal(prefix, payload, b"") == expected
+    assert cipher.open(expected, b"") == payload
+
+
 class CbcVector(NamedTuple):
     case: str
     key: str
@@ -297,12 +310,47 @@ RFC3686 = [
         b"Single block msg".hex(),
         "4b55384fe259c9c84e7935a003cbe928",
     ),
+    (
+        "7c5cb2401b3dc33c19e7340819e0f69c678c3db8e6f6a91a",
+        "0096b03b",
+        "020c6eadc2cb500d",
+        bytes(range(32)).hex(),
+        "453243fc609b23327edfaafa7131cd9f8490701c5ad4a79cfc1fe0ff42f4fb00",
+    ),
+    (
+        "02bf391ee8ecb159b959617b0965279bf59b60a786d3e0fe",
+        "0007bdfd",
+        "5cbd60278dcc0912",
+        bytes(range(36)).hex(),
+        "96893fc55e5c722f540b7dd1ddf7e758d288bc95c69165884536c811662f2188abee0935",
+    ),
+    (
+        "776beff2851db06f4c8a0542c8696f6c6a81af1eec96b4d37fc1d689e6c1c104",
+        "00000060",
+        "db5672c97aa8f0b2",
+        b"Single block msg".hex(),
+        "145ad01dbf824ec7560863dc71e3e0c0",
+    ),
+    (
+        "f6d66d6bd52d59bb0796365879eff886c66dd51a5b6a99744b50590c87a23884",
+        "00faac24",
+        "c1585ef15a43d875",
+        bytes(range(32)).hex(),
+        "f05e231b3894612c49ee000b804eb2a9b8306b508f839d6a5530831d9344af1c",
+    ),
+    (
+        "ff7a617ce69148e4f1726e2f43581de2aa62d9f805532edff1eed687fb54153d",
+        "001cc5b7",
+        "51a51d70a1c11148",
+        bytes(range(36)).hex(),
+        "eb6c52821d0bbbf7ce7594462aca4faab407df866569fd07f48cc0b583d6071f1ec0e6b8",
+    ),
 ]
 
 
 @pytest.mark.parametrize("high", [b"", b"\0\0\0\x05"], ids=["32 bits", "64 bits"])
 @pytest.mark.parametrize(
-    ("key", "nonce", "iv", "plaintext", "ciphertext"), RFC3686, ids=["one", "two", "three", "four"]
+    ("key", "nonce", "iv", "plaintext", "ciphertext"), RFC3686, ids=map(str, range(1, 10))
 )
 def test_ctr(key: str, nonce: str, iv: str, plaintext: str, ciphertext: str, high: bytes) -> None:
     """The vectors of RFC 3686, section 6, inside an ESP packet."""
