@@ -13,7 +13,7 @@ from natcompat.esp.engine import EspEngine
 from natcompat.esp.packet import DUMMY, IPV4, IPV6, PADDINGS
 from natcompat.esp.results import Opened
 from natcompat.ipsec import Direction, Encr, Integ, Mode, Policy, SecurityAssociation
-from natcompat.testing_ipsec.harness import HOSTS, OUTER, SPI, association, policy
+from natcompat.testing_ipsec.harness import HOSTS, OUTER, SPI, IPsecHarness, policy
 from natcompat.testing_ipsec.traffic import _comparable, udp_packet
 from natcompat.xfrm.kernel import XfrmIPsec
 from tests.esp.making import keys, name
@@ -123,7 +123,7 @@ def test_differences(
     kernel: KernelEsp, transforms: tuple[Encr, Integ], version: int, mode: Mode, esn: bool
 ) -> None:
     changes: dict[str, Any] = {"mode": mode}
-    sa = association(
+    sa = IPsecHarness().association(
         Direction.IN, version, spi=SPI, esn=esn, replay_window=WINDOW, **changes, **keys(*transforms)
     )
     wanted: Policy = policy(Direction.IN, version, **(changes if mode is Mode.TRANSPORT else {}))
@@ -153,7 +153,7 @@ def test_differences(
             for what in ("packets", "sequence", "replay_drops", "window_drops", "integrity_drops"):
                 assert len({getattr(usage, what) for usage in usages}) == 1, (what, usages)
             assert usages[0].packets > PACKETS // 4
-            assert usages[0].replay_drops > 0
+            assert usages[0].replay_drops
             if mode is Mode.TUNNEL:
                 for packet in peer.odd():
                     both(packet, peer.good())
