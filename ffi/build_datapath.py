@@ -22,7 +22,7 @@ from setuptools.errors import CompileError
 HERE: Final = Path(__file__).parent
 NAME: Final = "natcompat.esp._datapath"
 
-HEADERS: Final = ["esp.h", "esp_control.h"]
+HEADERS: Final = ["esp.h", "esp_control.h", "checksum.h", "offload.h"]
 """What Python sees of it stands in these between two marks, and is put together in this order."""
 
 FLAGS: Final = ["-O2", "-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
@@ -46,7 +46,8 @@ int main(void) { return 0; }
 def definitions() -> str:
     """Return the declarations for cffi."""
     marked = re.compile(r"/\* cffi: begin \*/(.*?)/\* cffi: end \*/", re.DOTALL)
-    return "".join("".join(marked.findall((HERE / name).read_text())) for name in HEADERS)
+    ours = ("".join(marked.findall((HERE / name).read_text())) for name in HEADERS)
+    return "".join(("struct iovec { void *iov_base; size_t iov_len; };", *ours))
 
 
 class BuildDatapath(build_ext):  # type: ignore[misc]
