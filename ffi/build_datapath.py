@@ -22,7 +22,7 @@ from setuptools.errors import CompileError
 HERE: Final = Path(__file__).parent
 NAME: Final = "natcompat.esp._datapath"
 
-HEADERS: Final = ["esp.h", "esp_control.h", "checksum.h", "offload.h"]
+HEADERS: Final = ["esp.h", "esp_control.h", "checksum.h", "offload.h", "loop.h"]
 """What Python sees of it stands in these between two marks, and is put together in this order."""
 
 FLAGS: Final = ["-O2", "-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
