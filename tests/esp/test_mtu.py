@@ -30,6 +30,7 @@ from natcompat.esp.mtu import (
 from natcompat.ipsec import Direction, Encr, Integ, Mode
 from natcompat.namespaces import INITIATOR, RESPONDER, Topology
 from tests.esp import making
+from tests.esp.tunnelling import mtu_of
 from tests.linux_support import FAMILIES, LINUX
 
 with contextlib.suppress(ImportError):
@@ -325,8 +326,7 @@ def test_the_path_mtu_of_loopback(family: socket.AddressFamily) -> None:
     host = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}[family]
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.bind((host, 0))
-        with open("/sys/class/net/lo/mtu") as file:
-            mtu = min(int(file.read()), 65535 if family == socket.AF_INET else 65536)
+        mtu = min(mtu_of("lo"), 65535 if family == socket.AF_INET else 65536)
         assert kernel_path_mtu(host) == kernel_path_mtu(host, sock) == mtu
 
 

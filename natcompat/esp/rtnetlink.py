@@ -1,0 +1,213 @@
+"""Links, addresses, routes and rules (rtnetlink(7)), as far as packet devices need them.
+
+pyroute2 encodes and decodes; a plain netlink socket carries it, which also works inside a running event
+loop (see `natcompat.xfrm.netlink`). Importing this takes as long as pyroute2 takes.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Mapping
+from ipaddress import IPv4Network, IPv6Network
+from typing import Any, Final, NamedTuple
+
+from pyroute2.netlink.rtnl.fibmsg import fibmsg
+from pyroute2.netlink.rtnl.ifaddrmsg import ifaddrmsg
+from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
+from pyroute2.netlink.rtnl.rtmsg import rtmsg
+
+from natcompat.ipsec import IPAddress, IPNetwork
+from natcompat.xfrm.netlink import NETLINK_ROUTE, Netlink
+from natcompat.xfrm.probe import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL
+
+MAIN_TABLE: Final = 254  # linux/rtnetlink.h, as all RT* and RTM_*
+
+_RTM_NEWLINK, _RTM_DELLINK = 16, 17
+_RTM_NEWADDR = 20
+_RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
+_RTM_NEWRULE, _RTM_DELRULE, _RTM_GETRULE = 32, 33, 34
+_RTPROT_STATIC = 4
+_RTN_UNICAST = 1
+_RT_SCOPE_LINK = 253
+_RT_SCOPE_NOWHERE = 255
+_FR_ACT_TO_TBL = 1  # linux/fib_rules.h, as all FRA_* and FIB_RULE_*
+_FIB_RULE_INVERT = 0x2
+_IFA_F_NODAD = 0x02  # linux/if_addr.h
+_IFF_UP = 0x1  # linux/if.h
+_CREATE = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
+
+_PRIVILEGE = "Run as root, or grant CAP_NET_ADMIN (docker run --cap-add NET_ADMIN)"
+_REMEDIES: Final[Mapping[int, str]] = {
+    errno.EPERM: _PRIVILEGE,
+    errno.EEXIST: "It is there already: remove it, or leave it to whoever made it",
+    errno.ESRCH: "Somebody removed it",
+    errno.ENODEV: "The device is gone: somebody deleted it",
+    errno.EACCES: "IPv6 is switched off for the device (sysctl net.ipv6.conf.all.disable_ipv6)",
+    errno.EOPNOTSUPP: "Run a kernel that has it (CONFIG_IPV6, CONFIG_IP_MULTIPLE_TABLES)",
+    errno.EAFNOSUPPORT: "Run a kernel that has it (CONFIG_IPV6, CONFIG_IP_MULTIPLE_TABLES)",
+}
+
+
+class Rule(NamedTuple):
+    """A rule of the routing policy database: who takes which table (ip-rule(8))."""
+
+    family: socket.AddressFamily
+    priority: int
+    table: int
+    protocol: int
+    """Who made it (FRA_PROTOCOL)."""
+    not_mark: int | None = None
+    """Only packets that lack this bit of the mark; None: all."""
+    not_default: bool = False
+    """What the table says of default routes does not count (suppress_prefixlength 0)."""
+
+
+class Rtnetlink:
+    """A socket for the network namespace of this thread. Methods may be called from any thread."""
+
+    def __init__(self) -> None:
+        self._netlink = Netlink(protocol=NETLINK_ROUTE)
+
+    def close(self) -> None:
+        """Close the socket. What was made stays."""
+        self._netlink.close()
+
+    def set_link(self, index: int, *, mtu: int | None = None, up: bool | None = None) -> None:
+        """Change an interface."""
+        message = ifinfmsg()
+        message["index"] = index
+        if up is not None:
+            message["flags"], message["change"] = _IFF_UP if up else 0, _IFF_UP
+        if mtu is not None:
+            message["attrs"] = [["IFLA_MTU", mtu]]
+        self._request("Configuring the interface", message, _RTM_NEWLINK, NLM_F_ACK)
+
+    def delete_link(self, index: int) -> None:
+        """Remove an interface, with its addresses and routes."""
+        message = ifinfmsg()
+        message["index"] = index
+        self._request("Removing the interface", message, _RTM_DELLINK, NLM_F_ACK)
+
+    def add_address(self, index: int, address: IPAddress, prefix_length: int) -> None:
+        """Give an interface an address. There is no duplicate address detection for IPv6.
+
+        Even so the kernel takes an IPv6 address into use a moment later (addrconf_dad_work()).
+        """
+        message = ifaddrmsg()
+        message["family"], message["prefixlen"] = family_of(address.version), prefix_length
+        message["index"] = index
+        message["attrs"] = [["IFA_ADDRESS", str(address)], ["IFA_LOCAL", str(address)]]
+        if address.version == 6:
+            message["attrs"].append(["IFA_FLAGS", _IFA_F_NODAD])
+        self._request(f"Giving the interface the address {address}", message, _RTM_NEWADDR, _CREATE)
+
+    def add_route(self, index: int, network: IPNetwork, *, table: int, source: IPAddress | None) -> None:
+        """Lead `network` into an interface. `source`: the address that this host prefers as its own there."""
+        message = _route(index, network, table)
+        message["proto"], message["type"] = _RTPROT_STATIC, _RTN_UNICAST
+        message["scope"] = _RT_SCOPE_LINK if network.version == 4 else 0
+        if source is not None:
+            message["attrs"].append(["RTA_PREFSRC", str(source)])
+        self._request(f"Adding the route to {network}", message, _RTM_NEWROUTE, _CREATE)
+
+    def delete_route(self, index: int, network: IPNetwork, *, table: int) -> None:
+        """Undo `add_route`."""
+        message = _route(index, network, table)
+        message["scope"] = _RT_SCOPE_NOWHERE if network.version == 4 else 0  # whatever it has
+        self._request(f"Removing the route to {network}", message, _RTM_DELROUTE, NLM_F_ACK)
+
+    def interface_to(self, address: IPAddress, *, mark: int) -> int:
+        """Return the index of the interface that packets with `mark` to `address` leave by; 0: none."""
+        message = rtmsg()
+        message["family"], message["dst_len"] = family_of(address.version), address.max_prefixlen
+        message["attrs"] = [["RTA_DST", str(address)], ["RTA_MARK", mark]]
+        message.encode()
+        try:
+            answer = self._netlink.request(
+                f"Looking up the route to {address}", bytearray(message.data), _RTM_GETROUTE, 0
+            )
+        except OSError as error:
+            if error.errno in (errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL):
+                return 0
+            raise
+        found = rtmsg(answer)
+        found.decode()
+        return int(found.get_attr("RTA_OIF") or 0)
+
+    def add_rule(self, rule: Rule) -> None:
+        """Put a rule in. EEXIST: there is one like it."""
+        self._request(_naming(rule), _encoded(rule), _RTM_NEWRULE, _CREATE)
+
+    def delete_rule(self, rule: Rule) -> None:
+        """Take a rule out."""
+        self._request(_naming(rule), _encoded(rule), _RTM_DELRULE, NLM_F_ACK)
+
+    def rules(self, protocol: int) -> list[Rule]:
+        """Return the rules that `protocol` made, without those that a `Rule` cannot express."""
+        found = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            request = fibmsg()
+            request["family"] = family
+            request.encode()
+            try:
+                answers = self._netlink.dump("Listing the rules", bytearray(request.data), _RTM_GETRULE)
+            except OSError as error:
+                if error.errno in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
+                    continue  # this kernel has none of this family
+                raise
+            for answer in answers:
+                message = fibmsg(answer)
+                message.decode()
+                if message["family"] == family and message.get_attr("FRA_PROTOCOL") == protocol:
+                    found.append(_decoded(message, family, protocol))
+        return found
+
+    def _request(self, what: str, message: Any, kind: int, flags: int) -> None:
+        message.encode()
+        self._netlink.request(what, bytearray(message.data), kind, flags, remedies=_REMEDIES)
+
+
+def family_of(version: int) -> socket.AddressFamily:
+    """Return the address family of an IP version."""
+    return socket.AF_INET if version == 4 else socket.AF_INET6
+
+
+def _route(index: int, network: IPv4Network | IPv6Network, table: int) -> Any:
+    message = rtmsg()
+    message["family"], message["dst_len"] = family_of(network.version), network.prefixlen
+    message["attrs"] = [["RTA_OIF", index], ["RTA_TABLE", table]]
+    if network.prefixlen:
+        message["attrs"].append(["RTA_DST", str(network.network_address)])
+    return message
+
+
+def _naming(rule: Rule) -> str:
+    return f"The routing rule of priority {rule.priority} for {rule.family.name}"
+
+
+def _encoded(rule: Rule) -> Any:
+    message = fibmsg()
+    message["family"], message["action"] = rule.family, _FR_ACT_TO_TBL
+    message["attrs"] = [
+        ["FRA_PRIORITY", rule.priority],
+        ["FRA_TABLE", rule.table],
+        ["FRA_PROTOCOL", rule.protocol],
+    ]
+    if rule.not_mark is not None:
+        message["flags"] = _FIB_RULE_INVERT
+        message["attrs"] += [["FRA_FWMARK", rule.not_mark], ["FRA_FWMASK", rule.not_mark]]
+    if rule.not_default:
+        message["attrs"].append(["FRA_SUPPRESS_PREFIXLEN", 0])
+    return message
+
+
+def _decoded(message: Any, family: socket.AddressFamily, protocol: int) -> Rule:
+    return Rule(
+        family,
+        message.get_attr("FRA_PRIORITY") or 0,
+        message.get_attr("FRA_TABLE") or message["table"],
+        protocol,
+        message.get_attr("FRA_FWMARK") if message["flags"] & _FIB_RULE_INVERT else None,
+        message.get_attr("FRA_SUPPRESS_PREFIXLEN") == 0,
+    )
