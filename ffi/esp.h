@@ -30,6 +30,9 @@ struct esp_endpoint {
     uint8_t unused;
 };
 
+#define ESP_HEADROOM 24   /* SPI, sequence number, and the longest IV */
+#define ESP_TAILROOM 64   /* the longest padding, trailer and integrity check value */
+
 /* A packet, which is opened and sealed in place.
  *
  * Opening: `data` begins with the SPI, and with the inner packet afterwards. Sealing: the other way
@@ -65,8 +68,5 @@ struct esp_path *esp_path_new(const char *provider);   /* "ipsec-mb", "libcrypto
 void esp_path_hold(struct esp_path *path);
 void esp_path_release(struct esp_path *path);
 /* cffi: end */
-
-#define ESP_HEADROOM 24   /* SPI, sequence number, and the longest IV */
-#define ESP_TAILROOM 64   /* the longest padding, trailer and integrity check value */
 
 #endif

@@ -147,7 +147,7 @@ int esp_open_joined(struct esp_path *path, uint8_t *packets, const uint32_t *len
 }
 
 int esp_seal_joined(struct esp_path *path, const uint8_t *packets, const uint32_t *lengths, int count, double now,
-                    uint8_t *sealed, size_t room, struct esp_view *views)
+                    uint8_t *sealed, size_t room, uint32_t spare, struct esp_view *views)
 {
     uint8_t *to = sealed;
     int done = 0, due = esp_due_pending(path);
@@ -156,13 +156,13 @@ int esp_seal_joined(struct esp_path *path, const uint8_t *packets, const uint32_
         int size = 0;
         for (; size < CHUNK && done + size < count; ++size) {
             uint32_t length = lengths[done + size];
-            if ((size_t)(sealed + room - to) < (size_t)length + ESP_ROOM)
+            if ((size_t)(sealed + room - to) < (size_t)length + ESP_ROOM + spare)
                 break;
             memcpy(to + ESP_HEADROOM, packets, length);
             chunk[size] = (struct esp_packet){
-                .data = to + ESP_HEADROOM, .length = length, .room = length + ESP_TAILROOM};
+                .data = to + ESP_HEADROOM, .length = length, .room = length + ESP_TAILROOM + spare};
             packets += length;
-            to += length + ESP_ROOM;
+            to += length + ESP_ROOM + spare;
         }
         int carried = size ? esp_seal_burst(path, chunk, size, now) : 0;
         view(views + done, chunk, carried, sealed);

@@ -6,7 +6,6 @@
 
 /* cffi: begin */
 struct esp_sa;
-struct esp_counter;
 
 enum esp_due { ESP_SOFT = 1, ESP_HARD = 2, ESP_MOVED = 4 };
 
@@ -23,12 +22,13 @@ struct esp_parameters {
     uint64_t soft_packets, hard_packets, soft_bytes, hard_bytes;
     const uint8_t *key;        /* with its salt */
     size_t key_length;
-    struct esp_counter *ivs;   /* outbound: where the IVs come from */
+    double added;              /* seconds since the epoch */
 };
 
 struct esp_usage {
     uint64_t packets, octets, replay_drops, window_drops, integrity_drops, sequence;
-    double first_used, last_used;   /* only if there were packets */
+    double added, first_used, last_used;   /* the latter two only if there were packets */
+    uint64_t serial;
     uint8_t gone, soft, due;
 };
 
@@ -68,10 +68,10 @@ int esp_sa_open(struct esp_sa *sa, struct esp_packet *packet, double now);
 int esp_sa_seal(struct esp_sa *sa, struct esp_packet *packet, double now);
 int esp_sa_seal_dummy(struct esp_sa *sa, struct esp_packet *packet, double now);
 
-/* IVs, one after the other, for all SAs that have a key. Held once when it is made. */
-struct esp_counter *esp_counter_new(uint64_t start);
-uint64_t esp_counter_next(struct esp_counter *counter);
-void esp_counter_release(struct esp_counter *counter);
+/* IVs, one after the other, for all SAs that have a key. The memory is Python's; it stays until the SAs
+ * that have been told of it are freed. */
+void esp_sa_draw_ivs(struct esp_sa *sa, uint64_t *counter);
+uint64_t esp_next_iv(uint64_t *counter);
 
 /* What arrives with this SPI is for `sa`; NULL: for Python if `python`, else for nobody. 0: no memory. */
 int esp_index(struct esp_path *path, uint32_t spi, struct esp_sa *sa, int python);
@@ -96,11 +96,12 @@ void esp_counters(struct esp_path *path, uint64_t *counters);
 int esp_open_joined(struct esp_path *path, uint8_t *packets, const uint32_t *lengths,
                     const struct esp_endpoint *peers, const uint8_t *traffic_classes, int count, double now,
                     struct esp_view *views);
-/* `room`: of `sealed`, at least the packets and ESP_ROOM for each. */
+/* `room`: of `sealed`, at least the packets, and ESP_ROOM and `spare` for each; `spare` is for TFC padding. */
 int esp_seal_joined(struct esp_path *path, const uint8_t *packets, const uint32_t *lengths, int count, double now,
-                    uint8_t *sealed, size_t room, struct esp_view *views);
+                    uint8_t *sealed, size_t room, uint32_t spare, struct esp_view *views);
+#define ESP_ROOM 88   /* headroom and tailroom */
 /* cffi: end */
 
-#define ESP_ROOM (ESP_HEADROOM + ESP_TAILROOM)
+_Static_assert(ESP_ROOM == ESP_HEADROOM + ESP_TAILROOM, "a packet's");
 
 #endif

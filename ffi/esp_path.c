@@ -121,9 +121,7 @@ static struct esp_sa *sa_new(struct esp_path *path, const struct esp_parameters 
     sa->fixed = (uint8_t)(sa->prefix + transform.icv_length);
     sa->icv_length = transform.icv_length;
     sa->block_length = transform.block_length;
-    sa->ivs = outbound ? parameters->ivs : NULL;
-    if (sa->ivs)
-        __atomic_add_fetch(&sa->ivs->references, 1, __ATOMIC_RELAXED);
+    sa->added = parameters->added;
     esp_path_hold(path);
     return sa;
 }
@@ -153,32 +151,11 @@ void esp_sa_free(struct esp_sa *sa)
     pthread_rwlock_unlock(&path->guard);
     pthread_mutex_unlock(&path->changes);
     path_forget_due(path, sa);
-    if (sa->ivs)
-        esp_counter_release(sa->ivs);
     pthread_mutex_destroy(&sa->lock);
     void *memory = sa->key;
     sa->cipher->wipe(memory);
     free(memory);
     esp_path_release(path);
-}
-
-struct esp_counter *esp_counter_new(uint64_t start)
-{
-    struct esp_counter *counter = malloc(sizeof *counter);
-    if (counter)
-        *counter = (struct esp_counter){start, 1};
-    return counter;
-}
-
-uint64_t esp_counter_next(struct esp_counter *counter)
-{
-    return __atomic_fetch_add(&counter->next, 1, __ATOMIC_RELAXED);
-}
-
-void esp_counter_release(struct esp_counter *counter)
-{
-    if (!__atomic_sub_fetch(&counter->references, 1, __ATOMIC_ACQ_REL))
-        free(counter);
 }
 
 /* What is due */

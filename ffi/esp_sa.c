@@ -220,7 +220,7 @@ static enum esp_result seal(struct esp_sa *sa, struct esp_packet *packet, uint8_
     store32(start + 4, (uint32_t)sequence);
     store32(high, (uint32_t)(sequence >> 32));
     if (sa->ivs) {
-        uint64_t iv = esp_counter_next(sa->ivs);
+        uint64_t iv = esp_next_iv(sa->ivs);
         store32(start + 8, (uint32_t)(iv >> 32));
         store32(start + 12, (uint32_t)iv);
     }
@@ -293,6 +293,16 @@ void esp_sa_place(struct esp_sa *sa, const struct esp_endpoint *peer, uint16_t l
     pthread_mutex_unlock(&sa->lock);
 }
 
+void esp_sa_draw_ivs(struct esp_sa *sa, uint64_t *counter)
+{
+    sa->ivs = counter;
+}
+
+uint64_t esp_next_iv(uint64_t *counter)
+{
+    return __atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+}
+
 void esp_sa_permit(struct esp_sa *sa, uint64_t number)
 {
     pthread_mutex_lock(&sa->lock);
@@ -337,6 +347,8 @@ void esp_sa_usage(struct esp_sa *sa, struct esp_usage *usage)
         .window_drops = sa->window_drops,
         .integrity_drops = sa->integrity_drops,
         .sequence = sa->highest,
+        .added = sa->added,
+        .serial = sa->serial,
         .first_used = sa->first_used,
         .last_used = sa->last_used,
         .gone = sa->gone,

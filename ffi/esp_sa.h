@@ -8,11 +8,6 @@
 #include "esp_control.h"
 #include "inner.h"
 
-struct esp_counter {
-    uint64_t next;
-    int references;
-};
-
 struct esp_sa {
     pthread_mutex_t lock;   /* over all that changes, from `peer` on */
     struct esp_path *path;
@@ -20,7 +15,8 @@ struct esp_sa {
     void *key;
     uint64_t serial;
     uint64_t soft_packets, hard_packets, soft_bytes, hard_bytes;
-    struct esp_counter *ivs;
+    uint64_t *ivs;          /* outbound: the IV comes from there, for ciphers that count */
+    double added;
     uint64_t last;          /* outbound: the last sequence number there is */
     struct esp_sa *next_due;
     uint32_t spi;

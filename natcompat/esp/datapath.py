@@ -24,7 +24,7 @@ from natcompat.esp.results import DROPPED, Destination, Dropped, Opened, Packet,
 from natcompat.ipsec import Action, Direction, SecurityAssociation
 
 _HEADER: Final = Struct("!II")
-_MOST_FLOWS: Final = 16384
+MOST_FLOWS: Final = 16384
 """Flows whose way is remembered; more, and it is found again."""
 
 _new = tuple.__new__
@@ -190,7 +190,7 @@ class PortableDataPath:
         admitted = self._admitted
         found = self._admission(association, expand(key))
         if found is not None:
-            if len(admitted) >= _MOST_FLOWS:
+            if len(admitted) >= MOST_FLOWS:
                 admitted.clear()
             admitted[key] = found
         return found
@@ -236,7 +236,7 @@ class PortableDataPath:
     def _find_way(self, key: FlowKey) -> Way:
         ways = self._ways
         way = self._way(expand(key))
-        if len(ways) >= _MOST_FLOWS:
+        if len(ways) >= MOST_FLOWS:
             ways.clear()
         ways[key] = way
         return way

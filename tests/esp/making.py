@@ -41,6 +41,21 @@ TRANSFORMS: list[tuple[Encr, Integ]] = [
 """Every combination that the engine has."""
 
 
+def native_providers() -> list[str]:
+    """Return the libraries that the C data path has for its ciphers here; none: there is no such path."""
+    try:
+        from natcompat.esp._datapath import ffi, lib
+    except ImportError:
+        return []
+    found = []
+    for each in ("ipsec-mb", "libcrypto"):
+        path = lib.esp_path_new(each.encode())
+        if path != ffi.NULL:
+            lib.esp_path_release(path)
+            found.append(each)
+    return found
+
+
 def name(transforms: tuple[Encr, Integ]) -> str:
     """Return an id for a parametrised test."""
     return "-".join(each.name for each in transforms if each is not Integ.NONE)

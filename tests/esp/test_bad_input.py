@@ -16,6 +16,8 @@ from natcompat.esp.results import Destination, Dropped, Opened, Reason
 from natcompat.ipsec import Direction, Encr, Integ, Mode, SecurityAssociation
 from tests.esp.making import OUTER, SPI, TRANSFORMS, Pair, inner, ip_packet, keys, name, only, policy, sa, udp
 
+pytestmark = pytest.mark.usefixtures("datapath")
+
 ELSEWHERE = ("198.51.100.1", 6666)
 
 

@@ -40,6 +40,8 @@ from natcompat.ipsec import (
 )
 from tests.esp.making import OUTER, SPI, Pair, inner, ip_packet, keys, only, policy, sa, udp
 
+pytestmark = pytest.mark.usefixtures("datapath")
+
 
 @pytest.fixture
 def engine() -> Iterator[EspEngine]:
@@ -715,7 +717,7 @@ def test_dummies_count_towards_a_lifetime() -> None:
 
 
 def test_more_flows_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("natcompat.esp.datapath._MOST_FLOWS", 10)
+    monkeypatch.setattr("natcompat.esp.datapath.MOST_FLOWS", 10)
     pair = Pair()
     for port in range(1, 35):
         packet = inner(payload=udp(source_port=port))
@@ -748,15 +750,14 @@ def test_without_encapsulation_there_is_no_state() -> None:
         PortableInbound(sa(Direction.IN, encapsulation=None), link_of(sa(Direction.IN)))
 
 
-def test_a_transform_that_openssl_was_built_without(
-    engine: EspEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_transform_that_openssl_was_built_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model of a host in FIPS mode, where ChaCha20-Poly1305 is refused."""
 
     def refuse(_: bytes) -> None:
         raise UnsupportedAlgorithm("ChaCha20Poly1305 is not supported by this version of OpenSSL")
 
     monkeypatch.setattr(aead, "ChaCha20Poly1305", refuse)
+    engine = EspEngine(timer=False, datapath=PortableDataPath)
     with pytest.raises(NatCompatError, match="has no CHACHA20_POLY1305") as caught:
         engine.add_sa(sa(Direction.OUT, **keys(Encr.CHACHA20_POLY1305)))
     assert caught.value.errno == errno.EPROTONOSUPPORT

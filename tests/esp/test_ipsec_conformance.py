@@ -12,6 +12,8 @@ from natcompat.ipsec import IPsec  # noqa: E402
 from natcompat.testing_ipsec import IPsecConformance, IPsecTrafficConformance  # noqa: E402
 from tests.esp.making import TRANSFORMS  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("datapath")
+
 
 class TestEspEngine(IPsecConformance):
     transforms = TRANSFORMS

@@ -21,6 +21,8 @@ from natcompat.esp.results import Dropped, Reason
 from natcompat.ipsec import Direction, Encr, Integ
 from tests.esp.making import Pair, inner, keys, only, policy, sa
 
+pytestmark = pytest.mark.usefixtures("datapath")
+
 COUNTING = [
     (Encr.AES_GCM_8, Integ.NONE),
     (Encr.AES_GCM_16, Integ.NONE),

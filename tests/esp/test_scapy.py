@@ -13,6 +13,8 @@ from scapy.layers.ipsec import SecurityAssociation as ScapySA
 from natcompat.ipsec import Encr, Integ, Mode
 from tests.esp.making import OUTER, SPI, TRANSFORMS, Pair, inner, ip_packet, keys, name, udp
 
+pytestmark = pytest.mark.usefixtures("datapath")
+
 ENCRYPTION = {
     Encr.NULL: "NULL",
     Encr.AES_CBC: "AES-CBC",
