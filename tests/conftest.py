@@ -12,6 +12,7 @@ import pytest
 from tests.pairs import KINDS, Kind, Pair
 
 pytest_plugins = ("tests.lab.plugin",)
+pytest.register_assert_rewrite("natcompat.testing_ipsec")  # before any module of the tests imports it
 
 MakeSocket = Callable[..., socket.socket]
 

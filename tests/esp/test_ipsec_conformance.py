@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("natcompat.testing_ipsec")
-
-from natcompat.esp.engine import EspEngine  # noqa: E402
-from natcompat.esp.results import Dropped, Opened  # noqa: E402
-from natcompat.ipsec import IPsec  # noqa: E402
-from natcompat.testing_ipsec import IPsecConformance, IPsecTrafficConformance  # noqa: E402
-from tests.esp.making import TRANSFORMS  # noqa: E402
+from natcompat.esp.engine import EspEngine
+from natcompat.esp.results import Dropped, Opened
+from natcompat.ipsec import IPsec
+from natcompat.testing_ipsec import IPsecConformance, IPsecTrafficConformance
+from tests.esp.making import TRANSFORMS
 
 pytestmark = pytest.mark.usefixtures("datapath")
 

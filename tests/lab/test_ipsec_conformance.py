@@ -8,14 +8,12 @@ from typing import ClassVar
 
 import pytest
 
-pytest.register_assert_rewrite("natcompat.testing_ipsec")
-
-from natcompat.ipsec import IPsec  # noqa: E402
-from natcompat.testing_ipsec import IPsecConformance, IPsecTrafficConformance  # noqa: E402
-from natcompat.xfrm.kernel import XfrmIPsec  # noqa: E402
-from tests.esp.making import TRANSFORMS  # noqa: E402
-from tests.lab.kernel_esp import KernelEsp  # noqa: E402
-from tests.lab.topology import inside  # noqa: E402
+from natcompat.ipsec import IPsec
+from natcompat.testing_ipsec import IPsecConformance, IPsecTrafficConformance
+from natcompat.xfrm.kernel import XfrmIPsec
+from tests.esp.making import TRANSFORMS
+from tests.lab.kernel_esp import KernelEsp
+from tests.lab.topology import inside
 
 pytestmark = pytest.mark.kernel_esp
 

@@ -8,13 +8,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-pytest.register_assert_rewrite("natcompat.testing_ipsec")
-
-from natcompat.backends.linux import MAPPING_VARIABLE, LinuxBackend  # noqa: E402
-from natcompat.ipsec import Encr, Integ, IPsec  # noqa: E402
-from natcompat.pfkey.kernel import PfKeyIPsec  # noqa: E402
-from natcompat.testing_ipsec import IPsecConformance  # noqa: E402
-from natcompat.testing_ipsec.harness import keys  # noqa: E402
+from natcompat.backends.linux import MAPPING_VARIABLE, LinuxBackend
+from natcompat.ipsec import Encr, Integ, IPsec
+from natcompat.pfkey.kernel import PfKeyIPsec
+from natcompat.testing_ipsec import IPsecConformance
+from natcompat.testing_ipsec.harness import keys
 
 pytestmark = pytest.mark.kernel_esp
 
