@@ -53,9 +53,8 @@ static size_t associate(uint8_t nonce[12], uint8_t associated[12], const uint8_t
 
 struct gcm_key {
     struct gcm_key_data expanded;   /* first: the key expansion stores aligned */
-    aes_gcm_enc_dec_t encrypt, decrypt;
     uint8_t salt[4];
-    uint8_t icv_length;
+    uint8_t icv_length, key_length;
 };
 
 static bool gcm_expand(void *memory, const struct crypto_transform *transform, const uint8_t *material,
@@ -63,20 +62,12 @@ static bool gcm_expand(void *memory, const struct crypto_transform *transform, c
 {
     struct gcm_key *key = memory;
     key->icv_length = transform->icv_length;
+    key->key_length = transform->key_length;
     memcpy(key->salt, material + transform->key_length, sizeof key->salt);
     switch (transform->key_length) {
-    case 16:
-        manager->gcm128_pre(material, &key->expanded);
-        key->encrypt = manager->gcm128_enc, key->decrypt = manager->gcm128_dec;
-        return true;
-    case 24:
-        manager->gcm192_pre(material, &key->expanded);
-        key->encrypt = manager->gcm192_enc, key->decrypt = manager->gcm192_dec;
-        return true;
-    case 32:
-        manager->gcm256_pre(material, &key->expanded);
-        key->encrypt = manager->gcm256_enc, key->decrypt = manager->gcm256_dec;
-        return true;
+    case 16: manager->gcm128_pre(material, &key->expanded); return true;
+    case 24: manager->gcm192_pre(material, &key->expanded); return true;
+    case 32: manager->gcm256_pre(material, &key->expanded); return true;
     }
     return false;
 }
@@ -87,7 +78,10 @@ static bool gcm_seal(void *memory, uint8_t *packet, size_t length, const uint8_t
     struct gcm_context_data context;
     uint8_t nonce[12], associated[12], *text = packet + ESP_HEADER + 8;
     size_t associated_length = associate(nonce, associated, key->salt, packet, high);
-    key->encrypt(&key->expanded, &context, text, text, length, nonce, associated, associated_length, text + length,
+    aes_gcm_enc_dec_t encrypt = key->key_length == 16   ? manager->gcm128_enc
+                                : key->key_length == 24 ? manager->gcm192_enc
+                                                        : manager->gcm256_enc;
+    encrypt(&key->expanded, &context, text, text, length, nonce, associated, associated_length, text + length,
                  key->icv_length);
     return true;
 }
@@ -98,7 +92,10 @@ static bool gcm_open(void *memory, uint8_t *packet, size_t length, const uint8_t
     struct gcm_context_data context;
     uint8_t nonce[12], associated[12], icv[16], *text = packet + ESP_HEADER + 8;
     size_t associated_length = associate(nonce, associated, key->salt, packet, high);
-    key->decrypt(&key->expanded, &context, text, text, length, nonce, associated, associated_length, icv,
+    aes_gcm_enc_dec_t decrypt = key->key_length == 16   ? manager->gcm128_dec
+                                : key->key_length == 24 ? manager->gcm192_dec
+                                                        : manager->gcm256_dec;
+    decrypt(&key->expanded, &context, text, text, length, nonce, associated, associated_length, icv,
                  key->icv_length);
     return crypto_equal(icv, text + length, key->icv_length);
 }

@@ -3,16 +3,16 @@
 
 #include <string.h>
 
-/* The SA whose lock a burst holds; packets come in runs of one SA. */
-static void hold(struct esp_sa **held, struct esp_sa *sa)
+/* The lock of an SA that a burst holds; packets come in runs of one SA. */
+static void hold(pthread_mutex_t **held, pthread_mutex_t *lock)
 {
-    if (*held == sa)
+    if (*held == lock)
         return;
     if (*held)
-        pthread_mutex_unlock(&(*held)->lock);
-    if (sa)
-        pthread_mutex_lock(&sa->lock);
-    *held = sa;
+        pthread_mutex_unlock(*held);
+    if (lock)
+        pthread_mutex_lock(lock);
+    *held = lock;
 }
 
 static void note_use(double *used, double now)
@@ -21,7 +21,7 @@ static void note_use(double *used, double now)
         __atomic_store(used, &now, __ATOMIC_RELAXED);
 }
 
-static enum esp_result open_one(struct esp_path *path, struct esp_packet *packet, struct esp_sa **held, double now)
+static enum esp_result open_one(struct esp_path *path, struct esp_packet *packet, pthread_mutex_t **held, double now)
 {
     packet->sa = 0;
     if (packet->length < ESP_HEADER)
@@ -33,7 +33,7 @@ static enum esp_result open_one(struct esp_path *path, struct esp_packet *packet
     if (!slot->sa)
         return ESP_UP;
     struct esp_sa *sa = slot->sa;
-    hold(held, sa);
+    hold(held, sa_lock(sa));
     packet->sa = sa->serial;
     enum esp_result result = sa_open(sa, packet, now);
     if (result != ESP_DONE)
@@ -49,7 +49,7 @@ static enum esp_result open_one(struct esp_path *path, struct esp_packet *packet
     return known->verdict;
 }
 
-static enum esp_result seal_one(struct esp_path *path, struct esp_packet *packet, struct esp_sa **held, double now)
+static enum esp_result seal_one(struct esp_path *path, struct esp_packet *packet, pthread_mutex_t **held, double now)
 {
     packet->sa = 0;
     size_t length = inner_length(packet->data, packet->length);
@@ -62,16 +62,16 @@ static enum esp_result seal_one(struct esp_path *path, struct esp_packet *packet
     note_use(known->used, now);
     if (!known->sa)
         return known->verdict;
-    hold(held, known->sa);
+    hold(held, sa_lock(known->sa));
     return sa_seal(known->sa, packet, now);
 }
 
-typedef enum esp_result (*carry_one)(struct esp_path *, struct esp_packet *, struct esp_sa **, double);
+typedef enum esp_result (*carry_one)(struct esp_path *, struct esp_packet *, pthread_mutex_t **, double);
 
 static int carry(struct esp_path *path, struct esp_packet *packets, int count, double now, carry_one one)
 {
     uint64_t drops[ESP_REASONS] = {0};
-    struct esp_sa *held = NULL;
+    pthread_mutex_t *held = NULL;
     int done = 0, due = esp_due_pending(path);
     bool stop = false;
     pthread_rwlock_rdlock(&path->guard);

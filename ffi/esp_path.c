@@ -15,9 +15,10 @@ static bool foreign(const struct esp_path *path)
 struct esp_path *esp_path_new(const char *provider)
 {
     const struct crypto_cipher *cipher = crypto_find(provider, NULL);
-    struct esp_path *path = cipher ? calloc(1, sizeof *path) : NULL;
+    struct esp_path *path = cipher ? aligned_alloc(64, sizeof *path) : NULL;
     if (!path)
         return NULL;
+    memset(path, 0, sizeof *path);
     path->spis = calloc(FEWEST_SPIS, sizeof *path->spis);
     path->admitted.slots = calloc(FLOWS, sizeof *path->admitted.slots);
     path->ways.slots = calloc(FLOWS, sizeof *path->ways.slots);
@@ -33,6 +34,8 @@ struct esp_path *esp_path_new(const char *provider)
     path->generation = 1;
     pthread_mutex_init(&path->changes, NULL);
     pthread_mutex_init(&path->due_lock, NULL);
+    for (int each = 0; each < LOCKS; ++each)
+        pthread_mutex_init(&path->locks[each].lock, NULL);
     pthread_rwlockattr_t writers_first;   /* else two busy threads keep every change out */
     pthread_rwlockattr_init(&writers_first);
     pthread_rwlockattr_setkind_np(&writers_first, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
@@ -53,6 +56,8 @@ void esp_path_release(struct esp_path *path)
     pthread_rwlock_destroy(&path->guard);
     pthread_mutex_destroy(&path->changes);
     pthread_mutex_destroy(&path->due_lock);
+    for (int each = 0; each < LOCKS; ++each)
+        pthread_mutex_destroy(&path->locks[each].lock);
     free(path->spis), free(path->admitted.slots), free(path->ways.slots), free(path);
 }
 
@@ -67,6 +72,25 @@ const char *esp_provider(struct esp_path *path, int encryption, int integrity, s
 
 /* SAs */
 
+pthread_mutex_t *sa_lock(const struct esp_sa *sa)
+{
+    return &sa->path->locks[(sa->serial >> 32) % LOCKS].lock;
+}
+
+static bool limits_new(struct limits **limits, const struct esp_parameters *parameters)
+{
+    uint64_t values[] = {parameters->soft_packets, parameters->hard_packets, parameters->soft_bytes,
+                         parameters->hard_bytes};
+    if (!(values[0] | values[1] | values[2] | values[3]))
+        return true;
+    for (int each = 0; each < 4; ++each)
+        values[each] = values[each] ? values[each] : UINT64_MAX;
+    *limits = malloc(sizeof **limits);
+    if (*limits)
+        **limits = (struct limits){values[0], values[1], values[2], values[3]};
+    return *limits;
+}
+
 static struct esp_sa *sa_new(struct esp_path *path, const struct esp_parameters *parameters, bool outbound)
 {
     struct crypto_transform transform;
@@ -79,20 +103,21 @@ static struct esp_sa *sa_new(struct esp_path *path, const struct esp_parameters 
     if (!outbound && parameters->replay_window)   /* one block more than the window, in a ring of 2^n */
         for (blocks = 1; blocks * 64 < parameters->replay_window + 64; blocks *= 2)
             ;
-    /* the key first, aligned to 64, and all of it in one piece */
-    size_t key_size = (cipher->key_size + 63) & ~(size_t)63;
+    /* all in one piece, the key first: that has to be aligned. With 8 bytes less than a multiple of 64
+     * the next piece is aligned as well, without a gap between them, as glibc puts 8 in front of each */
+    size_t key_size = (cipher->key_size + 7) & ~(size_t)7;
     size_t size = key_size + sizeof(struct esp_sa) + blocks * sizeof(uint64_t);
-    uint8_t *memory = aligned_alloc(64, (size + 63) & ~(size_t)63);
-    if (!memory)
+    void *memory;
+    if (posix_memalign(&memory, 64, ((size + 8 + 63) & ~(size_t)63) - 8))
         return NULL;
     memset(memory, 0, size);
-    if (!cipher->expand(memory, &transform, parameters->key, NULL, 0)) {
+    struct esp_sa *sa = (struct esp_sa *)((uint8_t *)memory + key_size);
+    if (!limits_new(&sa->limits, parameters) || !cipher->expand(memory, &transform, parameters->key, NULL, 0)) {
+        free(sa->limits);
         cipher->wipe(memory);
         free(memory);
         return NULL;
     }
-    struct esp_sa *sa = (struct esp_sa *)(memory + key_size);
-    pthread_mutex_init(&sa->lock, NULL);
     sa->key = memory;
     sa->cipher = cipher;
     sa->path = path;
@@ -104,19 +129,18 @@ static struct esp_sa *sa_new(struct esp_path *path, const struct esp_parameters 
     sa->copy_ecn = parameters->copy_ecn;
     sa->copy_df = parameters->copy_df;
     sa->tfc = parameters->tfc;
-    sa->soft_packets = parameters->soft_packets;
-    sa->hard_packets = parameters->hard_packets;
-    sa->soft_bytes = parameters->soft_bytes;
-    sa->hard_bytes = parameters->hard_bytes;
-    sa->window_size = blocks ? parameters->replay_window : 0;
-    sa->window_mask = blocks ? (uint32_t)blocks - 1 : 0;
     sa->highest = parameters->sequence;
-    if (blocks && sa->highest) {   /* all up to there have been received */
-        memset(sa->window, 0xFF, blocks * sizeof *sa->window);
-        sa->window[sa->highest / 64 & sa->window_mask] = (2ULL << sa->highest % 64) - 1;
+    if (outbound) {
+        sa->out.last = sa->esn ? UINT64_MAX : UINT32_MAX;
+        sa->out.permitted = parameters->permitted < sa->out.last ? parameters->permitted : sa->out.last;
+    } else if (blocks) {
+        sa->in.window_size = parameters->replay_window;
+        sa->in.window_mask = (uint32_t)blocks - 1;
+        if (sa->highest) {   /* all up to there have been received */
+            memset(sa->in.window, 0xFF, blocks * sizeof *sa->in.window);
+            sa->in.window[sa->highest / 64 & sa->in.window_mask] = (2ULL << sa->highest % 64) - 1;
+        }
     }
-    sa->last = sa->esn ? UINT64_MAX : UINT32_MAX;
-    sa->permitted = parameters->permitted < sa->last ? parameters->permitted : sa->last;
     sa->prefix = (uint8_t)(ESP_HEADER + transform.iv_length);
     sa->fixed = (uint8_t)(sa->prefix + transform.icv_length);
     sa->icv_length = transform.icv_length;
@@ -151,8 +175,8 @@ void esp_sa_free(struct esp_sa *sa)
     pthread_rwlock_unlock(&path->guard);
     pthread_mutex_unlock(&path->changes);
     path_forget_due(path, sa);
-    pthread_mutex_destroy(&sa->lock);
     void *memory = sa->key;
+    free(sa->limits);
     sa->cipher->wipe(memory);
     free(memory);
     esp_path_release(path);

@@ -12,7 +12,7 @@
 
 #include "esp_sa.h"
 
-enum { FLOWS = 32768, MOST_FLOWS = FLOWS / 2, FEWEST_SPIS = 64 };
+enum { LOCKS = 64, FLOWS = 32768, MOST_FLOWS = FLOWS / 2, FEWEST_SPIS = 64 };
 
 struct spi_slot {
     uint32_t spi;         /* 0: empty (RFC 4303, 2.1) */
@@ -38,6 +38,9 @@ struct esp_path {
     uint64_t seed[2];
     pthread_mutex_t changes;
     pthread_rwlock_t guard;
+    struct {
+        _Alignas(64) pthread_mutex_t lock;
+    } locks[LOCKS];       /* of SAs, by the upper half of their serials, which count up */
     struct spi_slot *spis;
     uint32_t spi_mask, spi_count;
     struct flows admitted, ways;

@@ -5,11 +5,6 @@
 
 enum { LARGEST_UDP_IPV4 = 65535 - 20 - 8, LARGEST_UDP_IPV6 = 65535 - 8 };
 
-static uint64_t limit(uint64_t value)
-{
-    return value ? value : UINT64_MAX;
-}
-
 static uint64_t smaller(uint64_t one, uint64_t other)
 {
     return one < other ? one : other;
@@ -18,12 +13,12 @@ static uint64_t smaller(uint64_t one, uint64_t other)
 /* Sets the limits that come next: the soft ones, or when they are behind, the hard ones. */
 static void set_limits(struct esp_sa *sa)
 {
-    sa->next_packets = limit(sa->hard_packets);
-    sa->next_bytes = limit(sa->hard_bytes);
-    if (!sa->soft) {
-        sa->next_packets = smaller(sa->next_packets, limit(sa->soft_packets));
-        sa->next_bytes = smaller(sa->next_bytes, limit(sa->soft_bytes));
-    }
+    const struct limits *limits = sa->limits;
+    sa->next_packets = sa->next_bytes = UINT64_MAX;
+    if (!limits)
+        return;
+    sa->next_packets = sa->soft ? limits->hard_packets : smaller(limits->hard_packets, limits->soft_packets);
+    sa->next_bytes = sa->soft ? limits->hard_bytes : smaller(limits->hard_bytes, limits->soft_bytes);
 }
 
 static void make_due(struct esp_sa *sa, uint8_t what)
@@ -51,7 +46,7 @@ static void use(struct esp_sa *sa, size_t octets, double now)
     sa->last_used = now;
     sa->octets += octets;
     if (sa->packets >= sa->next_packets || sa->octets >= sa->next_bytes)
-        expire(sa, sa->packets >= limit(sa->hard_packets) || sa->octets >= limit(sa->hard_bytes));
+        expire(sa, sa->limits && (sa->packets >= sa->limits->hard_packets || sa->octets >= sa->limits->hard_bytes));
 }
 
 /* The anti-replay window (natcompat/esp/replay.py): checked before, committed after authentication. */
@@ -62,7 +57,7 @@ enum { BLOCK = 64 };
 static bool infer(const struct esp_sa *sa, uint32_t low, uint64_t *sequence)
 {
     uint32_t top_low = (uint32_t)sa->highest, high = (uint32_t)(sa->highest >> 32);
-    int64_t bottom = (int64_t)top_low - sa->window_size + 1;
+    int64_t bottom = (int64_t)top_low - sa->in.window_size + 1;
     if (bottom >= 0) {   /* case A: the window lies within one subspace */
         if (low < bottom && ++high == 0)
             return false;   /* there is no number behind the last */
@@ -76,13 +71,13 @@ static bool infer(const struct esp_sa *sa, uint32_t low, uint64_t *sequence)
 
 static enum esp_result window_check(const struct esp_sa *sa, uint64_t sequence)
 {
-    if (!sa->window_size || sequence > sa->highest)
+    if (!sa->in.window_size || sequence > sa->highest)
         return ESP_DONE;
     if (sequence == 0)
         return ESP_REPLAYED;   /* the first packet has number 1 */
-    if (sa->highest - sequence >= sa->window_size)
+    if (sa->highest - sequence >= sa->in.window_size)
         return ESP_TOO_OLD;
-    return sa->window[sequence / BLOCK & sa->window_mask] >> sequence % BLOCK & 1 ? ESP_REPLAYED : ESP_DONE;
+    return sa->in.window[sequence / BLOCK & sa->in.window_mask] >> sequence % BLOCK & 1 ? ESP_REPLAYED : ESP_DONE;
 }
 
 static void window_commit(struct esp_sa *sa, uint64_t sequence)
@@ -91,16 +86,16 @@ static void window_commit(struct esp_sa *sa, uint64_t sequence)
     if (sequence > sa->highest) {
         uint64_t fresh = block - sa->highest / BLOCK;
         sa->highest = sequence;
-        if (!sa->window_size)
+        if (!sa->in.window_size)
             return;
-        if (fresh > sa->window_mask)
-            memset(sa->window, 0, (sa->window_mask + (size_t)1) * sizeof *sa->window);
+        if (fresh > sa->in.window_mask)
+            memset(sa->in.window, 0, (sa->in.window_mask + (size_t)1) * sizeof *sa->in.window);
         else
             for (; fresh; --fresh)
-                sa->window[(block - fresh + 1) & sa->window_mask] = 0;
+                sa->in.window[(block - fresh + 1) & sa->in.window_mask] = 0;
     }
-    if (sa->window_size)
-        sa->window[block & sa->window_mask] |= 1ULL << sequence % BLOCK;
+    if (sa->in.window_size)
+        sa->in.window[block & sa->in.window_mask] |= 1ULL << sequence % BLOCK;
 }
 
 static bool same(const struct esp_endpoint *one, const struct esp_endpoint *other)
@@ -113,14 +108,11 @@ static void notice(struct esp_sa *sa, const struct esp_endpoint *source)
 {
     if (!source->version)
         return;   /* the caller does not want to know */
-    sa->home = *source;
-    if (same(source, &sa->peer)) {
-        memset(&sa->moved_to, 0, sizeof sa->moved_to);
+    sa->in.home = *source;
+    if (same(source, &sa->peer))
         sa->due &= (uint8_t)~ESP_MOVED;
-    } else if (!same(source, &sa->moved_to)) {
-        sa->moved_to = *source;
+    else
         make_due(sa, ESP_MOVED);
-    }
 }
 
 /* How long the payload in front of the trailer is; -1 if the padding is not 1, 2, 3... */
@@ -153,7 +145,7 @@ enum esp_result sa_open(struct esp_sa *sa, struct esp_packet *packet, double now
     if (verdict == ESP_DONE)
         verdict = window_check(sa, sequence);
     if (verdict != ESP_DONE) {
-        ++*(verdict == ESP_REPLAYED ? &sa->replay_drops : &sa->window_drops);
+        ++*(verdict == ESP_REPLAYED ? &sa->in.replay_drops : &sa->in.window_drops);
         return verdict;
     }
     if (packet->length < sa->fixed)
@@ -162,14 +154,14 @@ enum esp_result sa_open(struct esp_sa *sa, struct esp_packet *packet, double now
     /* a length that cannot be right is told as a check value that is not, which is what the kernel finds */
     if (length < 2 || length & (sa->block_length - 1u)
         || !sa->cipher->open(sa->key, packet->data, length, high)) {
-        ++sa->integrity_drops;
+        ++sa->in.integrity_drops;
         return ESP_INTEGRITY;
     }
 
     /* authentic from here on */
     bool newest = sequence > sa->highest;
     window_commit(sa, sequence);
-    if (newest && !same(&packet->peer, &sa->home))
+    if (newest && !same(&packet->peer, &sa->in.home))
         notice(sa, &packet->peer);
     text = packet->data + sa->prefix;
     int64_t payload = payload_length(text, length);
@@ -202,8 +194,8 @@ static enum esp_result seal(struct esp_sa *sa, struct esp_packet *packet, uint8_
         return ESP_TOO_BIG;
     if (plain + sa->icv_length > packet->room)
         return ESP_UP;
-    if (sa->highest >= sa->permitted) {
-        if (sa->highest < sa->last)
+    if (sa->highest >= sa->out.permitted) {
+        if (sa->highest < sa->out.last)
             return ESP_UNRESERVED;
         expire(sa, true);
         return ESP_SEQUENCE;
@@ -219,8 +211,8 @@ static enum esp_result seal(struct esp_sa *sa, struct esp_packet *packet, uint8_
     store32(start, sa->spi);
     store32(start + 4, (uint32_t)sequence);
     store32(high, (uint32_t)(sequence >> 32));
-    if (sa->ivs) {
-        uint64_t iv = esp_next_iv(sa->ivs);
+    if (sa->out.ivs) {
+        uint64_t iv = esp_next_iv(sa->out.ivs);
         store32(start + 8, (uint32_t)(iv >> 32));
         store32(start + 12, (uint32_t)iv);
     }
@@ -257,45 +249,46 @@ int esp_sa_open(struct esp_sa *sa, struct esp_packet *packet, double now)
 {
     if (packet->length < ESP_HEADER)
         return packet->result = ESP_SHORT;
-    pthread_mutex_lock(&sa->lock);
+    pthread_mutex_lock(sa_lock(sa));
     packet->result = (uint8_t)sa_open(sa, packet, now);
-    pthread_mutex_unlock(&sa->lock);
+    pthread_mutex_unlock(sa_lock(sa));
     return packet->result;
 }
 
 int esp_sa_seal(struct esp_sa *sa, struct esp_packet *packet, double now)
 {
-    pthread_mutex_lock(&sa->lock);
+    pthread_mutex_lock(sa_lock(sa));
     packet->result = (uint8_t)(sa->gone ? ESP_NO_SA : sa_seal(sa, packet, now));
-    pthread_mutex_unlock(&sa->lock);
+    pthread_mutex_unlock(sa_lock(sa));
     return packet->result;
 }
 
 int esp_sa_seal_dummy(struct esp_sa *sa, struct esp_packet *packet, double now)
 {
-    pthread_mutex_lock(&sa->lock);
+    pthread_mutex_lock(sa_lock(sa));
     uint16_t tfc = sa->tfc;
     sa->tfc = 0;   /* it is as long as it is */
     packet->result = (uint8_t)(sa->gone ? ESP_NO_SA : seal(sa, packet, NEXT_DUMMY, now));
     packet->traffic_class = packet->dont_fragment = 0;
     sa->tfc = tfc;
-    pthread_mutex_unlock(&sa->lock);
+    pthread_mutex_unlock(sa_lock(sa));
     return packet->result;
 }
 
 void esp_sa_place(struct esp_sa *sa, const struct esp_endpoint *peer, uint16_t local_port)
 {
-    pthread_mutex_lock(&sa->lock);
-    sa->peer = sa->home = *peer;
-    memset(&sa->moved_to, 0, sizeof sa->moved_to);
+    pthread_mutex_lock(sa_lock(sa));
+    sa->peer = *peer;
+    if (!sa->outbound)
+        sa->in.home = *peer;
     sa->local_port = local_port;
     set_limits(sa);
-    pthread_mutex_unlock(&sa->lock);
+    pthread_mutex_unlock(sa_lock(sa));
 }
 
 void esp_sa_draw_ivs(struct esp_sa *sa, uint64_t *counter)
 {
-    sa->ivs = counter;
+    sa->out.ivs = counter;
 }
 
 uint64_t esp_next_iv(uint64_t *counter)
@@ -305,47 +298,45 @@ uint64_t esp_next_iv(uint64_t *counter)
 
 void esp_sa_permit(struct esp_sa *sa, uint64_t number)
 {
-    pthread_mutex_lock(&sa->lock);
-    number = smaller(number, sa->last);
-    if (number > sa->permitted)
-        sa->permitted = number;
-    pthread_mutex_unlock(&sa->lock);
+    pthread_mutex_lock(sa_lock(sa));
+    number = smaller(number, sa->out.last);
+    if (number > sa->out.permitted)
+        sa->out.permitted = number;
+    pthread_mutex_unlock(sa_lock(sa));
 }
 
 void esp_sa_expire(struct esp_sa *sa, int hard)
 {
-    pthread_mutex_lock(&sa->lock);
+    pthread_mutex_lock(sa_lock(sa));
     expire(sa, hard);
-    pthread_mutex_unlock(&sa->lock);
+    pthread_mutex_unlock(sa_lock(sa));
 }
 
 void esp_sa_retire(struct esp_sa *sa)
 {
-    pthread_mutex_lock(&sa->lock);
+    pthread_mutex_lock(sa_lock(sa));
     sa->gone = true;
-    pthread_mutex_unlock(&sa->lock);
+    pthread_mutex_unlock(sa_lock(sa));
 }
 
 int esp_sa_take_due(struct esp_sa *sa, struct esp_endpoint *moved_to)
 {
-    pthread_mutex_lock(&sa->lock);
+    pthread_mutex_lock(sa_lock(sa));
     int due = sa->due;
     sa->due = 0;
-    *moved_to = sa->moved_to;
+    if (due & ESP_MOVED)
+        *moved_to = sa->in.home;
     path_forget_due(sa->path, sa);
-    pthread_mutex_unlock(&sa->lock);
+    pthread_mutex_unlock(sa_lock(sa));
     return due;
 }
 
 void esp_sa_usage(struct esp_sa *sa, struct esp_usage *usage)
 {
-    pthread_mutex_lock(&sa->lock);
+    pthread_mutex_lock(sa_lock(sa));
     *usage = (struct esp_usage){
         .packets = sa->packets,
         .octets = sa->octets,
-        .replay_drops = sa->replay_drops,
-        .window_drops = sa->window_drops,
-        .integrity_drops = sa->integrity_drops,
         .sequence = sa->highest,
         .added = sa->added,
         .serial = sa->serial,
@@ -355,5 +346,10 @@ void esp_sa_usage(struct esp_sa *sa, struct esp_usage *usage)
         .soft = sa->soft,
         .due = sa->due,
     };
-    pthread_mutex_unlock(&sa->lock);
+    if (!sa->outbound) {
+        usage->replay_drops = sa->in.replay_drops;
+        usage->window_drops = sa->in.window_drops;
+        usage->integrity_drops = sa->in.integrity_drops;
+    }
+    pthread_mutex_unlock(sa_lock(sa));
 }

@@ -406,9 +406,15 @@ def _in_range(name: str, value: int, smallest: int, largest: int) -> int:
     return value
 
 
+_NO_KEY = Key()
+"""One for all: there may be many SAs."""
+
+
 def _key(name: str, value: bytes | bytearray | memoryview) -> Key:
     if not isinstance(value, (bytes, bytearray, memoryview)):
         raise TypeError(f"{name}: bytes are wanted, not {type(value).__name__}")
+    if not value:
+        return _NO_KEY
     return value if isinstance(value, Key) else Key(value)
 
 

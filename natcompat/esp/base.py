@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final, TypeAlias
 
 from natcompat.esp.results import Destination, Dropped
-from natcompat.ipsec import IPAddress, Mode, SecurityAssociation, UDPEncapsulation, Usage
+from natcompat.ipsec import Direction, IPAddress, Mode, Policy, SecurityAssociation, UDPEncapsulation, Usage
 
 SOFT, HARD, MOVED = 1, 2, 4
 """What may be due: the soft limit is reached, the hard one is, packets come from another address."""
@@ -19,17 +19,33 @@ Address: TypeAlias = tuple[Any, ...]
 """A socket address."""
 
 
+def link_of(item: SecurityAssociation | Policy) -> Link:
+    """Return what ties `item` to its counterparts.
+
+    In transport mode policies do not name the outer addresses: they are those of the packet.
+    """
+    if item.mode is Mode.TUNNEL:
+        return item.mode, item.reqid, item.source, item.destination
+    if isinstance(item, SecurityAssociation) and item.direction is Direction.OUT:
+        return item.mode, item.reqid, None, item.destination
+    return item.mode, item.reqid, None, None
+
+
 class Association:
     """What both directions have in common. Any thread may call it."""
 
-    __slots__ = ("encapsulation", "link", "sa")
+    __slots__ = ("_link", "encapsulation", "sa")
 
     sa: SecurityAssociation
     encapsulation: UDPEncapsulation
-    link: Link
 
     def __init__(self, sa: SecurityAssociation, link: Link) -> None:
         self.place(sa, link)
+
+    @property
+    def link(self) -> Link:
+        """What ties this SA to policies, also when it has moved and they have not."""
+        return self._link or link_of(self.sa)  # not kept: it weighs something
 
     @property
     def due(self) -> int:
@@ -52,7 +68,7 @@ class Association:
             raise ValueError("encapsulation: this SA has none")
         self.sa = sa
         self.encapsulation = sa.encapsulation
-        self.link = link
+        self._link = None if link == link_of(sa) else link
 
     def expire(self, *, hard: bool) -> None:
         """Note that a limit is reached; at the hard one this SA is over."""

@@ -16,9 +16,9 @@ from types import EllipsisType
 from typing import Final, NamedTuple, TypeAlias
 
 from natcompat.errors import NatCompatError
-from natcompat.esp.base import HARD, SOFT, Association, Link, Outbound
+from natcompat.esp.base import HARD, SOFT, Association, Link, Outbound, link_of
 from natcompat.esp.crypto import counts
-from natcompat.esp.databases import AssociationDatabase, PolicyDatabase, PolicyEntry, link_of
+from natcompat.esp.databases import AssociationDatabase, PolicyDatabase, PolicyEntry
 from natcompat.esp.datapath import DataPath
 from natcompat.esp.nonces import Nonces
 from natcompat.esp.timer import Deadlines

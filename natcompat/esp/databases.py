@@ -11,31 +11,18 @@ from itertools import count
 from typing import TypeAlias, TypeVar
 
 from natcompat.associations import default_priority
-from natcompat.esp.base import Association, Inbound, Link, Outbound
+from natcompat.esp.base import Association, Inbound, Link, Outbound, link_of
 from natcompat.esp.packet import Flow, address_of, matches
 from natcompat.ipsec import (
     Direction,
     Mode,
     Policy,
     SaId,
-    SecurityAssociation,
     TrafficSelector,
 )
 
 _K = TypeVar("_K")
 _A = TypeVar("_A", bound=Association)
-
-
-def link_of(item: SecurityAssociation | Policy) -> Link:
-    """Return what ties `item` to its counterparts.
-
-    In transport mode policies do not name the outer addresses: they are those of the packet.
-    """
-    if item.mode is Mode.TUNNEL:
-        return item.mode, item.reqid, item.source, item.destination
-    if isinstance(item, SecurityAssociation) and item.direction is Direction.OUT:
-        return item.mode, item.reqid, None, item.destination
-    return item.mode, item.reqid, None, None
 
 
 class AssociationDatabase:

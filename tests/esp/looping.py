@@ -77,7 +77,7 @@ class End:
         self.udp = False
         self.tun = in_thread(self._make_tun, new_namespace=True)
         self.path = lib.esp_path_new(ffi.NULL)
-        self.counter = lib.esp_counter_new(number << 60)
+        self.counter = ffi.new("uint64_t *", number << 60)
         self.loop = lib.loop_new(self.path, threads)
         lib.loop_set_tun(self.loop, self.tun, self.udp)
         self.slot = lib.loop_add_socket(
@@ -144,9 +144,10 @@ class End:
             parameters.encryption, parameters.replay_window = 20, 1024
             parameters.copy_dscp = parameters.copy_ecn = parameters.copy_df = 1
             parameters.key, parameters.key_length = key, 20
-            parameters.ivs, parameters.permitted = self.counter, 0xFFFFFFFF
+            parameters.permitted = 0xFFFFFFFF
             if direction == self.number:
                 sa = self.outbound = lib.esp_outbound_new(self.path, parameters)
+                lib.esp_sa_draw_ivs(sa, self.counter)
             else:
                 sa = self.inbound = lib.esp_inbound_new(self.path, parameters)
                 lib.esp_index(self.path, parameters.spi, sa, 0)
@@ -223,7 +224,6 @@ class End:
             if sa:
                 lib.esp_sa_free(sa)
         lib.esp_path_release(self.path)
-        lib.esp_counter_release(self.counter)
         os.close(self.tun)
         os.close(self.namespace)
         self.sock.close()

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.ciphers import aead
 
 from natcompat.errors import NatCompatError
 from natcompat.esp.association import PortableInbound
-from natcompat.esp.databases import link_of
+from natcompat.esp.base import link_of
 from natcompat.esp.datapath import PortableDataPath
 from natcompat.esp.engine import ACQUIRE_INTERVAL, LONGEST_QUEUE, EspEngine
 from natcompat.esp.events import LONGEST_QUEUE as MOST_EVENTS
