@@ -9,6 +9,8 @@ bit of the mark (SO_MARK), which the sockets of ESP and IKE have::
         routes.add("0.0.0.0/0", source="10.1.0.1")
         routes.check_peer("203.0.113.2")
 
+    or  routes.follow(policies)  # instead of add(): whatever they are about
+
     4500: not from all fwmark 0x20000000/0x20000000 lookup 1313144834     (ip rule)
 
 - Every device of every process has a table (by the number of its interface), all share mark and priority:
@@ -35,10 +37,11 @@ from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
 from typing import Final, Self
 
+from natcompat.associations import default_priority
 from natcompat.errors import NatCompatError
 from natcompat.esp.rtnetlink import MAIN_TABLE, Rtnetlink, Rule, family_of
 from natcompat.esp.tun import TunDevice
-from natcompat.ipsec import IPAddress, IPNetwork
+from natcompat.ipsec import Action, Direction, IPAddress, IPNetwork, Policy
 
 MARK: Final = 0x2000_0000
 """The bit of SO_MARK that outer packets have. Other bits are other people's."""
@@ -51,9 +54,6 @@ _PREFER_MAIN_SLOTS: Final = 10000
 
 _TABLES: Final = 0x4E45_0000
 """A device's table is this plus the index of its interface."""
-
-_PROTOCOL: Final = 78
-"""Who made a rule, in rtnetlink's words: those above 4 are free, and this one is in nobody's rt_protos."""
 
 _NO_LOOP_REMEDY: Final = (
     "Route smaller networks that leave the peer's address out, or give the process CAP_NET_ADMIN on a kernel "
@@ -92,7 +92,8 @@ class DeviceRoutes:
         self._device = device
         self._prefer_main = prefer_main
         self._rules: list[Rule] = []
-        self._networks: list[IPNetwork] = []
+        self._sources: dict[IPNetwork, IPAddress | str | None] = {}
+        self._thrown: set[IPNetwork] = set()
         self._netlink = Rtnetlink()
         try:
             self._remove_stale()
@@ -138,17 +139,60 @@ class DeviceRoutes:
         except BaseException:
             self._device.remove_route(network, table=self.table)
             raise
-        self._networks.append(network)
+        self._sources[network] = source
 
     def remove(self, network: IPNetwork | str) -> None:
         """Undo `add`."""
         network = ip_network(network)
         self._device.remove_route(network, table=self.table)
-        self._networks.remove(network)
+        del self._sources[network]
+
+    def follow(self, policies: Iterable[Policy]) -> None:
+        """Make the routes those that `policies` want, and no others; whole or not at all.
+
+        What outbound policies protect or discard goes into the device, with that address of the device
+        as its source which the policy is for, if there is one. What they bypass goes past it where routes
+        can say so (see `_goes_past`); else it goes into the device, and ESP drops it.
+        """
+        caught, thrown = routes_for(policies)
+        if self.refusal:
+            thrown.clear()
+        peers = [each.destination for each in caught.values() if each.destination is not None]
+        with contextlib.ExitStack() as undo:
+            for network in self._thrown & caught.keys():
+                self._catch(network)
+                undo.callback(self._throw, network)
+            for network in caught.keys() - self._sources.keys():
+                addresses = (
+                    each for each in self._device.addresses if each in caught[network].selector.source
+                )
+                self.add(network, next(addresses, None), peers=peers)
+                undo.callback(self.remove, network)
+            for network in self._sources.keys() & thrown:
+                source = self._sources[network]
+                self.remove(network)
+                undo.callback(self.add, network, source)
+            for network in thrown - self._thrown:
+                self._throw(network)
+                undo.callback(self._catch, network)
+            undo.pop_all()
+        for network in self._sources.keys() - caught.keys():
+            self.remove(network)
+        for network in self._thrown - thrown:
+            self._catch(network)
+
+    def _throw(self, network: IPNetwork) -> None:
+        self._netlink.add_throw(network, table=self.table)
+        self._thrown.add(network)
+
+    def _catch(self, network: IPNetwork) -> None:
+        self._netlink.delete_route(0, network, table=self.table)
+        self._thrown.remove(network)
 
     def covers(self, address: IPAddress | str) -> bool:
         """Tell whether a route leads to `address` through the device."""
-        return any(ip_address(address) in network for network in self._networks)
+        found = ip_address(address)
+        return any(found in network for network in self._sources)
 
     def check_peer(self, peer: IPAddress | str) -> None:
         """Raise unless outer packets can go to `peer` and come from there, by the system's own word.
@@ -187,10 +231,14 @@ class DeviceRoutes:
             with contextlib.suppress(OSError):  # somebody else did
                 self._netlink.delete_rule(rule)
         self._rules.clear()
-        for network in self._networks:
+        for network in self._sources:
             with contextlib.suppress(OSError):  # the device is gone
                 self._device.remove_route(network, table=self.table)
-        self._networks.clear()
+        self._sources.clear()
+        for network in self._thrown:
+            with contextlib.suppress(OSError):
+                self._netlink.delete_route(0, network, table=self.table)
+        self._thrown.clear()
         self._netlink.close()
 
     def __enter__(self) -> Self:
@@ -201,12 +249,12 @@ class DeviceRoutes:
 
     def _lead_here(self, family: socket.AddressFamily) -> None:
         """Make the rules of `family`, unless they are there."""
-        wanted = [Rule(family, PRIORITY, self.table, _PROTOCOL, not_mark=MARK)]
+        wanted = [Rule(family, PRIORITY, self.table, not_mark=MARK)]
         if self._prefer_main:
             priority = _PREFER_MAIN_PRIORITY + 2 * (self._device.index % _PREFER_MAIN_SLOTS)
             wanted = [  # in this order: without the other the rule of the main table is stale
-                Rule(family, priority + 1, self.table, _PROTOCOL, not_mark=MARK),
-                Rule(family, priority, MAIN_TABLE, _PROTOCOL, not_default=True),
+                Rule(family, priority + 1, self.table, not_mark=MARK),
+                Rule(family, priority, MAIN_TABLE, not_default=True),
             ]
         for rule in wanted:
             if rule not in self._rules:
@@ -215,18 +263,22 @@ class DeviceRoutes:
 
     def _remove_stale(self) -> None:
         """Remove the rules of devices that are gone: their processes were killed."""
-        rules = self._netlink.rules(_PROTOCOL)
+        rules = self._netlink.rules()
         present = {_TABLES + index for index, _ in socket.if_nameindex()}
         slots = {(each.family, each.priority - 1) for each in rules if each.table in present}
-        for each in rules:
-            partner = each.not_default and (each.family, each.priority) in slots
-            if each.table not in present and not partner:
-                with contextlib.suppress(OSError):  # another process was faster
-                    self._netlink.delete_rule(each)
+        with contextlib.ExitStack() as each_of_them:
+            each_of_them.enter_context(contextlib.suppress(OSError))  # another process was faster
+            for rule in rules:
+                partner = rule.not_default and (rule.family, rule.priority) in slots
+                if rule.table not in present and not partner:
+                    each_of_them.callback(self._netlink.delete_rule, rule)
+            for network, table in self._netlink.throws():
+                if table not in present:
+                    each_of_them.callback(self._netlink.delete_route, 0, network, table=table)
 
     def _why_not(self) -> str:
         """Return why there can be no rules or marks; empty: there can."""
-        rule = Rule(socket.AF_INET, PRIORITY, self.table, _PROTOCOL, not_mark=MARK)
+        rule = Rule(socket.AF_INET, PRIORITY, self.table, not_mark=MARK)
         try:
             self._netlink.add_rule(rule)
         except OSError as error:
@@ -235,6 +287,48 @@ class DeviceRoutes:
             raise
         self._netlink.delete_rule(rule)
         return ""
+
+
+def routes_for(policies: Iterable[Policy]) -> tuple[dict[IPNetwork, Policy], set[IPNetwork]]:
+    """Return the networks that go into the device, with a policy for each, and those that go past it."""
+    outbound = [each for each in policies if each.direction is Direction.OUT]
+    closed = [each for each in outbound if each.action is not Action.BYPASS]
+    caught = {each.selector.destination: each for each in closed}
+    thrown = {each.selector.destination for each in outbound if _goes_past(each, closed)}
+    return caught, thrown - caught.keys()
+
+
+def _goes_past(policy: Policy, closed: Iterable[Policy]) -> bool:
+    """Tell whether what goes where `policy` says may pass by the device, because of its destination alone.
+
+    Only what no policy of `closed`, which protect or discard, wants: none that overlaps comes first by its
+    priority, or has sources that `policy` is not for. One whose destination is more specific has a route
+    that is, too.
+    """
+    mine = policy.selector
+    if policy.action is not Action.BYPASS or mine.protocol or mine.source_port or mine.destination_port:
+        return False
+    for each in closed:
+        other = each.selector
+        if not _overlap(mine.destination, other.destination):
+            continue
+        if other.destination.prefixlen > mine.destination.prefixlen:
+            continue
+        if not _contains(mine.source, other.source) or _priority(policy) >= _priority(each):
+            return False
+    return True
+
+
+def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
+    return _contains(one, other) or _contains(other, one)
+
+
+def _contains(wide: IPNetwork, narrow: IPNetwork) -> bool:
+    return narrow.network_address in wide and narrow.prefixlen >= wide.prefixlen
+
+
+def _priority(policy: Policy) -> int:
+    return default_priority(policy.selector) if policy.priority is None else policy.priority
 
 
 def _rp_filter(name: str) -> int:

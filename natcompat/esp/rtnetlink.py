@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Mapping
-from ipaddress import IPv4Network, IPv6Network
+from collections.abc import Iterator, Mapping
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, Final, NamedTuple
 
 from pyroute2.netlink.rtnl.fibmsg import fibmsg
@@ -23,12 +23,14 @@ from natcompat.xfrm.probe import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL
 
 MAIN_TABLE: Final = 254  # linux/rtnetlink.h, as all RT* and RTM_*
 
+PROTOCOL: Final = 78
+"""Who made a route or a rule, in rtnetlink's words: those above 4 are free, and this one is not taken."""
+
 _RTM_NEWLINK, _RTM_DELLINK = 16, 17
 _RTM_NEWADDR = 20
 _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
 _RTM_NEWRULE, _RTM_DELRULE, _RTM_GETRULE = 32, 33, 34
-_RTPROT_STATIC = 4
-_RTN_UNICAST = 1
+_RTN_UNICAST, _RTN_THROW = 1, 9
 _RT_SCOPE_LINK = 253
 _RT_SCOPE_NOWHERE = 255
 _FR_ACT_TO_TBL = 1  # linux/fib_rules.h, as all FRA_* and FIB_RULE_*
@@ -55,8 +57,6 @@ class Rule(NamedTuple):
     family: socket.AddressFamily
     priority: int
     table: int
-    protocol: int
-    """Who made it (FRA_PROTOCOL)."""
     not_mark: int | None = None
     """Only packets that lack this bit of the mark; None: all."""
     not_default: bool = False
@@ -105,14 +105,30 @@ class Rtnetlink:
     def add_route(self, index: int, network: IPNetwork, *, table: int, source: IPAddress | None) -> None:
         """Lead `network` into an interface. `source`: the address that this host prefers as its own there."""
         message = _route(index, network, table)
-        message["proto"], message["type"] = _RTPROT_STATIC, _RTN_UNICAST
+        message["proto"], message["type"] = PROTOCOL, _RTN_UNICAST
         message["scope"] = _RT_SCOPE_LINK if network.version == 4 else 0
         if source is not None:
             message["attrs"].append(["RTA_PREFSRC", str(source)])
         self._request(f"Adding the route to {network}", message, _RTM_NEWROUTE, _CREATE)
 
+    def add_throw(self, network: IPNetwork, *, table: int) -> None:
+        """Let what looks up `network` in `table` go on with the next rule."""
+        message = _route(0, network, table)
+        message["proto"], message["type"] = PROTOCOL, _RTN_THROW
+        self._request(f"Adding the route past {network}", message, _RTM_NEWROUTE, _CREATE)
+
+    def throws(self) -> list[tuple[IPNetwork, int]]:
+        """Return network and table of what `add_throw` made, by whatever process."""
+        found = []
+        for message in self._dump("Listing the routes", rtmsg, _RTM_GETROUTE):
+            if message["proto"] == PROTOCOL and message["type"] == _RTN_THROW:
+                default = "0.0.0.0" if message["family"] == socket.AF_INET else "::"  # noqa: S104
+                network = ip_network(f"{message.get_attr('RTA_DST') or default}/{message['dst_len']}")
+                found.append((network, int(message.get_attr("RTA_TABLE") or message["table"])))
+        return found
+
     def delete_route(self, index: int, network: IPNetwork, *, table: int) -> None:
-        """Undo `add_route`."""
+        """Undo `add_route`, or with `index` 0 `add_throw`."""
         message = _route(index, network, table)
         message["scope"] = _RT_SCOPE_NOWHERE if network.version == 4 else 0  # whatever it has
         self._request(f"Removing the route to {network}", message, _RTM_DELROUTE, NLM_F_ACK)
@@ -143,25 +159,30 @@ class Rtnetlink:
         """Take a rule out."""
         self._request(_naming(rule), _encoded(rule), _RTM_DELRULE, NLM_F_ACK)
 
-    def rules(self, protocol: int) -> list[Rule]:
-        """Return the rules that `protocol` made, without those that a `Rule` cannot express."""
-        found = []
+    def rules(self) -> list[Rule]:
+        """Return the rules that `add_rule` made, by whatever process."""
+        return [
+            _decoded(message)
+            for message in self._dump("Listing the rules", fibmsg, _RTM_GETRULE)
+            if message.get_attr("FRA_PROTOCOL") == PROTOCOL
+        ]
+
+    def _dump(self, what: str, kind: Any, request: int) -> Iterator[Any]:
         for family in (socket.AF_INET, socket.AF_INET6):
-            request = fibmsg()
-            request["family"] = family
-            request.encode()
+            message = kind()
+            message["family"] = family
+            message.encode()
             try:
-                answers = self._netlink.dump("Listing the rules", bytearray(request.data), _RTM_GETRULE)
+                answers = self._netlink.dump(what, bytearray(message.data), request)
             except OSError as error:
                 if error.errno in (errno.EOPNOTSUPP, errno.EAFNOSUPPORT):
                     continue  # this kernel has none of this family
                 raise
             for answer in answers:
-                message = fibmsg(answer)
+                message = kind(answer)
                 message.decode()
-                if message["family"] == family and message.get_attr("FRA_PROTOCOL") == protocol:
-                    found.append(_decoded(message, family, protocol))
-        return found
+                if message["family"] == family:
+                    yield message
 
     def _request(self, what: str, message: Any, kind: int, flags: int) -> None:
         message.encode()
@@ -176,7 +197,9 @@ def family_of(version: int) -> socket.AddressFamily:
 def _route(index: int, network: IPv4Network | IPv6Network, table: int) -> Any:
     message = rtmsg()
     message["family"], message["dst_len"] = family_of(network.version), network.prefixlen
-    message["attrs"] = [["RTA_OIF", index], ["RTA_TABLE", table]]
+    message["attrs"] = [["RTA_TABLE", table]]
+    if index:
+        message["attrs"].append(["RTA_OIF", index])
     if network.prefixlen:
         message["attrs"].append(["RTA_DST", str(network.network_address)])
     return message
@@ -192,7 +215,7 @@ def _encoded(rule: Rule) -> Any:
     message["attrs"] = [
         ["FRA_PRIORITY", rule.priority],
         ["FRA_TABLE", rule.table],
-        ["FRA_PROTOCOL", rule.protocol],
+        ["FRA_PROTOCOL", PROTOCOL],
     ]
     if rule.not_mark is not None:
         message["flags"] = _FIB_RULE_INVERT
@@ -202,12 +225,11 @@ def _encoded(rule: Rule) -> Any:
     return message
 
 
-def _decoded(message: Any, family: socket.AddressFamily, protocol: int) -> Rule:
+def _decoded(message: Any) -> Rule:
     return Rule(
-        family,
+        socket.AddressFamily(message["family"]),
         message.get_attr("FRA_PRIORITY") or 0,
         message.get_attr("FRA_TABLE") or message["table"],
-        protocol,
         message.get_attr("FRA_FWMARK") if message["flags"] & _FIB_RULE_INVERT else None,
         message.get_attr("FRA_SUPPRESS_PREFIXLEN") == 0,
     )

@@ -76,6 +76,8 @@ class TunDevice:
         if not 0 < len(name.encode()) <= _LONGEST_NAME:
             raise ValueError(f"name: an interface's has 1 to {_LONGEST_NAME} bytes, not {name!r}")
         self.vnet_header: bool = vnet_header
+        self.addresses: list[IPAddress] = []
+        """Those that `add_address` gave to the interface."""
         self.write_errors: int = 0
         """Packets that the kernel did not take: malformed, of an unknown version, or there was no memory."""
         self.offloaded: int = 0
@@ -117,6 +119,7 @@ class TunDevice:
         """Give the interface an address, with or without a prefix length: "10.1.0.1/24", "fd00:1::1"."""
         interface = ip_interface(address)
         self._routes().add_address(self.index, interface.ip, interface.network.prefixlen)
+        self.addresses.append(interface.ip)
 
     def add_route(
         self, network: IPNetwork | str, source: IPAddress | str | None = None, *, table: int | None = None

@@ -9,15 +9,21 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from ipaddress import ip_address
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address, ip_network
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from natcompat.errors import NatCompatError
-from natcompat.esp.routing import MARK, DeviceRoutes, refuse_loop
+from natcompat.esp.databases import PolicyDatabase
+from natcompat.esp.packet import Flow
+from natcompat.esp.routing import MARK, DeviceRoutes, refuse_loop, routes_for
 from natcompat.esp.rtnetlink import MAIN_TABLE, Rtnetlink
 from natcompat.esp.tun import TunDevice
+from natcompat.ipsec import Action, Direction, IPNetwork, Policy, TrafficSelector
 from natcompat.namespaces import INITIATOR, RESPONDER, Topology
 from tests.esp.tunnelling import TUN, interfaces, read_until
 from tests.linux_support import LINUX, isolated, nothing_left
@@ -193,6 +199,148 @@ def test_other_bits_of_the_mark_stay() -> None:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == 0xCA6C
 
 
+LAN = "192.0.2.0/24"
+
+
+def policy(destination: str, action: Action = Action.PROTECT, **changes: Any) -> Policy:
+    """Return an outbound policy of this host."""
+    version = ip_network(destination).version
+    selector: dict[str, Any] = {"source": {4: "10.1.0.0/16", 6: "fd00:9::/64"}[version]}
+    selector["destination"] = destination
+    selector |= {
+        name: changes.pop(name) for name in ("source", "protocol", "destination_port") if name in changes
+    }
+    outer: dict[str, Any] = {"reqid": 1}
+    if action is Action.PROTECT:
+        outer |= {"source": "192.0.2.1", "destination": PEER[4]}
+    return Policy(
+        direction=Direction.OUT, selector=TrafficSelector(**selector), action=action, **outer, **changes
+    )
+
+
+@isolated(network=True)
+def test_routes_follow_the_policies() -> None:
+    before = rules()
+    everything, lan = policy("0.0.0.0/0"), policy(LAN, Action.BYPASS)
+    with uplink(), TunDevice() as device:
+        for version in (4, 6):
+            device.add_address(INNER[version])
+        with DeviceRoutes(device) as routes:
+            routes.follow([everything, lan, policy("fd00:7::/64"), policy("fd00:8::/64", Action.DISCARD)])
+            assert goes_to(PEER[4]) == device.name
+            assert goes_to(PEER[4], mark=MARK) == "uplink0"
+            assert goes_to("192.0.2.7") == "uplink0"
+            assert goes_to("fd00:7::7") == goes_to("fd00:8::8") == device.name
+            assert goes_to(PEER[6]) == "uplink0"
+            with socket.socket(type=socket.SOCK_DGRAM) as sock:
+                sock.connect((ANYONE[4], 7))
+                assert sock.getsockname()[0] == INNER[4]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Rtnetlink, "add_throw", _out_of_memory_for("fd00:6::/64"))
+                with pytest.raises(NatCompatError, match="no memory"):
+                    routes.follow([policy("fd00:5::/64"), policy("fd00:6::/64", Action.BYPASS), policy(LAN)])
+            assert goes_to("fd00:5::5") == "uplink0", "whole or not at all"
+            assert goes_to("fd00:7::7") == device.name
+            assert goes_to("192.0.2.7") == "uplink0"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Rtnetlink, "add_throw", _out_of_memory_for(ANY))
+                with pytest.raises(NatCompatError, match="no memory"):
+                    routes.follow([lan, policy(ANY, Action.BYPASS)])
+            assert goes_to(PEER[4]) == device.name
+            with socket.socket(type=socket.SOCK_DGRAM) as sock:
+                sock.connect((ANYONE[4], 7))
+                assert sock.getsockname()[0] == INNER[4], "as it was"
+            routes.follow([everything])
+            assert goes_to("192.0.2.7") == device.name
+            assert goes_to("fd00:7::7") == "uplink0"
+            routes.follow([policy("10.2.0.0/16"), policy("fd00:8::/63", Action.BYPASS)])
+            assert goes_to(PEER[4]) == "uplink0"
+            assert goes_to("10.2.0.1") == device.name
+        assert goes_to("10.2.0.1") == "uplink0"
+        netlink = Rtnetlink()
+        assert netlink.throws() == []
+        netlink.close()
+    assert rules() == before
+
+
+ANY = "0.0.0.0/0"
+INTO_THE_DEVICE = {
+    "a bypass comes first": ([policy(ANY), policy(LAN, Action.BYPASS)], False),
+    "for more sources": ([policy(ANY), policy(LAN, Action.BYPASS, source=ANY)], False),
+    "for some of the sources": ([policy(ANY), policy(LAN, Action.BYPASS, source="10.1.7.0/24")], True),
+    "for other sources": ([policy(ANY), policy(LAN, Action.BYPASS, source="10.7.0.0/16")], True),
+    "for one protocol": ([policy(ANY), policy(LAN, Action.BYPASS, protocol=17)], True),
+    "comes later": ([policy(ANY, priority=1), policy(LAN, Action.BYPASS, priority=2)], True),
+    "comes at once": ([policy(ANY, priority=1), policy(LAN, Action.BYPASS, priority=1)], True),
+    "what is discarded comes first": (
+        [policy(ANY, Action.DISCARD, priority=1), policy(LAN, Action.BYPASS, priority=2)],
+        True,
+    ),
+    "one port is protected first": (
+        [policy(ANY, protocol=6, destination_port=443, priority=1), policy(LAN, Action.BYPASS)],
+        True,
+    ),
+    "a host of it is protected": (
+        [policy(ANY), policy(LAN, Action.BYPASS), policy("192.0.2.7/32")],
+        True,
+    ),
+    "another host of it is protected": (
+        [policy(ANY), policy(LAN, Action.BYPASS), policy("192.0.2.8/32")],
+        False,
+    ),
+    "the same is protected": ([policy(LAN), policy(LAN, Action.BYPASS, priority=1)], True),
+    "nothing is protected": ([policy(LAN, Action.BYPASS)], False),
+}
+
+
+@isolated(network=True)
+def test_what_a_policy_may_want_never_passes_by_the_device() -> None:
+    with uplink(), TunDevice() as device, DeviceRoutes(device) as routes:
+        for case, (policies, expected) in INTO_THE_DEVICE.items():
+            for order in (policies, policies[::-1]):
+                routes.follow(order)
+                assert (goes_to("192.0.2.7") == device.name) is expected, case
+
+
+NETWORKS = st.builds(
+    lambda address, length: str(ip_network((address << (32 - length) & 0xFFFF_FFFF, length))),
+    st.integers(0, 7),
+    st.sampled_from([0, 1, 2, 3]),
+)
+"""Few and large ones, which overlap."""
+POLICIES = st.lists(
+    st.builds(
+        policy,
+        NETWORKS,
+        st.sampled_from(Action),
+        source=NETWORKS,
+        protocol=st.sampled_from([0, 0, 6]),
+        priority=st.sampled_from([None, None, 1, 2]),
+    ),
+    max_size=6,
+    unique_by=lambda each: each.selector,
+)
+ADDRESSES = [number << 29 for number in range(8)]
+
+
+@given(POLICIES)
+def test_what_passes_by_the_device_the_policies_bypass(policies: list[Policy]) -> None:
+    """Against the database by which packets are sealed, for every kind of packet that it can tell apart."""
+    database = PolicyDatabase()
+    for each in policies:
+        database.add(each, 0)
+    caught, thrown = routes_for(policies)
+    assert not caught.keys() & thrown
+    for destination in ADDRESSES:
+        networks = [each for each in (*caught, *thrown) if ip_address(destination) in each]
+        chosen = max(networks, key=lambda network: network.prefixlen, default=None)
+        for source in ADDRESSES:
+            for protocol in (6, 17):
+                found = database.look_up(Direction.OUT, Flow(4, protocol, source, destination, 0, 0))
+                if found is not None and found.policy.action is not Action.BYPASS:
+                    assert chosen in caught, f"{found.policy} wants what goes past"
+
+
 def _set(name: str, value: int) -> None:
     with open(f"/proc/sys/net/ipv4/conf/{name}", "w") as file:
         file.write(str(value))
@@ -227,12 +375,14 @@ def test_what_would_keep_the_peer_away_is_named() -> None:
 _OPEN_AND_WAIT = """
 from natcompat.esp.tun import TunDevice
 from natcompat.esp.routing import DeviceRoutes
+from ipaddress import ip_network
 import time
 devices = [TunDevice(), TunDevice()]
 for device, prefer_main in zip(devices, (False, True)):
     routes = DeviceRoutes(device, prefer_main=prefer_main)
     routes.add("0.0.0.0/0")
     routes.add("::/0")
+    routes._throw(ip_network("192.0.2.0/24"))
 print("ready", flush=True)
 time.sleep(99)
 """
@@ -257,6 +407,7 @@ def test_rules_of_a_killed_process_do_nothing_and_are_removed() -> None:
             assert [goes_to(PEER[4]), goes_to(PEER[6])] == ["uplink0", "uplink0"]
             with TunDevice() as device, DeviceRoutes(device) as routes:
                 assert rules() == before
+                assert routes._netlink.throws() == []
                 routes.add("::/0")
                 assert rules().count("proto 78") == 1
             assert rules() == before
@@ -285,6 +436,17 @@ def _out_of_memory(*_: object) -> None:
     raise NatCompatError(errno.ENOMEM, "no memory")
 
 
+def _out_of_memory_for(network: str) -> Callable[..., None]:
+    real = Rtnetlink.add_throw
+
+    def add_throw(self: Rtnetlink, wanted: IPNetwork, *, table: int) -> None:
+        if str(wanted) == network:
+            _out_of_memory()
+        real(self, wanted, table=table)
+
+    return add_throw
+
+
 def _no_rules(*_: object) -> None:
     raise NatCompatError(errno.EOPNOTSUPP, "Operation not supported")
 
@@ -303,6 +465,9 @@ def test_without_rules_a_route_that_covers_the_peer_is_refused() -> None:
                 NatCompatError, match=r"covers the peer 203\.0\.113\.2.*Route smaller networks"
             ):
                 routes.add("203.0.0.0/8", peers=[PEER[4]])
+            with pytest.raises(NatCompatError, match="would loop"):
+                routes.follow([policy("10.2.0.0/16"), policy("203.0.0.0/8"), policy(LAN, Action.BYPASS)])
+            assert goes_to("10.2.0.1") == "uplink0"
             routes.add("10.2.0.0/16", peers=[PEER[4]])
             routes.exempt(sock)
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == 0
