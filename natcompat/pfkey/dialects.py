@@ -131,6 +131,8 @@ class Dialect:
     policy_priority: bool = False
     forward_policies: bool = False
     """What is forwarded meets policies of a direction of its own."""
+    answers_at_once: bool = False
+    """What answers a request is in the queue when it has been sent, or has been lost."""
     dump_ends: bool = True
     """The last message of a dump has sequence number 0."""
     keys_in_broadcasts: bool = False
@@ -170,6 +172,7 @@ LINUX = Dialect(
     request_size=16,
     policy_priority=True,
     forward_policies=True,
+    answers_at_once=True,
     keys_in_broadcasts=True,
     limits=("It says neither sequence numbers nor what was dropped.",),
 )

@@ -64,7 +64,7 @@ class PfKeyIPsec:
         self.known: dict[SaId, Known] = {}
         """What this object has installed."""
         self._sockets = [PfKeySocket(dialect)]
-        self._socket = self._sockets[0]
+        self._socket: PfKeySocket = self._sockets[0]
         self._local: LocalAddresses | None = None
         self._keepalives: KeepaliveSender | None = None
         try:

@@ -81,6 +81,7 @@ class PfKeySocket:
         `family` and `protocol`, the version, are those of PF_KEY, unless it is Solaris's PF_POLICY.
         """
         self._protocol = protocol
+        self._patience = 0.0 if dialect.answers_at_once else ANSWER_TIMEOUT
         self._lock = threading.RLock()
         self._sequence = random.getrandbits(28)
         self._forks = _forks
@@ -168,16 +169,16 @@ class PfKeySocket:
         message.process = os.getpid()
         wire = message.encode(self._protocol)
         try:
-            self._patiently(select.POLLOUT, lambda: self.socket.send(wire))
+            self._patiently(select.POLLOUT, ANSWER_TIMEOUT, lambda: self.socket.send(wire))
         except OSError as error:
             # what is too odd for an answer is refused at once
             raise failure(what, error.errno or errno.EIO, remedies) from None
         finally:
             wire.wipe()
 
-    def _patiently(self, event: int, call: Callable[[], int]) -> int:
+    def _patiently(self, event: int, patience: float, call: Callable[[], int]) -> int:
         """Return what `call` returns once it does not have to wait any more; ETIMEDOUT."""
-        deadline = time.monotonic() + ANSWER_TIMEOUT
+        deadline = time.monotonic() + patience
         while True:
             try:
                 return call()
@@ -202,7 +203,15 @@ class PfKeySocket:
         """Return the next message that answers `message` or `fence`."""
         while True:
             try:
-                size = self._patiently(select.POLLIN, lambda: self.socket.recv_into(self._buffer))
+                size = self._patiently(
+                    select.POLLIN, self._patience, lambda: self.socket.recv_into(self._buffer)
+                )
+            except TimeoutError:
+                raise NatCompatError(
+                    errno.ENOBUFS if not self._patience else errno.ETIMEDOUT,
+                    f"{what}: the kernel's answer got lost among what others do",
+                    "Look whether it was done, and try again if not",
+                ) from None
             except OSError as error:
                 raise failure(what, error.errno or errno.EIO) from None
             try:

@@ -1,0 +1,671 @@
+"""`PfKeyIPsec` over af_key against a real kernel: beyond what the conformance suites ask."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import select
+import subprocess
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from natcompat.errors import NatCompatError
+from natcompat.ipsec import (
+    Acquire,
+    Action,
+    Direction,
+    Encr,
+    EventsLost,
+    Expire,
+    Integ,
+    Lifetime,
+    MappingChange,
+    Mark,
+    Mode,
+    Policy,
+    SecurityAssociation,
+    TrafficSelector,
+    UDPEncapsulation,
+)
+from natcompat.pfkey import numbers as n
+from natcompat.pfkey import open_ipsec
+from natcompat.pfkey.dialects import LINUX
+from natcompat.pfkey.kernel import PfKeyIPsec
+from natcompat.pfkey.messages import decode, read_key
+from natcompat.pfkey.transport import PfKeySocket
+from natcompat.xfrm.kernel import XfrmIPsec
+from tests.lab.topology import Network, inside, wait_for
+from tests.test_xfrm_probe import as_nobody
+
+pytestmark = pytest.mark.kernel_esp
+
+PORTS = UDPEncapsulation(local_port=4500, remote_port=34567)
+SELECTOR = TrafficSelector(source="10.2.0.0/24", destination="10.1.0.0/16")
+
+
+def opened() -> PfKeyIPsec:
+    ipsec = open_ipsec("linux")
+    assert isinstance(ipsec, PfKeyIPsec)
+    return ipsec
+
+
+@pytest.fixture
+def pfkey() -> Iterator[PfKeyIPsec]:
+    subprocess.run(["ip", "xfrm", "state", "flush"], check=True)
+    with opened() as ipsec:
+        ipsec.flush_policies()
+        yield ipsec
+        ipsec.flush_policies()
+        ipsec.flush_sas()
+
+
+def make(spi: int = 0xC0DE0001, **changes: Any) -> SecurityAssociation:
+    arguments: dict[str, Any] = {
+        "spi": spi,
+        "source": "192.0.2.1",
+        "destination": "192.0.2.2",
+        "direction": Direction.OUT,
+        "encryption": Encr.AES_CBC,
+        "encryption_key": bytes(range(16)),
+        "integrity": Integ.HMAC_SHA2_384_192,
+        "integrity_key": bytes(range(48)),
+        "replay_window": 32,
+        "reqid": 7,
+    }
+    return SecurityAssociation(**{**arguments, **changes})
+
+
+def protect(direction: Direction, **changes: Any) -> Policy:
+    arguments: dict[str, Any] = {
+        "direction": direction,
+        "selector": SELECTOR,
+        "source": "192.0.2.1",
+        "destination": "192.0.2.2",
+        "reqid": 7,
+    }
+    return Policy(**{**arguments, **changes})
+
+
+def refused(what: Any, *arguments: Any, **options: Any) -> NatCompatError:
+    with pytest.raises(NatCompatError) as caught:
+        what(*arguments, **options)
+    return caught.value
+
+
+# -- what the kernel makes of it
+
+
+def test_ip_xfrm_agrees(pfkey: PfKeyIPsec) -> None:
+    pfkey.add_sa(make(1001, encapsulation=PORTS, lifetime=Lifetime(soft_seconds=100, hard_bytes=10**12)))
+    pfkey.add_sa(make(1002, direction=Direction.IN, encapsulation=PORTS, mode=Mode.TRANSPORT))
+    pfkey.add_sa(
+        make(1003, copy_ecn=False, copy_df=False, integrity=Integ.AES_XCBC_96, integrity_key=bytes(16))
+    )
+    shown = subprocess.run(["ip", "-s", "xfrm", "state"], capture_output=True, text=True, check=True).stdout
+    blocks = {block.split("spi 0x")[1][:8]: block for block in shown.split("src 192.0.2.1 dst 192.0.2.2")[1:]}
+    assert "sport 4500 dport 34567" in blocks["000003e9"]
+    assert "mode tunnel" in blocks["000003e9"]
+    assert "reqid 7(" in blocks["000003e9"]
+    assert "limit: soft (INF)(bytes), hard 1000000000000(bytes)" in blocks["000003e9"]
+    assert "expire add: soft 100(sec), hard 0(sec)" in blocks["000003e9"]
+    assert "auth-trunc hmac(sha384)" in blocks["000003e9"]
+    assert "(384 bits) 192" in blocks["000003e9"]
+    assert "sport 34567 dport 4500" in blocks["000003ea"]
+    assert "mode transport" in blocks["000003ea"]
+    assert "replay-window 32" in blocks["000003ea"]
+    assert "noecn nopmtudisc" in blocks["000003eb"]
+    assert "auth-trunc xcbc(aes)" in blocks["000003eb"]
+    with XfrmIPsec() as other:
+        described = {each.sa_id.spi: each.association for each in other.list_sas()}
+    found = described[1001]
+    assert found is not None
+    assert found.encryption_key == bytes(range(16))
+    assert found.lifetime == Lifetime(soft_seconds=100, hard_bytes=10**12)
+
+
+@pytest.mark.parametrize(
+    ("policy", "shown"),
+    [
+        (protect(Direction.OUT), ("dir out", "tmpl src 192.0.2.1 dst 192.0.2.2", "reqid 7", "mode tunnel")),
+        (
+            protect(Direction.IN, mode=Mode.TRANSPORT, source=None, destination=None, reqid=0, optional=True),
+            ("dir in", "level use", "mode transport"),
+        ),
+        (
+            protect(
+                Direction.OUT,
+                selector=TrafficSelector(
+                    source="fd00::/64",
+                    destination="fd01::1",
+                    protocol=6,
+                    source_port=80,
+                    destination_port=8080,
+                ),
+                source="2001:db8::1",
+                destination="2001:db8::2",
+                priority=12,
+            ),
+            ("src fd00::/64 dst fd01::1/128 proto tcp sport 80 dport 8080", "priority 12", "2001:db8::2"),
+        ),
+        (
+            protect(Direction.IN, action=Action.DISCARD, source=None, destination=None, reqid=0),
+            ("action block",),
+        ),
+    ],
+    ids=["tunnel", "optional", "ports", "discard"],
+)
+def test_policies(pfkey: PfKeyIPsec, policy: Policy, shown: tuple[str, ...]) -> None:
+    pfkey.add_policy(policy)
+    said = subprocess.run(["ip", "xfrm", "policy"], capture_output=True, text=True, check=True).stdout
+    assert all(each in said for each in shown), said
+    found = pfkey.get_policy(policy).policy
+    for name in ("direction", "selector", "source", "destination", "mode", "reqid", "action", "optional"):
+        assert getattr(found, name) == getattr(policy, name), name
+    with XfrmIPsec() as other:
+        assert [each.policy for each in other.list_policies()] == [found]
+    pfkey.delete_policy(policy)
+    left = subprocess.run(["ip", "xfrm", "policy", "list", "nosock"], capture_output=True, check=True)
+    assert left.stdout == b""
+
+
+def test_a_policy_is_installed_whole_or_not_at_all(pfkey: PfKeyIPsec) -> None:
+    command = "ip xfrm policy add src 10.2.0.0/24 dst 10.1.0.0/16 dir fwd"
+    subprocess.run(command.split(), check=True)
+    assert refused(pfkey.add_policy, protect(Direction.IN)).errno == errno.EEXIST
+    assert pfkey.list_policies() == []
+
+
+def test_policies_of_others_are_left_out(pfkey: PfKeyIPsec) -> None:
+    command = (
+        "ip xfrm policy add src 10.2.0.0/24 dst 10.1.0.0/16 dir out "
+        "tmpl proto ah mode transport tmpl proto esp mode transport"
+    )
+    subprocess.run(command.split(), check=True)
+    assert pfkey.list_policies() == []
+
+
+def test_sas_of_others_are_described(pfkey: PfKeyIPsec) -> None:
+    with XfrmIPsec() as other:
+        other.add_sa(
+            make(
+                encryption=Encr.AES_GCM_16, encryption_key=bytes(20), integrity=Integ.NONE, integrity_key=b""
+            )
+        )
+        other.add_sa(make(1002, destination="127.0.0.1"))
+    found = {each.sa_id.spi: each for each in pfkey.list_sas()}
+    assert found[0xC0DE0001].association is None
+    assert found[0xC0DE0001].description == "ESP encryption 0, integrity 0"
+    ours = found[1002].association
+    assert ours is not None
+    assert ours.direction is Direction.IN, "127.0.0.1 is this host's"
+    assert ours.integrity_key == bytes(range(48))
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        (
+            {
+                "encryption": Encr.AES_GCM_16,
+                "encryption_key": bytes(20),
+                "integrity": Integ.NONE,
+                "integrity_key": b"",
+            },
+            errno.ENOSYS,
+            "combined",
+        ),
+        ({"integrity": Integ.HMAC_SHA2_256_128, "integrity_key": bytes(32)}, errno.ENOSYS, "96 bits"),
+        ({"direction": Direction.IN, "replay_window": 64}, errno.EOPNOTSUPP, "replay_window=32"),
+        ({"esn": True}, errno.EOPNOTSUPP, "extended"),
+        ({"mark": Mark(value=1)}, errno.EOPNOTSUPP, "marks"),
+        ({"interface_id": 1}, errno.EOPNOTSUPP, "interface"),
+        ({"tfc": 100}, errno.EOPNOTSUPP, "pad"),
+        ({"copy_dscp": False}, errno.EOPNOTSUPP, "DSCP"),
+        ({"selectors": [SELECTOR]}, errno.EOPNOTSUPP, "policies"),
+        ({"lifetime": Lifetime(hard_packets=2**40)}, errno.EOPNOTSUPP, "2\\*\\*32"),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, dict) else None,
+)
+def test_what_af_key_cannot_say(pfkey: PfKeyIPsec, changes: dict[str, Any], code: int, words: str) -> None:
+    with pytest.raises(NatCompatError, match=words) as caught:
+        pfkey.add_sa(make(**changes))
+    assert caught.value.errno == code
+    assert caught.value.remedy
+    assert pfkey.list_sas() == []
+
+
+def test_why_a_short_check_value_is_refused(pfkey: PfKeyIPsec) -> None:
+    """What the refusal says is so: the kernel would cut HMAC-SHA-256 to 96 bits."""
+    from natcompat.pfkey.messages import Message
+    from natcompat.pfkey.translate import encode_sa
+
+    sa = make(integrity=Integ.HMAC_SHA1_96, integrity_key=bytes(20))
+    message = encode_sa(LINUX, sa, n.SADB_ADD)
+    forged = [
+        each.replace(b"\x03\x0c", b"\x05\x0c") if each.kind == n.SADB_EXT_SA else each
+        for each in message.extensions
+    ]
+    pfkey._socket.request(
+        "Adding",
+        Message(message.type, message.satype, [type(message.extensions[0])(each) for each in forged]),
+    )
+    shown = subprocess.run(["ip", "xfrm", "state"], capture_output=True, text=True, check=True).stdout
+    assert "auth-trunc hmac(sha256)" in shown
+    assert shown.split("auth-trunc hmac(sha256)")[1].split()[1] == "96"
+
+
+@pytest.mark.parametrize(
+    ("policy", "words"),
+    [
+        (protect(Direction.OUT, reqid=0x4000), "above 16383"),
+        (protect(Direction.IN, optional=True), "optional"),
+        (protect(Direction.OUT, mark=Mark(value=1)), "marks"),
+        (protect(Direction.OUT, interface_id=1), "interface"),
+    ],
+    ids=["reqid", "optional", "mark", "interface"],
+)
+def test_policies_that_af_key_cannot_say(pfkey: PfKeyIPsec, policy: Policy, words: str) -> None:
+    with pytest.raises(NatCompatError, match=words) as caught:
+        pfkey.add_policy(policy)
+    assert caught.value.errno == errno.EOPNOTSUPP
+    assert pfkey.list_policies() == []
+
+
+# -- moving, SPIs
+
+
+def test_ports_change_in_place_and_the_rest_stays(pfkey: PfKeyIPsec) -> None:
+    sa = make(
+        encapsulation=PORTS,
+        encryption=Encr.NULL,
+        encryption_key=b"",
+        lifetime=Lifetime(soft_packets=900, hard_packets=1000),
+        copy_ecn=False,
+    )
+    sa_id = pfkey.add_sa(sa)
+    ports = UDPEncapsulation(local_port=4501, remote_port=1024)
+    assert pfkey.update_sa(sa_id, encapsulation=ports) == sa_id
+    with XfrmIPsec() as other:  # sees all there is
+        (found,) = other.list_sas()
+    assert found.association is not None
+    for name in ("encryption", "integrity_key", "lifetime", "reqid", "mode", "copy_ecn"):
+        assert getattr(found.association, name) == getattr(sa, name), name
+    assert pfkey.list_sas()[0].association is not None
+    shown = subprocess.run(["ip", "xfrm", "state"], capture_output=True, text=True, check=True).stdout
+    assert "sport 4501 dport 1024" in shown
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"source": "192.0.2.9"}, {"destination": "192.0.2.9"}, {"encapsulation": None}],
+    ids=lambda change: " ".join(change),
+)
+def test_what_would_use_sequence_numbers_twice_is_refused(pfkey: PfKeyIPsec, change: dict[str, Any]) -> None:
+    sa_id = pfkey.add_sa(make(encapsulation=PORTS))
+    error = refused(pfkey.update_sa, sa_id, **change)
+    assert error.errno == errno.EOPNOTSUPP
+    assert "new SA" in error.remedy
+    (found,) = pfkey.list_sas()
+    assert found.association is not None
+    assert (found.sa_id, found.association.encapsulation) == (sa_id, PORTS)
+    assert pfkey.update_sa(sa_id, source="192.0.2.1", encapsulation=PORTS) == sa_id, "nothing new"
+    with pytest.raises(ValueError, match="address family"):
+        pfkey.update_sa(sa_id, destination="2001:db8::9")
+
+
+def test_a_name_without_a_source_is_enough(pfkey: PfKeyIPsec) -> None:
+    from natcompat.ipsec import SaId
+
+    sa_id = pfkey.add_sa(make())
+    bare = SaId(spi=sa_id.spi, destination=sa_id.destination)
+    with opened() as other:
+        assert other.get_sa(bare).packets == 0
+        other.delete_sa(bare)
+    assert pfkey.list_sas() == []
+
+
+def test_a_larval_sa_of_another_process_is_completed(pfkey: PfKeyIPsec) -> None:
+    with opened() as other:
+        spi = other.allocate_spi("192.0.2.1", "192.0.2.2", reqid=7)
+    pfkey.add_sa(make(spi, direction=Direction.IN))
+    assert [each.larval for each in pfkey.list_sas()] == [False]
+
+
+def test_a_reservation_outlives_the_larval_sa(pfkey: PfKeyIPsec) -> None:
+    expires = Path("/proc/sys/net/core/xfrm_acq_expires")
+    before = expires.read_text()
+    expires.write_text("1")
+    try:
+        with pfkey.events() as events:
+            spi = pfkey.allocate_spi("192.0.2.1", "192.0.2.2", minimum=5000, maximum=5001)
+            wait_for("the larval SA to go", lambda: not pfkey.list_sas())
+            other = pfkey.allocate_spi("192.0.2.1", "192.0.2.2", minimum=5000, maximum=5001)
+            assert {spi, other} == {5000, 5001}
+            wait_for("the larval SAs to go", lambda: not pfkey.list_sas())
+            pfkey.add_sa(make(spi, direction=Direction.IN))
+            pfkey.add_sa(make(other, direction=Direction.IN))
+            assert len(pfkey.list_sas()) == 2
+            assert events.read() == []
+    finally:
+        expires.write_text(before)
+
+
+# -- others on PF_KEY, threads, processes
+
+
+def test_keys_go_to_whoever_listens(pfkey: PfKeyIPsec) -> None:
+    """Why af_key is not what natcompat uses by itself."""
+    listener = PfKeySocket(LINUX)
+    try:
+        pfkey.add_sa(make(encryption_key=b"swordfish-sword!"))
+        heard = decode(listener.socket.recv(65536))
+        found = heard.find(n.SADB_EXT_KEY_ENCRYPT)
+        assert found is not None
+        assert bytes(read_key(found)) == b"swordfish-sword!"
+        assert "swordfish" not in repr((heard, found, heard.encode()))
+    finally:
+        listener.close()
+
+
+@pytest.fixture
+def small(pfkey: PfKeyIPsec) -> PfKeyIPsec:
+    """A socket whose queue holds a few messages."""
+    pfkey._socket = PfKeySocket(LINUX, receive_buffer=4096)
+    pfkey._sockets.append(pfkey._socket)
+    return pfkey
+
+
+def test_a_queue_that_is_full_before_a_request(small: PfKeyIPsec) -> None:
+    with opened() as other:
+        for number in range(60):
+            other.add_sa(make(3000 + number))
+        assert len(small.list_sas()) == 60
+
+
+def test_an_answer_that_is_lost_is_missed_at_once(small: PfKeyIPsec, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened() as other:
+        for number in range(60):
+            other.add_sa(make(3000 + number))
+        monkeypatch.setattr(small._socket, "_drain", lambda: None)
+        error = refused(small.get_sa, make(3000).sa_id)
+        assert error.errno == errno.ENOBUFS
+        assert "Look whether" in error.remedy
+
+
+def test_answers_are_found_among_what_others_do(pfkey: PfKeyIPsec) -> None:
+    with opened() as other, ThreadPoolExecutor(1) as pool:
+        for number in range(60):
+            other.add_sa(make(3000 + number))
+
+        def noise() -> None:
+            for number in range(60):
+                other.delete_sa(make(3000 + number).sa_id)
+
+        done = pool.submit(noise)
+        for number in range(40):
+            sa_id = pfkey.add_sa(make(5000 + number, source="192.0.2.7"))
+            assert pfkey.get_sa(sa_id).packets == 0
+        done.result()
+        assert len(other.list_sas()) == 40
+
+
+def test_threads_take_turns(pfkey: PfKeyIPsec) -> None:
+    def work(number: int) -> None:
+        for each in range(20):
+            spi = pfkey.allocate_spi("192.0.2.1", f"192.0.2.{10 + number}")
+            sa_id = pfkey.add_sa(make(spi, destination=f"192.0.2.{10 + number}", encapsulation=PORTS))
+            pfkey.update_sa(sa_id, encapsulation=UDPEncapsulation(local_port=4500, remote_port=99))
+            assert pfkey.get_sa(sa_id).packets == 0
+            if each % 2:
+                pfkey.delete_sa(sa_id)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert len(pfkey.list_sas()) == 40
+
+
+def test_no_privilege() -> None:
+    def attempt() -> list[Any]:
+        try:
+            opened()
+        except NatCompatError as error:
+            return [error.errno, error.remedy]
+        return []
+
+    code, remedy = as_nobody(attempt)
+    assert code == errno.EPERM
+    assert "CAP_NET_ADMIN" in remedy
+
+
+def test_a_forked_child_is_told(pfkey: PfKeyIPsec) -> None:
+    def attempt() -> list[Any]:
+        try:
+            pfkey.flush_sas()
+        except NatCompatError as error:
+            return [error.errno, error.remedy]
+        return []
+
+    code, remedy = as_nobody(attempt)
+    assert code == errno.EINVAL
+    assert "after fork" in remedy
+
+
+def test_keys_are_not_in_the_locals_of_our_frames(pfkey: PfKeyIPsec) -> None:
+    sa = make(encryption_key=b"swordfish-sword!", encapsulation=PORTS)
+    pfkey.add_sa(sa)
+    errors = [refused(pfkey.add_sa, sa), refused(pfkey.update_sa, sa.sa_id, destination="192.0.2.9")]
+    for error in errors:
+        stack = traceback.TracebackException.from_exception(error, capture_locals=True).stack
+        shown = "".join(str(frame.locals) for frame in stack if "natcompat/pfkey" in frame.filename)
+        assert shown
+        assert "swordfish" not in shown
+    assert b"swordfish" not in bytes(pfkey._socket._buffer)
+
+
+# -- events
+
+
+def test_events_can_be_waited_for_in_asyncio(pfkey: PfKeyIPsec) -> None:
+    async def wait() -> None:
+        loop = asyncio.get_running_loop()
+        readable = asyncio.Event()
+        loop.add_reader(events, readable.set)
+        pfkey.add_sa(make(lifetime=Lifetime(soft_seconds=1)))
+        found: list[Any] = []
+        while not found:
+            await asyncio.wait_for(readable.wait(), 10)
+            readable.clear()
+            found += events.read()
+        loop.remove_reader(events)
+        assert found == [Expire(sa_id=make().sa_id, reqid=7, hard=False)]
+
+    with pfkey.events() as events:
+        asyncio.run(wait())
+
+
+def test_lost_events_are_said_and_found_out(pfkey: PfKeyIPsec) -> None:
+    with pfkey.events(receive_buffer=4096) as events:
+        for number in range(60):
+            pfkey.add_sa(make(3000 + number, lifetime=Lifetime(hard_seconds=1)))
+        pfkey.add_sa(make(9999, lifetime=Lifetime(soft_seconds=1)))
+        wait_for("the expiries", lambda: len(pfkey.list_sas()) == 1)
+        found = list(events.read())
+    assert EventsLost() in found
+    expired = {each.sa_id.spi for each in found if isinstance(each, Expire) and each.hard}
+    assert expired == {3000 + number for number in range(60)}
+    assert [each.sa_id.spi for each in found if isinstance(each, Expire) and not each.hard][-1:] == [9999]
+
+
+def next_event(events: Any, kind: type) -> Any:
+    """Return the next event of a kind, among those of others."""
+    found: list[Any] = []
+
+    def one() -> Any:
+        select.select([events], [], [], 10)
+        found.extend(each for each in events.read() if isinstance(each, kind))
+        return found
+
+    return wait_for(f"a {kind.__name__}", one)[0]
+
+
+def test_through_the_nat_to_a_peer_on_xfrm(network: Network) -> None:
+    """An acquire, SAs, traffic, another NAT mapping, and the end: af_key at the responder."""
+    near, far = network.initiator, network.responder
+    with inside(far.name):
+        ipsec = opened()
+    with ipsec, near.udp() as first, far.udp() as second:
+        with inside(far.name):
+            events = ipsec.events()
+        with events:
+            first.sendto(bytes(4) + b"IKE", (far.address, 4500))
+            peer = second.recvfrom(100)[1]
+            for direction in Direction:
+                out = direction is Direction.OUT
+                ends = (far.inner, near.inner) if out else (near.inner, far.inner)
+                outer = (far.address, peer[0]) if out else (peer[0], far.address)
+                ipsec.add_policy(
+                    Policy(
+                        direction=direction,
+                        selector=TrafficSelector(source=ends[0], destination=ends[1]),
+                        source=outer[0],
+                        destination=outer[1],
+                        reqid=5,
+                    )
+                )
+                here, there = (near.address, far.address) if out else (far.address, near.address)
+                near.ipsec.add_policy(
+                    Policy(
+                        direction=direction,
+                        selector=TrafficSelector(source=ends[1], destination=ends[0]),
+                        source=here,
+                        destination=there,
+                        reqid=9,
+                    )
+                )
+            assert far.ping(near.inner, "-W", "1", count=1) == 0
+            acquire = next_event(events, Acquire)
+            assert (str(acquire.source), str(acquire.destination)) == (far.address, peer[0])
+            assert acquire.reqid == 5
+            assert acquire.selector == TrafficSelector(source=far.inner, destination=near.inner)
+            inbound = ipsec.allocate_spi(
+                acquire.destination, acquire.source, reqid=5, sequence=acquire.sequence
+            )
+            outbound = 0x5001
+            local = UDPEncapsulation(local_port=4500, remote_port=4500)
+            remote = UDPEncapsulation(local_port=4500, remote_port=peer[1])
+            ids = {}
+            for spi, direction in ((inbound, Direction.IN), (outbound, Direction.OUT)):
+                out = direction is Direction.OUT
+                ends = (far.address, peer[0]) if out else (peer[0], far.address)
+                ids[direction] = ipsec.add_sa(
+                    make(
+                        spi,
+                        source=ends[0],
+                        destination=ends[1],
+                        direction=direction,
+                        encapsulation=remote,
+                        reqid=5,
+                    )
+                )
+                ends = (far.address, near.address) if out else (near.address, far.address)
+                opposite = Direction.IN if out else Direction.OUT
+                near.ipsec.add_sa(
+                    make(
+                        spi,
+                        source=ends[0],
+                        destination=ends[1],
+                        direction=opposite,
+                        encapsulation=local,
+                        reqid=9,
+                    )
+                )
+            assert near.ping(far.inner) == 3
+            assert {ipsec.get_sa(each).packets for each in ids.values()} == {3}
+            network.nat("30000-30999")
+            try:
+                assert near.ping(far.inner, "-W", "1", count=1) == 0
+                change = next_event(events, MappingChange)
+                assert change.sa_id == ids[Direction.IN]
+                assert (change.reqid, change.old_port) == (5, peer[1])
+                assert 30000 <= change.new_port <= 30999
+                near.ping(far.inner, "-W", "1", count=1)
+                assert events.read() == [], "not for every packet"
+                for each in ids.values():
+                    ipsec.update_sa(
+                        each, encapsulation=UDPEncapsulation(local_port=4500, remote_port=change.new_port)
+                    )
+                assert near.ping(far.inner, count=5) == 5
+                assert near.ipsec.get_sa(near.ipsec.list_sas()[0].sa_id).replay_drops == 0
+            finally:
+                network.nat("20000-20999")
+        ipsec.flush_sas()
+        ipsec.flush_policies()
+        assert far.ipsec.list_sas() == []
+        assert far.ipsec.list_policies() == []
+
+
+def test_a_mapping_change_of_somebody_elses_sa(network: Network) -> None:
+    """The kernel's message lacks the SA's own address: it is looked up."""
+    near, far = network.initiator, network.responder
+    with inside(far.name):
+        ipsec = opened()
+        other = opened()
+        events = other.events()
+    with ipsec, other, events, far.udp(), near.udp(port=4600, encap=False) as moved:
+        keys = {"encryption": Encr.NULL, "encryption_key": b""}
+        sa = make(
+            0x6001,
+            source="203.0.113.1",
+            destination=far.address,
+            direction=Direction.IN,
+            encapsulation=UDPEncapsulation(local_port=4500, remote_port=77),
+            **keys,
+        )
+        ipsec.add_sa(sa)
+        from natcompat.esp.engine import EspEngine
+        from natcompat.esp.results import Dropped
+        from natcompat.testing_ipsec.traffic import udp_packet
+
+        with EspEngine(timer=False) as peer:
+            peer.add_sa(
+                make(0x6001, source="203.0.113.1", destination=far.address, encapsulation=PORTS, **keys)
+            )
+            selector = TrafficSelector(source="10.1.0.1", destination="10.2.0.1")
+            peer.add_policy(
+                Policy(
+                    direction=Direction.OUT,
+                    selector=selector,
+                    reqid=7,
+                    source="203.0.113.1",
+                    destination=far.address,
+                )
+            )
+            sealed = peer.seal(udp_packet("10.1.0.1", "10.2.0.1", b"x"))
+            assert not isinstance(sealed, Dropped)
+            moved.sendto(sealed[0][0], (far.address, 4500))
+        change = next_event(events, MappingChange)
+        assert (change.sa_id, change.reqid, change.old_port) == (sa.sa_id, 7, 77)
+        assert str(change.new_address) == "203.0.113.1"
+
+
+def test_keepalives_come_from_the_process(network: Network) -> None:
+    near, far = network.initiator, network.responder
+    with inside(near.name):
+        ipsec = opened()
+    with ipsec, far.udp(encap=False) as listener, far.udp(port=4600, encap=False) as elsewhere:
+        sa_id = ipsec.add_sa(
+            make(
+                source=near.address,
+                destination=far.address,
+                encapsulation=UDPEncapsulation(local_port=4500, remote_port=4500),
+                nat_keepalive=1,
+            )
+        )
+        assert listener.recv(100) == b"\xff"
+        ipsec.update_sa(sa_id, encapsulation=UDPEncapsulation(local_port=4500, remote_port=4600))
+        assert elsewhere.recv(100) == b"\xff"
