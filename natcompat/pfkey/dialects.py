@@ -63,7 +63,7 @@ _HMACS: Mapping[Integ, int] = MappingProxyType(
         Integ.HMAC_SHA2_512_256: 7,
     }
 )
-_NO_REASONS: Mapping[Encr | Integ, str] = MappingProxyType({})
+_NO_REASONS: Mapping[str, str] = MappingProxyType({})
 
 _ROOT = "Run as root"
 
@@ -88,8 +88,8 @@ class Dialect:
     """SADB_SATYPE_ESP."""
     encryption: Mapping[Encr, int]
     integrity: Mapping[Integ, int] = field(default_factory=lambda: _HMACS)
-    reasons: Mapping[Encr | Integ, str] = field(default_factory=lambda: _NO_REASONS)
-    """Why a transform is refused, where that is not simply that there is no number for it."""
+    reasons: Mapping[str, str] = field(default_factory=lambda: _NO_REASONS)
+    """Why a transform is refused, by its name, where that is not simply that there is no number for it."""
     null_key: bool = True
     """ESP with NULL encryption comes with a key of no bits; False: without a key."""
     address_protocol: int | None = 255
@@ -156,8 +156,8 @@ LINUX = Dialect(
         Integ.AES_XCBC_96: 9,
     },
     reasons={
-        Integ.HMAC_SHA2_256_128: "af_key cuts its check values to 96 bits, so that no peer would take them",
-        **dict.fromkeys((each for each in Encr if each.is_aead), "af_key cannot set combined ciphers"),
+        "HMAC_SHA2_256_128": "af_key cuts its check values to 96 bits, so that no peer would take them",
+        **dict.fromkeys((each.name for each in Encr if each.is_aead), "af_key cannot set combined ciphers"),
     },
     address_protocol=0,
     nat_t_versions=frozenset({4, 6}),

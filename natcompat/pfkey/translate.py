@@ -57,7 +57,7 @@ def check_sa(dialect: Dialect, sa: SecurityAssociation) -> None:
     """Raise for what `sa` asks for and the dialect has no word for."""
     for transform, table in ((sa.encryption, dialect.encryption), (sa.integrity, dialect.integrity)):
         if transform is not Integ.NONE and transform not in table:
-            why = dialect.reasons.get(transform, "there is no number for it")
+            why = dialect.reasons.get(transform.name, "there is no number for it")
             raise refusal(
                 dialect,
                 f"has no {transform.name}: {why}",
