@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.kernel_esp
 class OverAfKey(IPsecHarness):
     """What af_key can say."""
 
-    transforms = (
+    transforms: ClassVar[Sequence[tuple[Encr, Integ]]] = (
         (Encr.AES_CBC, Integ.HMAC_SHA1_96),
         (Encr.AES_CTR, Integ.HMAC_SHA2_384_192),
         (Encr.NULL, Integ.HMAC_SHA2_512_256),
