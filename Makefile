@@ -17,7 +17,7 @@ WORKERS ?= 2
 # per cent of natcompat/, by branches; held where no test may skip
 COVERED := $(if $(filter true-0,$(CI)-$(UID)),--cov-fail-under=95)
 
-.PHONY: help verify test check pytest conformance lab-newer bench nox format clean
+.PHONY: help verify test check pytest conformance lab-newer fuzz bench nox format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ conformance: .venv/.test ## 100,000 random datagrams against the contract (a min
 lab-newer: .venv/.test ## the tests of kernel ESP on a newer kernel, emulated (many minutes)
 	@tests/lab/newer-kernel $(ARGS)
 
+fuzz: .venv/.fuzz ## throw bytes at what takes them from the network (ARGS="--seconds 600 --keep")
+	@$(BIN)/python -m tests.fuzz $(ARGS)
+
 bench: .venv/.test ## what natcompat costs, beside bare sockets (ARGS="--json")
 	@$(BIN)/python -m tests.bench $(ARGS)
 
@@ -72,6 +75,10 @@ clean: ## remove everything that was made
 .venv/.test: pyproject.toml .ci/setup $(wildcard ffi/*) | .venv/.system-test-$(UID)
 	@.ci/setup python test,check
 	@touch $@ .venv/.main
+
+.venv/.fuzz: pyproject.toml .ci/setup | .venv/.test
+	@.ci/setup python test,check,fuzz
+	@touch $@
 
 .venv/.system-%-$(UID): .ci/setup
 	@mkdir -p .venv
