@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import tracemalloc
 from collections import Counter
+from ipaddress import ip_address
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +16,15 @@ from natcompat.esp.crypto import make_cipher
 from natcompat.esp.engine import EspEngine
 from natcompat.esp.packet import DUMMY, IPV4, IPV6, PADDINGS
 from natcompat.esp.results import Destination, Dropped, Opened, Reason
-from natcompat.ipsec import Direction, Encr, Integ, Mode, SecurityAssociation
+from natcompat.ipsec import (
+    Direction,
+    Encr,
+    Integ,
+    MappingChange,
+    Mode,
+    SecurityAssociation,
+    TrafficSelector,
+)
 from tests.esp.making import OUTER, SPI, TRANSFORMS, Pair, inner, ip_packet, keys, name, only, policy, sa, udp
 
 pytestmark = pytest.mark.usefixtures("datapath")
@@ -246,3 +257,62 @@ def test_a_flood_costs_nothing_that_stays() -> None:
         usage = pair.far.get_sa(pair.expected)
         assert (usage.packets, usage.sequence, usage.last_used) == (0, 0, None)
         assert OUTER[4][0] == pair.source[0]
+
+
+def test_a_flood_takes_no_memory() -> None:
+    pair = Pair()
+
+    def flood() -> None:
+        burst = [(os.urandom(100), (f"198.51.100.{number % 250}", number + 1)) for number in range(2000)]
+        pair.far.open_burst([*burst, *((SPI.to_bytes(4) + packet, source) for packet, source in burst)])
+
+    flood()
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        flood()
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 10_000, "4000 packets, and nobody who sent one is remembered"
+
+
+@pytest.mark.parametrize("length", [65_507, 65_535, 65_536, 1 << 20])
+def test_longer_than_any_datagram(length: int) -> None:
+    pair = Pair()
+    sealed, _ = pair.seal(inner())
+    for packet in (os.urandom(length), SPI.to_bytes(4) + bytes(length), sealed + bytes(length)):
+        assert pair.open(packet) in (Reason.NO_SA, Reason.INTEGRITY, Reason.REPLAYED)
+    assert pair.near.seal(inner()[:2] + b"\xff\xff" + bytes(length)) == Dropped(Reason.MALFORMED)
+    assert pair.open(sealed) == inner()
+
+
+@pytest.mark.parametrize("source", [("2001:db8::66", 4500, 0, 0), ("::ffff:198.51.100.6", 4500, 0, 0)])
+def test_authentic_and_from_another_family(source: tuple[str, int, int, int]) -> None:
+    """It is taken; where answers go does not change to what the policy's outer addresses cannot be."""
+    pair = Pair()
+    with (
+        EspEngine(timer=False, follow_mapping=True) as far,
+        far.events() as events,
+    ):
+        local, remote = OUTER[4]
+        expected = sa(Direction.IN, source=local, destination=remote)
+        far.add_sa(expected)
+        far.add_policy(
+            policy(
+                Direction.IN,
+                selector=TrafficSelector(source="10.1.0.0/16", destination="10.2.0.0/16"),
+                source=local,
+                destination=remote,
+            )
+        )
+        assert isinstance(far.open(pair.seal(inner())[0], source), Opened)
+        (event,) = events.read()
+        assert isinstance(event, MappingChange)
+        mapped = ip_address(source[0])
+        assert event.new_address == (getattr(mapped, "ipv4_mapped", None) or mapped)
+        (found,) = far.list_sas()
+        assert found.association is not None
+        assert found.association.source.version == 4
