@@ -44,7 +44,7 @@ struct esp_packet {
     uint32_t room;
     uint64_t sa;                /* out: which SA it was (the serial of its parameters), 0: none */
     struct esp_endpoint peer;   /* opening: where it came from; sealing, out: where it goes */
-    uint16_t local_port;        /* sealing, out */
+    struct esp_endpoint local;  /* sealing, out: where it comes from */
     uint8_t traffic_class;      /* of the outer header; opening: in, sealing: out */
     uint8_t dont_fragment;      /* sealing, out: for the outer header */
     uint8_t result;             /* out: enum esp_result */

@@ -56,7 +56,7 @@ struct esp_sa *esp_inbound_new(struct esp_path *path, const struct esp_parameter
 struct esp_sa *esp_outbound_new(struct esp_path *path, const struct esp_parameters *parameters);
 void esp_sa_free(struct esp_sa *sa);
 
-void esp_sa_place(struct esp_sa *sa, const struct esp_endpoint *peer, uint16_t local_port);
+void esp_sa_place(struct esp_sa *sa, const struct esp_endpoint *peer, const struct esp_endpoint *local);
 void esp_sa_permit(struct esp_sa *sa, uint64_t number);
 void esp_sa_expire(struct esp_sa *sa, int hard);
 void esp_sa_retire(struct esp_sa *sa);

@@ -227,7 +227,7 @@ static enum esp_result seal(struct esp_sa *sa, struct esp_packet *packet, uint8_
     packet->length = plain + sa->fixed;
     packet->sa = sa->serial;
     packet->peer = sa->peer;
-    packet->local_port = sa->local_port;
+    packet->local = sa->local;
     return ESP_DONE;
 }
 
@@ -275,13 +275,13 @@ int esp_sa_seal_dummy(struct esp_sa *sa, struct esp_packet *packet, double now)
     return packet->result;
 }
 
-void esp_sa_place(struct esp_sa *sa, const struct esp_endpoint *peer, uint16_t local_port)
+void esp_sa_place(struct esp_sa *sa, const struct esp_endpoint *peer, const struct esp_endpoint *local)
 {
     pthread_mutex_lock(sa_lock(sa));
     sa->peer = *peer;
     if (!sa->outbound)
         sa->in.home = *peer;
-    sa->local_port = local_port;
+    sa->local = *local;
     set_limits(sa);
     pthread_mutex_unlock(sa_lock(sa));
 }

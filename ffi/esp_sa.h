@@ -32,8 +32,7 @@ struct esp_sa {
 
     bool gone, soft;
     uint8_t due;
-    uint16_t local_port;
-    struct esp_endpoint peer;
+    struct esp_endpoint peer, local;
     uint64_t cached;        /* the generation in which a flow last came to know this SA */
     uint64_t packets, octets, next_packets, next_bytes;
     double first_used, last_used;

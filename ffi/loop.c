@@ -75,7 +75,7 @@ static void serve_socket(struct worker *worker, uint64_t what)
     if (from && from->generation != what >> 32)
         from = NULL;
     pthread_mutex_unlock(&loop->lock);
-    for (int batch = 0; from && batch < BATCHES && loop_receive(worker, number, from); batch++)
+    for (int batch = 0; from && batch < BATCHES && loop_receive(worker, from); batch++)
         ;
 }
 
@@ -255,7 +255,8 @@ void loop_free(struct loop *loop)
 
 /* ---- sockets */
 
-int loop_add_socket(struct loop *loop, int descriptor, int thread, int family, uint16_t port, const uint8_t *prefix)
+int loop_add_socket(struct loop *loop, int descriptor, int thread, int family, uint16_t port, int wildcard,
+                    const uint8_t *prefix)
 {
     struct worker *worker = &loop->workers[(unsigned)thread % (unsigned)loop->threads];
     struct loop_socket *added = calloc(1, sizeof *added);
@@ -266,6 +267,7 @@ int loop_add_socket(struct loop *loop, int descriptor, int thread, int family, u
     added->fd = descriptor;
     added->family = family;
     added->port = port;
+    added->wildcard = wildcard != 0;
     added->worker = worker;
     added->discover = -1;
     added->segments = 1;

@@ -16,7 +16,8 @@ enum loop_event_kind {
     LOOP_OPEN = 1,  /* ESP that the path left alone (ESP_UP): all of it is Python's */
     LOOP_ADMIT,     /* an inner packet, authentic; Python decides (ESP_ADMIT) */
     LOOP_SEAL,      /* an inner packet that the path left alone */
-    LOOP_TOO_BIG,   /* the start of an inner packet whose ESP was too big for the path to `peer` */
+    LOOP_TOO_BIG,   /* an inner packet whose ESP was too big for the path to `peer`, and was not sent */
+    LOOP_SEND,      /* ESP for a local port that no socket here has */
     LOOP_TUN_GONE   /* errno is in `length`: nothing is read from the TUN, or written to it, any more */
 };
 
@@ -24,12 +25,9 @@ struct loop_event {
     uint32_t kind;
     uint32_t length;            /* of the packet */
     uint64_t sa;
-    uint32_t socket;            /* LOOP_OPEN, LOOP_ADMIT: the number that loop_add_socket gave */
-    uint32_t outer_length;      /* LOOP_TOO_BIG: of the UDP payload */
     struct esp_endpoint peer;
-    uint16_t local_port;
-    uint8_t traffic_class;
-    uint8_t unused;
+    uint8_t traffic_class, dont_fragment;
+    uint8_t unused[2];
 };
 
 /* Since the socket was added. */
@@ -45,7 +43,6 @@ struct loop_counters {
     uint64_t merged;                     /* inner packets that went into another's frame */
     uint64_t bad_checksums;              /* inner packets left alone because theirs were wrong */
     uint64_t frames, packets, malformed; /* read from the TUN; inner packets made of them; frames that were none */
-    uint64_t unroutable;                 /* sealed for a local port that no socket has */
     uint64_t too_big;                    /* sealed packets that did not fit in the path MTU */
     uint64_t events, events_lost;        /* handed up; not, because the ring was full */
 };
@@ -63,9 +60,10 @@ int loop_start(struct loop *loop);
 int loop_stop(struct loop *loop);
 
 /* Read, and send from, `descriptor`, a UDP socket that does not block, in thread `thread` (modulo their
- * number). `port`: where it is bound. `prefix`: 20 bytes, in front of what is handed back; NULL: nothing can
+ * number). `port`: where it is bound; `wildcard`: to any address of this host. `prefix`: 20 bytes, in front of what is handed back; NULL: nothing can
  * be. Return its number, or a negative errno. */
-int loop_add_socket(struct loop *loop, int descriptor, int thread, int family, uint16_t port, const uint8_t *prefix);
+int loop_add_socket(struct loop *loop, int descriptor, int thread, int family, uint16_t port, int wildcard,
+                    const uint8_t *prefix);
 
 /* Return when no thread touches the socket any more. */
 void loop_remove_socket(struct loop *loop, int number);

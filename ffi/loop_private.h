@@ -28,7 +28,7 @@ struct worker;
 struct loop_socket {
     int fd, family;
     uint16_t port;
-    uint8_t hands_back;
+    uint8_t hands_back, wildcard;
     uint8_t prefix[20];
     uint32_t generation;
     struct worker *worker;
@@ -58,7 +58,7 @@ struct sender {
     struct mmsghdr messages[SEND_PACKETS];
     struct iovec iov[SEND_PACKETS];
     struct sockaddr_in6 names[SEND_PACKETS];
-    _Alignas(8) uint8_t control[SEND_PACKETS][64];
+    _Alignas(8) uint8_t control[SEND_PACKETS][96];
     uint32_t first[SEND_PACKETS];     /* packet with which a message begins */
     uint32_t count, arena_used, frames_used;
     uint8_t *arena, *frames;
@@ -101,7 +101,7 @@ void loop_wake_python(struct loop *loop);
 void loop_tun_failed(struct loop *loop, int error);
 
 /* loop_receive.c: one batch; returns whether there may be more. */
-int loop_receive(struct worker *worker, uint32_t number, struct loop_socket *from);
+int loop_receive(struct worker *worker, struct loop_socket *from);
 
 /* loop_send.c: what the TUN has, up to a limit; returns whether there may be more. */
 int loop_send(struct worker *worker);

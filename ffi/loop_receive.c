@@ -192,7 +192,7 @@ static void write_frames(struct worker *worker)
 }
 
 /* Open what has been collected, hand up what is Python's, and write the rest. */
-static void open_packets(struct worker *worker, uint32_t number, int count)
+static void open_packets(struct worker *worker, int count)
 {
     struct receiver *receiver = worker->receiver;
     struct loop *loop = worker->loop;
@@ -213,7 +213,6 @@ static void open_packets(struct worker *worker, uint32_t number, int count)
                     .kind = packets[i].result == ESP_UP ? LOOP_OPEN : LOOP_ADMIT,
                     .length = packets[i].length,
                     .sa = packets[i].sa,
-                    .socket = number,
                     .peer = packets[i].peer,
                     .traffic_class = packets[i].traffic_class,
                 };
@@ -250,7 +249,7 @@ static int receive_messages(struct receiver *receiver, int fd, int most)
     return recvmmsg(fd, receiver->messages, (unsigned)most, MSG_DONTWAIT, NULL);
 }
 
-int loop_receive(struct worker *worker, uint32_t number, struct loop_socket *from)
+int loop_receive(struct worker *worker, struct loop_socket *from)
 {
     struct receiver *receiver = worker->receiver;
     int most = receiver->coalesced ? COALESCED_AT_ONCE : RECEIVE_MESSAGES, waiting = 0, taken;
@@ -297,7 +296,7 @@ int loop_receive(struct worker *worker, uint32_t number, struct loop_socket *fro
                     packet->peer = peer;
                     packet->traffic_class = arrival.traffic_class;
                     if (waiting == MERGE_MOST) {
-                        open_packets(worker, number, waiting);
+                        open_packets(worker, waiting);
                         waiting = 0;
                     }
                 } else {
@@ -312,7 +311,7 @@ int loop_receive(struct worker *worker, uint32_t number, struct loop_socket *fro
     COUNT(from->counters.keepalives, keepalives);
     COUNT(from->counters.runts, runts);
     if (waiting)
-        open_packets(worker, number, waiting);
+        open_packets(worker, waiting);
     if (receiver->coalesced || from->shedding)
         watch_queue(from);
     return taken == most;

@@ -78,8 +78,30 @@ static void add_control(struct msghdr *message, int level, int type, const void 
     message->msg_controllen += CMSG_SPACE(length);
 }
 
+/* Say where the packet comes from, where the socket does not. */
+static void add_source(struct msghdr *message, const struct loop_socket *socket, const struct esp_endpoint *local)
+{
+    if (socket->family == AF_INET) {
+        struct in_pktinfo info = {0};
+
+        memcpy(&info.ipi_spec_dst, local->address, 4);
+        add_control(message, IPPROTO_IP, IP_PKTINFO, &info, sizeof info);
+    } else {
+        struct in6_pktinfo info = {0};
+
+        if (local->version == 4) {
+            info.ipi6_addr.s6_addr[10] = info.ipi6_addr.s6_addr[11] = 0xFF;
+            memcpy(info.ipi6_addr.s6_addr + 12, local->address, 4);
+        } else {
+            memcpy(&info.ipi6_addr, local->address, 16);
+        }
+        add_control(message, IPPROTO_IPV6, IPV6_PKTINFO, &info, sizeof info);
+    }
+}
+
 /* Make message `slot` of `count` packets from `first` on. */
-static void write_message(struct sender *sender, int slot, const struct loop_socket *socket, uint32_t first, uint32_t count)
+static void write_message(struct sender *sender, int slot, const struct loop_socket *socket, uint32_t first, uint32_t count,
+                          int with_source)
 {
     const struct esp_packet *packet = &sender->packets[first];
     struct msghdr *message = &sender->messages[slot].msg_hdr;
@@ -104,6 +126,8 @@ static void write_message(struct sender *sender, int slot, const struct loop_soc
         else
             add_control(message, IPPROTO_IPV6, IPV6_TCLASS, &class, sizeof class);
     }
+    if (with_source && socket->wildcard && packet->local.version == packet->peer.version)
+        add_source(message, socket, &packet->local);
     if (!message->msg_controllen)
         message->msg_control = NULL;
 }
@@ -166,10 +190,7 @@ static void report_too_big(struct worker *worker, uint32_t number)
     struct loop_event event = {
         .kind = LOOP_TOO_BIG,
         .sa = packet->sa,
-        .outer_length = packet->length,
         .peer = packet->peer,
-        .local_port = packet->local_port,
-        .traffic_class = packet->traffic_class,
     };
 
     if (split_begin(&split, sender->frames + sender->origin[number].frame, sender->origin[number].length) < 0)
@@ -189,8 +210,15 @@ static void send_each(struct worker *worker, struct loop_socket *socket, uint32_
     int reported = 0;
 
     for (uint32_t number = first; number < first + count; number++) {
-        write_message(sender, 0, socket, number, 1);
-        if (send_messages(worker, socket, 0, 1) > 0) {
+        int sent;
+
+        write_message(sender, 0, socket, number, 1, 1);
+        sent = send_messages(worker, socket, 0, 1);
+        if (sent < 0 && socket->wildcard && errno != EMSGSIZE) { /* what the SA calls our address is none of this host */
+            write_message(sender, 0, socket, number, 1, 0);
+            sent = send_messages(worker, socket, 0, 1);
+        }
+        if (sent > 0) {
             COUNT(socket->counters.sent, 1);
             continue;
         }
@@ -212,14 +240,15 @@ static void send_series(struct worker *worker, const struct message *series, int
 
     set_discovery(socket, sender->packets[series[0].first].peer.version, series[0].dont_fragment);
     for (int slot = 0; slot < count; slot++)
-        write_message(sender, slot, socket, series[slot].first, series[slot].count);
+        write_message(sender, slot, socket, series[slot].first, series[slot].count, 1);
     for (int done = 0; done < count;) {
         int sent = send_messages(worker, socket, done, count - done);
 
         if (sent < 0) {
             if (series[done].count > 1 && (errno == EIO || errno == EOPNOTSUPP))
                 socket->segments = 0; /* a device that computes no checksums */
-            if (errno == EMSGSIZE || (series[done].count > 1 && (errno == EINVAL || !socket->segments))) {
+            if (errno == EMSGSIZE || socket->wildcard
+                || (series[done].count > 1 && (errno == EINVAL || !socket->segments))) {
                 /* by the first slot, which is this one or has been sent */
                 send_each(worker, socket, series[done].first, series[done].count);
             } else {
@@ -237,7 +266,7 @@ static void send_series(struct worker *worker, const struct message *series, int
 /* Return whether `next` can follow `first` in one message, in which all have a size but the last. */
 static int continues(const struct esp_packet *first, const struct esp_packet *before, const struct esp_packet *next)
 {
-    return next->length <= first->length && before->length == first->length && next->local_port == first->local_port
+    return next->length <= first->length && before->length == first->length && memcmp(&next->local, &first->local, sizeof next->local) == 0
         && next->traffic_class == first->traffic_class && next->dont_fragment == first->dont_fragment
         && memcmp(&next->peer, &first->peer, sizeof next->peer) == 0;
 }
@@ -260,9 +289,18 @@ static void send_packets(struct worker *worker)
             at++;
             continue;
         }
-        socket = find_socket(loop, first->local_port, first->peer.version);
+        socket = find_socket(loop, first->local.port, first->peer.version);
         if (!socket) {
-            COUNT(worker->counters.unroutable, 1);
+            struct loop_event event = {
+                .kind = LOOP_SEND,
+                .length = first->length,
+                .sa = first->sa,
+                .peer = first->peer,
+                .traffic_class = first->traffic_class,
+                .dont_fragment = first->dont_fragment,
+            };
+
+            loop_put_event(loop, &event, first->data);
             at++;
             continue;
         }

@@ -91,10 +91,12 @@ class NativeAssociation(Association):
     def place(self, sa: SecurityAssociation, link: Link) -> None:
         """Take the addresses and ports of `sa`."""
         super().place(sa, link)
-        peer = sa.source if sa.direction is Direction.IN else sa.destination
+        peer, own = sa.source, sa.destination
+        if sa.direction is Direction.OUT:
+            peer, own = own, peer
         ports = self.encapsulation
-        place = ffi.from_buffer("struct esp_endpoint *", _endpoint(peer, ports.remote_port))
-        lib.esp_sa_place(self._state, place, ports.local_port)
+        places = _endpoint(peer, ports.remote_port), _endpoint(own, ports.local_port)
+        lib.esp_sa_place(self._state, *(ffi.from_buffer("struct esp_endpoint *", each) for each in places))
 
     def expire(self, *, hard: bool) -> None:
         """Note that a limit is reached."""

@@ -77,11 +77,12 @@ class End:
         self.udp = False
         self.tun = in_thread(self._make_tun, new_namespace=True)
         self.path = lib.esp_path_new(ffi.NULL)
-        self.counter = ffi.new("uint64_t *", number << 60)
+        self.ivs = ffi.new("uint64_t *", number << 60)
         self.loop = lib.loop_new(self.path, threads)
         lib.loop_set_tun(self.loop, self.tun, self.udp)
+        host = sock.getsockname()[0]
         self.slot = lib.loop_add_socket(
-            self.loop, sock.fileno(), 1, sock.family, sock.getsockname()[1], prefix
+            self.loop, sock.fileno(), 1, sock.family, sock.getsockname()[1], host == "0.0.0.0", prefix
         )
         assert self.slot >= 0
         self.outbound = self.inbound = ffi.NULL
@@ -135,8 +136,9 @@ class End:
 
         return self.inside(make)
 
-    def install(self, peer: tuple[str, int]) -> None:
+    def install(self, peer: tuple[str, int], local: str = "") -> None:
         """Install the SAs with the other end, at `peer`, and start."""
+        address, port = self.sock.getsockname()
         for direction in (1, 2):
             key = ffi.new("uint8_t[20]", bytes(range(direction, direction + 20)))
             parameters = ffi.new("struct esp_parameters *")
@@ -147,12 +149,12 @@ class End:
             parameters.permitted = 0xFFFFFFFF
             if direction == self.number:
                 sa = self.outbound = lib.esp_outbound_new(self.path, parameters)
-                lib.esp_sa_draw_ivs(sa, self.counter)
+                lib.esp_sa_draw_ivs(sa, self.ivs)
             else:
                 sa = self.inbound = lib.esp_inbound_new(self.path, parameters)
                 lib.esp_index(self.path, parameters.spi, sa, 0)
             assert sa
-            lib.esp_sa_place(sa, endpoint(peer), self.sock.getsockname()[1])
+            lib.esp_sa_place(sa, endpoint(peer), endpoint((local or address, port)))
             self.kept += [key, parameters]
         self.peer = peer
         assert lib.loop_start(self.loop) == 0
@@ -229,7 +231,7 @@ class End:
         self.sock.close()
 
 
-def esp_socket(*, coalesce: bool = True, port: int = 0) -> socket.socket:
+def esp_socket(*, coalesce: bool = True, port: int = 0, host: str = "127.0.0.1") -> socket.socket:
     """Return a socket as the steering gives them away."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     sock.setblocking(False)
@@ -239,7 +241,7 @@ def esp_socket(*, coalesce: bool = True, port: int = 0) -> socket.socket:
     sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
     sock.setsockopt(socket.IPPROTO_IP, IP_RECVTOS, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    sock.bind(("127.0.0.1", port))
+    sock.bind((host, port))
     return sock
 
 
