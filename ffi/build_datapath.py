@@ -8,7 +8,9 @@ compiler, Python's headers or a library for the ciphers the package is what it i
 
 from __future__ import annotations
 
+import platform
 import re
+import runpy
 import sys
 import tempfile
 import tomllib
@@ -21,6 +23,7 @@ from setuptools.errors import CompileError
 
 HERE: Final = Path(__file__).parent
 NAME: Final = "natcompat.esp._datapath"
+_SOLARIS: Final = "natcompat.backends._solaris"
 
 HEADERS: Final = ["esp.h", "esp_control.h", "checksum.h", "offload.h", "loop.h"]
 """What Python sees of it stands in these between two marks, and is put together in this order."""
@@ -53,9 +56,19 @@ def definitions() -> str:
 class BuildDatapath(build_ext):  # type: ignore[misc]
     """Finds out which libraries are here, and has cffi write the module's C."""
 
+    def finalize_options(self) -> None:
+        """Leave out what is for another system."""
+        super().finalize_options()
+        if platform.system() != "SunOS":
+            self.extensions: list[Extension] = [
+                each for each in self.distribution.ext_modules or [] if each.name != _SOLARIS
+            ]
+
     def build_extension(self, ext: Extension) -> None:
-        """Build the data path; anything else as usual."""
-        if ext.name != NAME:
+        """Build the data path, or what Solaris has instead."""
+        if ext.name == _SOLARIS:
+            # by its path: the root of the project is not on sys.path here
+            runpy.run_path(str(HERE / "build_solaris.py"))["prepare"](ext, self.build_temp)
             super().build_extension(ext)
             return
         if sys.platform != "linux":
@@ -97,7 +110,7 @@ class BuildDatapath(build_ext):  # type: ignore[misc]
 def main() -> None:
     """Build it in place, or fail."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())
-    (declared,) = project["tool"]["setuptools"]["ext-modules"]
+    (declared,) = (each for each in project["tool"]["setuptools"]["ext-modules"] if each["name"] == NAME)
     command = BuildDatapath(
         Distribution(
             {

@@ -14,8 +14,8 @@ from typing import Any, Literal, overload
 
 from natcompat import backends
 from natcompat.admission import admit, refuse_set_options, unwrap
-from natcompat.backends.base import Attachment, Backend, EspConsumer
-from natcompat.contract import NAT_KEEPALIVE, Duty, Performer
+from natcompat.backends.base import Attachment, Backend, EspConsumer, LeakingAttachment, WholeAttachment
+from natcompat.contract import NAT_KEEPALIVE, UDP_NAT_T_ENDPOINT, Duty, Performer
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
 from natcompat.process import LARGEST_DATAGRAM, ProcessHalf, bind_implicitly, half_of
@@ -52,10 +52,10 @@ class NatTEndpoint:
         half.set_option = self._set_option
         half.alias_made = self._add_alias
         half.alias_closed = self._alias_closed
-        sock_class = make_class(half)
+        self._class = make_class(half)
         try:
             self._attach(sock)
-            change_class(sock, sock_class)
+            self._dress(sock)
         except BaseException:
             self._detach(sock)
             raise
@@ -70,36 +70,45 @@ class NatTEndpoint:
     @property
     def duties(self) -> Mapping[Duty, Performer]:
         """Who does which of the four duties now; it may change with bind, connect and socket options."""
-        attachment = self._attachment
+        attachment = self._current()
         return dict(attachment.duties) if attachment is not None else {}
+
+    @property
+    def leaks(self) -> frozenset[str]:
+        """Rows of `natcompat.contract.TABLE` that the process drops though the kernel has the duty.
+
+        `select` may wake for them. Empty where a duty is somebody's as a whole.
+        """
+        return _leaks_of(self._current())
 
     @property
     def mode(self) -> str:
         """How the socket is served now; ``off`` once it is not.
 
-        ``filter`` and ``steering`` are exact: `select` wakes for IKE alone. ``in line`` is exact on
-        sockets with a timeout and on non-blocking ones; there `select` may wake for what is then
+        ``kernel``, ``filter`` and ``steering`` are exact: `select` wakes for IKE alone. ``in line`` is
+        exact on sockets with a timeout and on non-blocking ones; there `select` may wake for what is then
         dropped, a receive on a blocking socket then waits, and IKE shares its queue with ESP.
         ``unbound``: nothing to do before bind.
         """
-        attachment = self._attachment
+        attachment = self._current()
         return attachment.mode if attachment is not None else "off"
 
     @property
     def reason(self) -> str:
         """Why the mode is not a stronger one; empty for the strongest."""
-        attachment = self._attachment
+        attachment = self._current()
         return attachment.reason if attachment is not None else ""
 
     @property
     def closed(self) -> bool:
         """Whether the option is off again."""
+        self._current()
         return self._closed
 
     def stats(self) -> Stats:
         """Return the counters."""
         counters = self._half.counters
-        attachment = self._attachment
+        attachment = self._current()
         sock = self._any_alias()
         drops = _drops(sock) if sock is not None else None
         if drops is not None and self._drops_before is not None:
@@ -120,21 +129,28 @@ class NatTEndpoint:
             bypassed=bool(known["bypassed"]) if "bypassed" in known else None,
             handed_back=counters.handed_back,
             errors=counters.errors,
+            system_wide={name: value for name, value in known.items() if ":" in name},
         )
 
     def send_keepalive(self, address: Any = None) -> None:
         """Send one NAT-keepalive (RFC 3948, 2.3: one byte 0xFF, no marker) to `address`, or to the peer.
 
         Raises OSError like any send: EDESTADDRREQ without an address on an unconnected socket, EBADF
-        once the socket is closed; BlockingIOError on a non-blocking socket whose buffer is full.
+        once the socket is closed; BlockingIOError on a non-blocking socket whose buffer is full. With the
+        backend ``solaris``, whose kernel puts a marker in front of everything, it takes a raw socket, and
+        so a privilege: EPERM.
         """
+        self._current()
         sock = self._any_alias()
         if sock is None:
             raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
         root = self._half.root
+        attachment = self._attachment
         if self._half.unbound:
             bind_implicitly(sock, self._half)
-        if address is None:
+        if isinstance(attachment, WholeAttachment):
+            attachment.send_keepalive(SystemCalls(sock, root), address)
+        elif address is None:
             root.send(sock, NAT_KEEPALIVE)
         else:
             root.sendto(sock, NAT_KEEPALIVE, address)
@@ -162,6 +178,7 @@ class NatTEndpoint:
     def close(self) -> None:
         """Switch the option off; the socket stays open and is what it was before. May be repeated."""
         with self._control():
+            self._current()
             sock = self._any_alias()
             if sock is None or self._closed:
                 return
@@ -212,6 +229,8 @@ class NatTEndpoint:
                     # what was handed back may still be in the queue
                     self._half.diversion.hand_back = before[1].hand_back
                 self._attach(sock)
+                for alias in self._living_aliases():
+                    self._dress(alias)
             except BaseException:
                 self._backend, self._half.diversion = before
                 self._attach_somehow(sock)
@@ -227,11 +246,34 @@ class NatTEndpoint:
         self._attachment = attachment
         half.sensitive, half.hidden = attachment.sensitive, attachment.hidden
         half.unbound = attachment.mode == "unbound"
-        exact = all(
-            attachment.duties[duty] is not Performer.PROCESS for duty in (Duty.DROP_RUNTS, Duty.DIVERT_ESP)
-        )
+        kept = {attachment.duties[duty] for duty in (Duty.DROP_RUNTS, Duty.DIVERT_ESP)}
+        exact = not _leaks_of(attachment) and Performer.PROCESS not in kept
         # until the queue has been empty once it may hold what came before
         half.room, half.draining = LARGEST_DATAGRAM, exact
+
+    def _dress(self, sock: socket.socket) -> None:
+        """Give `sock` the class of an endpoint's, unless the kernel does all there is to do."""
+        if isinstance(self._attachment, WholeAttachment):
+            change_class(sock, self._half.original)
+            _left_alone[id(sock)] = self
+            return
+        change_class(sock, self._class)
+        _left_alone.pop(id(sock), None)
+
+    def _current(self) -> Attachment | None:
+        """Return the hold on the socket; find out first what happened to one whose methods are not ours."""
+        attachment = self._attachment
+        if isinstance(attachment, WholeAttachment):
+            sock = self._any_alias()
+            if sock is None or sock.fileno() < 0 or not attachment.is_on(SystemCalls(sock, self._half.root)):
+                for alias in self._living_aliases():
+                    self._forget(alias)
+                self._release()
+                return None
+        return attachment
+
+    def _serves(self, sock: object) -> bool:
+        return any(alias is sock for alias in self._living_aliases())
 
     def _detach(self, sock: socket.socket) -> None:
         half = self._half
@@ -271,6 +313,8 @@ class NatTEndpoint:
             self._half.diversion.error(f"attaching again failed: {error}")
             self._attachment = InLineAttachment(f"attaching again failed: {error}")
             self._half.sensitive, self._half.hidden = frozenset(), {}
+        for alias in self._living_aliases():
+            self._dress(alias)
 
     def _set_option(self, sock: socket.socket, enable: bool) -> None:
         if not enable:
@@ -295,6 +339,7 @@ class NatTEndpoint:
     def _alias_gone(self, key: int) -> None:
         # a finalizer, in whatever thread: takes no lock, and touches no descriptor of the application's
         self._aliases.pop(key, None)
+        _left_alone.pop(key, None)
         if not self._aliases:
             self._release()
 
@@ -308,6 +353,7 @@ class NatTEndpoint:
     def _forget(self, sock: socket.socket) -> None:
         """Make `sock` the plain object that it was."""
         end = self._aliases.pop(id(sock), None)
+        _left_alone.pop(id(sock), None)
         if end is not None:
             end.detach()
             change_class(sock, self._half.original)
@@ -407,11 +453,32 @@ def get_nat_t_endpoint(sock: socket.socket) -> NatTEndpoint | None:
 
     Never raises, whatever `sock` is.
     """
-    half = half_of(unwrap(sock))
-    if not isinstance(half, ProcessHalf):  # somebody else's attribute
-        return None
+    sock = unwrap(sock)
+    half = half_of(sock)
+    if not isinstance(half, ProcessHalf):  # plain, or somebody else's attribute
+        return _of_plain_socket(sock)
     endpoint = half.rearrange.__self__  # type: ignore[attr-defined]
     return endpoint if isinstance(endpoint, NatTEndpoint) and not endpoint.closed else None
+
+
+def _of_plain_socket(sock: Any) -> NatTEndpoint | None:
+    """Return the endpoint that `sock` is by the kernel alone, one that the application made included."""
+    existing = _left_alone.get(id(sock))
+    if existing is not None and existing._serves(sock) and not existing.closed:
+        return existing
+    if not backends.is_for_this_system("solaris"):
+        return None
+    try:
+        root = admit(sock)
+        if not sock.getsockopt(socket.IPPROTO_UDP, UDP_NAT_T_ENDPOINT):
+            return None
+        return NatTEndpoint(sock, root, backends.get("solaris"), None)
+    except (TypeError, OSError):
+        return None
+
+
+def _leaks_of(attachment: Attachment | None) -> frozenset[str]:
+    return attachment.leaks if isinstance(attachment, LeakingAttachment) else frozenset()
 
 
 def _drops(sock: socket.socket) -> int | None:
@@ -458,6 +525,7 @@ def _arrive(
 
 
 _endpoints: weakref.WeakSet[NatTEndpoint] = weakref.WeakSet()
+_left_alone: dict[int, NatTEndpoint] = {}  # by the identity of the socket object, which has its own class
 
 
 def _after_fork() -> None:

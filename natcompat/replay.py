@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from natcompat import backends
+from natcompat.backends.base import port_of
 from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER, Performer, Verdict, classify
 from natcompat.conversation import Conversation
 from natcompat.endpoint import set_nat_t_endpoint
@@ -67,8 +68,8 @@ def replay(backend: str, conversation: Conversation) -> Replay:
         socket.socket(FAMILY[4], socket.SOCK_DGRAM) as sock,
         socket.socket(FAMILY[4], socket.SOCK_DGRAM) as peer,
     ):
-        for each in (sock, peer):
-            each.bind((LOOPBACK[4], 0))
+        for each, port in ((sock, port_of(backends.get(backend))), (peer, 0)):
+            each.bind((LOOPBACK[4], port))
             each.settimeout(PATIENCE)
         endpoint = set_nat_t_endpoint(sock, backend=backend, esp=collector)
         found = Replay(backend, endpoint.mode, duty_words(endpoint.duties))

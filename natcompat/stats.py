@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +43,6 @@ class Stats:
     """IKE that had come to a socket of natcompat's and was given back to the application's."""
     errors: int
     """Exceptions of the consumer of ESP, IKE that could not be handed back; logged to ``natcompat``."""
+    system_wide: Mapping[str, int] = field(default_factory=dict)
+    """What the kernel counts of ESP-in-UDP for all sockets, since it started and under its own names
+    (kstats of Solaris: ``ip:0:ipdrop:esp_nat_t_ka``). Empty where it does not say."""

@@ -99,6 +99,7 @@ def verify(names: tuple[str, ...], *, nat: bool, progress: Callable[[str], objec
     backend that was named is unknown or not viable.
     """
     from natcompat import backends
+    from natcompat.backends.base import families_of
     from natcompat.conversation import load
 
     found = Verification()
@@ -119,7 +120,11 @@ def verify(names: tuple[str, ...], *, nat: bool, progress: Callable[[str], objec
         else:
             found.skip("NAT", "--no-nat was given")
         for name in chosen:
+            families = families_of(backends.get(name))
             for version in versions:
+                if FAMILY[version] not in families:
+                    found.skip(f"backend {name}, IPv{version}", "its kernel serves the other alone")
+                    continue
                 progress(f"{name}, loopback, IPv{version}")
                 with _bound(version, LOOPBACK[version]) as peer:
                     path = Path("loopback", LOOPBACK[version], 0, LOOPBACK[version], endpoint_begins=False)

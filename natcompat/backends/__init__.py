@@ -28,10 +28,11 @@ AUTO: Final = "auto"
 _BUILT_IN: Final[dict[str, tuple[str, str, dict[str, bool]]]] = {
     # name: (module, class, arguments), in the order in which `auto` prefers them
     "linux": ("natcompat.backends.linux", "LinuxBackend", {}),
+    "solaris": ("natcompat.backends.solaris", "SolarisBackend", {}),
     "userspace": ("natcompat.backends.userspace", "UserspaceBackend", {}),
     "userspace:in-line": ("natcompat.backends.userspace", "UserspaceBackend", {"in_line": True}),
 }
-_PLATFORMS: Final = {"linux": "linux"}
+_PLATFORMS: Final = {"linux": "linux", "solaris": "sunos"}  # how sys.platform begins
 
 _instances: dict[str, Backend] = {}
 
@@ -39,6 +40,11 @@ _instances: dict[str, Backend] = {}
 def names() -> list[str]:
     """Return the names of all registered backends, built-in ones first."""
     return [*_BUILT_IN, *sorted(_entry_points().keys() - _BUILT_IN.keys())]
+
+
+def is_for_this_system(name: str) -> bool:
+    """Tell whether the backend called `name` is for this operating system, or for any."""
+    return sys.platform.startswith(_PLATFORMS.get(name, ""))
 
 
 def probe() -> list[Viability]:
@@ -55,9 +61,8 @@ def viability(name: str) -> Viability:
 
     Raises `natcompat.errors.BackendUnavailableError` (EINVAL) if nobody registered that name.
     """
-    platform = _PLATFORMS.get(name, sys.platform)
-    if platform != sys.platform:
-        return Viability(name, False, reason=f"it is for {platform}; this is {sys.platform}")
+    if not is_for_this_system(name):
+        return Viability(name, False, reason=f"it is for {_PLATFORMS[name]}; this is {sys.platform}")
     try:
         found = get(name).viability()
         if not isinstance(found, Viability):
@@ -88,7 +93,7 @@ def get(name: str) -> Backend:
                 raise BackendUnavailableError(
                     errno.EINVAL,
                     f"there is no backend called {name!r}",
-                    f"Choose among {AUTO}, {', '.join(names())}",
+                    f"Choose among {AUTO}, {', '.join(filter(is_for_this_system, names()))}",
                 )
             backend = cast(Callable[[], Backend], points[name]())()
         _instances[name] = backend
@@ -100,13 +105,16 @@ def select(requested: str | Backend | None = None, *, hands_over_esp: bool = Fal
 
     A comma-separated list is an order of preference. `hands_over_esp`: a consumer in this process
     wants ESP. Raises `natcompat.errors.BackendUnavailableError` with a reason for every refusal:
-    EINVAL for an unknown name, ENOTSUP if none of those asked for is viable.
+    EINVAL for an unknown name, ENOTSUP if none of those asked for is viable, EPERM if there is one and all
+    it lacks is a privilege.
     """
     refusals: list[str] = []
+    code = errno.ENOTSUP
     if requested is not None and not isinstance(requested, str):
-        if _viable(requested.viability(), refusals) and _hands_over(requested, hands_over_esp, refusals):
+        found = requested.viability()
+        if _viable(found, refusals) and _hands_over(requested, hands_over_esp, refusals):
             return requested
-        raise BackendUnavailableError(errno.ENOTSUP, refusals[0])
+        raise BackendUnavailableError(errno.ENOTSUP if found.viable else found.code, refusals[0])
     asked = requested or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
     for name in filter(None, map(str.strip, asked.split(","))):
         for candidate in _BUILT_IN if name == AUTO else (name,):
@@ -115,10 +123,11 @@ def select(requested: str | Backend | None = None, *, hands_over_esp: bool = Fal
                 continue
             if _viable(found, refusals) and _hands_over(get(candidate), hands_over_esp, refusals):
                 return get(candidate)
+            code = found.code if len(refusals) == 1 else errno.ENOTSUP
     source = f" ({ENVIRONMENT_VARIABLE}={asked})" if not requested and asked != AUTO else ""
     viable = ", ".join(found.backend for found in probe() if found.viable)
     raise BackendUnavailableError(
-        errno.ENOTSUP,
+        code,
         f"no backend that was asked for works here{source}: {'; '.join(refusals) or 'no name was given'}",
         f"Choose among {AUTO}, {viable}; `natcompat doctor` says more",
     )

@@ -6,6 +6,7 @@ A third party implements `Backend` and registers it in the entry-point group ``n
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -57,6 +58,8 @@ class Viability:
     """One sentence: what to do about it; empty when there is nothing to do."""
     automatic: bool = True
     """Whether ``auto`` may choose it: False where it works only with the help of another process."""
+    code: int = errno.ENOTSUP
+    """The errno for who asks for it by name where it is not viable: EPERM where a privilege is missing."""
 
 
 class Attachment(Protocol):
@@ -79,7 +82,8 @@ class Attachment(Protocol):
         """Return what only the backend knows, of this as far as it applies.
 
         ``engine_drops``: datagrams dropped in the kernel on sockets of the backend's own;
-        ``bypassed``: 1 if the kernel's IPsec policies leave the socket alone, 0 if they do not.
+        ``bypassed``: 1 if the kernel's IPsec policies leave the socket alone, 0 if they do not;
+        names with a colon: what the kernel counts under them for the whole system.
         """
 
     def detach(self, sock: socket.socket) -> None:
@@ -96,8 +100,40 @@ class Attachment(Protocol):
         """Carry on in a forked child what `attach` began in its parent (threads do not survive)."""
 
 
+@runtime_checkable
+class LeakingAttachment(Attachment, Protocol):
+    """A hold on a socket whose kernel does not do all of a duty that it has."""
+
+    leaks: frozenset[str]
+    """Names of the rows of `natcompat.contract.TABLE` that come to the process all the same, which drops
+    them; `select` wakes for them."""
+
+
+@runtime_checkable
+class WholeAttachment(Attachment, Protocol):
+    """A hold on a socket whose kernel has all four duties: its object stays what it is, class and all.
+
+    The process then takes no part, so `sensitive` and `hidden` have no effect, nothing is counted, and what
+    was queued before the option was set is delivered as it came.
+    """
+
+    def is_on(self, sock: socket.socket) -> bool:
+        """Tell whether the kernel still has the option on `sock`: the application may set it as well."""
+
+    def send_keepalive(self, sock: socket.socket, address: Any) -> None:
+        """Send one NAT-keepalive from the port of `sock`, which puts a marker in front of all it sends.
+
+        `address` is a socket address, or None for the connected peer. Raises OSError like a send,
+        `natcompat.errors.NatCompatError` where a privilege is missing.
+        """
+
+
 class Backend(Protocol):
-    """One way of serving sockets."""
+    """One way of serving sockets.
+
+    Where a kernel serves one local port, or one address family alone, attributes ``port`` and ``families``
+    tell who tests the backend; see `port_of` and `families_of`.
+    """
 
     name: str
     hands_over_esp: bool
@@ -113,6 +149,18 @@ class Backend(Protocol):
         and reaches a socket of the backend's goes to `diversion`. Raises
         `natcompat.errors.NatCompatError` and leaves the socket as it was when this cannot be done.
         """
+
+
+def port_of(backend: Backend) -> int:
+    """Return the one local port at which `backend` can serve a socket now (its `port`); 0: at any."""
+    port: int = getattr(backend, "port", 0)
+    return port
+
+
+def families_of(backend: Backend) -> tuple[int, ...]:
+    """Return the address families that `backend` serves (its `families`); without a word, both."""
+    families: tuple[int, ...] = getattr(backend, "families", (socket.AF_INET, socket.AF_INET6))
+    return families
 
 
 class IPsecBackend(Backend, Protocol):

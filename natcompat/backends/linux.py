@@ -13,7 +13,7 @@ from natcompat import filters
 from natcompat.backends import features
 from natcompat.backends.base import Attachment, Viability
 from natcompat.backends.steering import UDP_ENCAP
-from natcompat.contract import Duty, Performer
+from natcompat.contract import TABLE, Duty, Performer, Verdict
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
 from natcompat.xfrm.bypass import bypass, undo_bypass
@@ -30,6 +30,8 @@ _UNFILTERED: Final[Mapping[Duty, Performer]] = {
     Duty.STRIP_MARKER: Performer.PROCESS,
     Duty.INSERT_MARKER: Performer.PROCESS,
 }
+_RESIDUE: Final = frozenset(row.name for row in TABLE if row.verdict is Verdict.ESP and len(row.payload) <= 8)
+"""What is not longer than struct ip_esp_hdr the kernel takes for no ESP (__xfrm4_udp_encap_rcv())."""
 _FILTERED: Final[Mapping[Duty, Performer]] = {**_UNFILTERED, Duty.DROP_RUNTS: Performer.FILTER}
 
 _SENSITIVE: Final[frozenset[str | tuple[int, int]]] = frozenset(
@@ -104,6 +106,7 @@ class _Attachment:
             self.hidden = features.switch_gro_off(sock)
             self.mode = "filter" if self._filtered else "in line"
             self.duties = _FILTERED if self._filtered else _UNFILTERED
+            self.leaks = frozenset() if self._filtered else _RESIDUE
             undo.pop_all()
 
     def counters(self) -> Mapping[str, int]:
