@@ -38,6 +38,7 @@ _VIEW: Final = Struct("=QIIBBB5x")
 _FLOW: Final = Struct("=16s16sHHBBxx")
 """struct esp_flow"""
 _NUMBERS: Final = {reason: number for number, reason in enumerate(Reason, 1)}
+_LARGEST: Final = UNLIMITED - 1
 _STANDING: Final = frozenset({Reason.NO_POLICY, Reason.DISCARD, Reason.BYPASS})
 """Ways that C may go by itself, though no SA is there."""
 _MOST_REMEMBERED: Final = 4096
@@ -178,8 +179,8 @@ class NativeDataPath(PortableDataPath):
                 "copy_df": sa.copy_df,
                 "tfc": sa.tfc,
                 "replay_window": sa.replay_window,
-                "sequence": sequence,
-                "permitted": UNLIMITED - 1 if permitted is None else permitted,
+                "sequence": min(sequence, _LARGEST),
+                "permitted": _LARGEST if permitted is None else min(permitted, _LARGEST),
                 "soft_packets": lifetime.soft_packets or 0,
                 "hard_packets": lifetime.hard_packets or 0,
                 "soft_bytes": lifetime.soft_bytes or 0,
@@ -199,7 +200,7 @@ class NativeDataPath(PortableDataPath):
 
     def counter(self, start: int) -> Any:
         """Return a number that C counts up."""
-        return ffi.new("uint64_t *", start)
+        return ffi.new("uint64_t *", start & _LARGEST)
 
     def forget(self, changed: Association | None = None) -> None:
         """Find the ways of all flows again, and tell C who has an SPI now."""
