@@ -51,6 +51,11 @@ struct esp_view {
 /* Which library would do this transform: "ipsec-mb", "libcrypto"; NULL: Python has to. */
 const char *esp_provider(struct esp_path *path, int encryption, int integrity, size_t key_length);
 
+/* Encrypts or decrypts one packet with a key of its own, in place, for published vectors: `length` bytes
+ * behind header and IV, and the integrity check value behind them. 0: not authentic; -1: not done here. */
+int esp_crypt_once(struct esp_path *path, const struct esp_parameters *parameters, uint8_t *packet, size_t length,
+                   const uint8_t *high, int sealing);
+
 /* NULL: the path does not do this transform, or memory is short. Freed once, when no other call has it. */
 struct esp_sa *esp_inbound_new(struct esp_path *path, const struct esp_parameters *parameters);
 struct esp_sa *esp_outbound_new(struct esp_path *path, const struct esp_parameters *parameters);

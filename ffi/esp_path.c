@@ -70,6 +70,17 @@ const char *esp_provider(struct esp_path *path, int encryption, int integrity, s
     return cipher ? cipher->provider : NULL;
 }
 
+int esp_crypt_once(struct esp_path *path, const struct esp_parameters *parameters, uint8_t *packet, size_t length,
+                   const uint8_t *high, int sealing)
+{
+    struct esp_sa *sa = esp_inbound_new(path, parameters);
+    if (!sa)
+        return -1;
+    int done = (sealing ? sa->cipher->seal : sa->cipher->open)(sa->key, packet, length, high);
+    esp_sa_free(sa);
+    return done;
+}
+
 /* SAs */
 
 pthread_mutex_t *sa_lock(const struct esp_sa *sa)

@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from natcompat.esp import packet
 from natcompat.esp.crypto import make_cipher
 from natcompat.transforms import Encr, Integ, Key
+from tests.esp.making import native_providers
 
 
 def unhex(text: str) -> bytes:
@@ -175,18 +176,17 @@ CHACHA = AeadVector(
 )
 
 
-@pytest.mark.parametrize(
-    ("transform", "vector"),
-    [
-        *(
-            (transform, vector)
-            for transform in (Encr.AES_GCM_8, Encr.AES_GCM_12, Encr.AES_GCM_16)
-            for vector in GCM
-        ),
-        (Encr.CHACHA20_POLY1305, CHACHA),
-    ],
-    ids=lambda value: value.name if isinstance(value, Encr) else value.associated,
-)
+AEAD = [
+    *((transform, each) for transform in (Encr.AES_GCM_8, Encr.AES_GCM_12, Encr.AES_GCM_16) for each in GCM),
+    (Encr.CHACHA20_POLY1305, CHACHA),
+]
+
+
+def _aead_id(value: Encr | AeadVector) -> str:
+    return value.name if isinstance(value, Encr) else value.associated
+
+
+@pytest.mark.parametrize(("transform", "vector"), AEAD, ids=_aead_id)
 def test_aead(transform: Encr, vector: AeadVector) -> None:
     """The draft's tags have 16 bytes; 8 and 12 are what is left of them when they are cut."""
     nonce, associated = unhex(vector.nonce), unhex(vector.associated)
@@ -197,6 +197,30 @@ def test_aead(transform: Encr, vector: AeadVector) -> None:
     assert cipher.seal(prefix, unhex(vector.plaintext), high) == expected
     assert cipher.open(expected, high) == unhex(vector.plaintext)
     assert cipher.open(expected[:-1] + bytes((expected[-1] ^ 1,)), high) is None
+
+
+@pytest.mark.parametrize("provider", native_providers())
+@pytest.mark.parametrize(("transform", "vector"), AEAD, ids=_aead_id)
+def test_aead_in_c(provider: str, transform: Encr, vector: AeadVector) -> None:
+    from natcompat.esp._datapath import ffi, lib
+
+    nonce, associated = unhex(vector.nonce), unhex(vector.associated)
+    path = ffi.gc(lib.esp_path_new(provider.encode()), lib.esp_path_release)
+    key = ffi.from_buffer(unhex(vector.key) + nonce[:4])
+    parameters = ffi.new("struct esp_parameters *")
+    parameters.encryption, parameters.key, parameters.key_length = transform, key, len(key)
+    prefix, plaintext = associated[:4] + associated[-4:] + nonce[4:], unhex(vector.plaintext)
+    high = associated[4:-4] or ffi.NULL
+    expected = prefix + unhex(vector.ciphertext) + unhex(vector.tag)[: transform.icv_length]
+
+    def crypt(packet: bytes, *, sealing: bool) -> tuple[int, bytes]:
+        buffer = bytearray(packet)
+        done = lib.esp_crypt_once(path, parameters, ffi.from_buffer(buffer), len(plaintext), high, sealing)
+        return done, bytes(buffer)
+
+    assert crypt(prefix + plaintext + bytes(transform.icv_length), sealing=True) == (1, expected)
+    assert crypt(expected, sealing=False) == (1, prefix + plaintext + expected[-transform.icv_length :])
+    assert crypt(expected[:-1] + bytes((expected[-1] ^ 1,)), sealing=False)[0] == 0
 
 
 def test_gmac() -> None:
