@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
+import sys
 from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Any
@@ -328,6 +329,14 @@ def test_the_path_mtu_of_loopback(family: socket.AddressFamily) -> None:
         sock.bind((host, 0))
         mtu = min(mtu_of("lo"), 65535 if family == socket.AF_INET else 65536)
         assert kernel_path_mtu(host) == kernel_path_mtu(host, sock) == mtu
+
+
+@pytest.mark.parametrize("platform", ["sunos5", "netbsd10", "win32"])
+def test_systems_that_tell_nothing(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    with socket.socket(type=socket.SOCK_DGRAM) as sock:
+        assert not set_dont_fragment(sock, True)
+        assert kernel_path_mtu("127.0.0.1", sock) is None
 
 
 def test_no_route_no_path_mtu() -> None:

@@ -22,10 +22,10 @@ from natcompat.esp.mtu import PathMtus, TooBigReplies, device_mtu, may_fragment
 from natcompat.esp.results import Destination, Dropped, Opened
 from natcompat.esp.tun import TunDevice
 from natcompat.ipsec import Direction, Encr, Policy, SecurityAssociation, TrafficSelector, UDPEncapsulation
-from natcompat.namespaces import INITIATOR, RESPONDER, ROUTER_OUTSIDE, Topology
+from natcompat.namespaces import INITIATOR, RESPONDER, ROUTER_OUTSIDE, Namespace, Topology
 from tests.esp import making
 from tests.esp.tunnelling import TUN
-from tests.linux_support import LINUX
+from tests.linux_support import LINUX, ip
 
 pytestmark = [LINUX, TUN]
 
@@ -189,14 +189,14 @@ def tunnel(version: int) -> Iterator[tuple[Topology, int]]:
         yield network, mtus.pop()
 
 
-def transfer(network: Topology, inner: int, size: int = 1 << 20) -> None:
-    """Send `size` bytes each way at once over one TCP connection."""
+def transfer(network: Topology, inner: int, client_in: Namespace | None = None, size: int = 1 << 20) -> None:
+    """Send `size` bytes each way at once over one TCP connection to the responder."""
     data = os.urandom(size)
     with network.responder.socket(FAMILY[inner], socket.SOCK_STREAM) as listener:
         listener.bind((INNER["responder"][inner], 0))
         listener.listen()
         listener.settimeout(30)
-        with network.initiator.socket(FAMILY[inner], socket.SOCK_STREAM) as client:
+        with (client_in or network.initiator).socket(FAMILY[inner], socket.SOCK_STREAM) as client:
             client.settimeout(30)
             client.connect(listener.getsockname()[:2])
             server, _ = listener.accept()
@@ -259,3 +259,61 @@ def test_tcp_does_not_stall_when_the_path_becomes_narrow(version: int) -> None:
         # IPv6 packets of 1280 bytes pass in fragments, and IPv4 senders go further down
         assert network.initiator.call(_count)[1] > 0
         assert network.responder.call(_count)[1] > 0
+
+
+HOST = {4: "10.1.7.1", 6: "fd00:a::7:1"}
+"""A host behind the initiator, which is its gateway."""
+
+
+def _be_a_gateway() -> None:
+    for setting in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
+        with open(f"/proc/sys/net/{setting}", "w") as file:
+            file.write("1")
+    for version in (4, 6):
+        ip(f"-{version}", "route", "add", HOST[version], "dev", "uplink")
+
+
+def _be_a_host() -> None:
+    for version in (4, 6):
+        ip(
+            f"-{version}",
+            "address",
+            "add",
+            HOST[version],
+            "dev",
+            "inside",
+            *(["nodad"] if version == 6 else []),
+        )
+        far, gateway = NETWORK["responder"][version], INITIATOR[version]
+        ip(f"-{version}", "route", "add", far, "via", gateway, "src", HOST[version])
+
+
+def _say_that_packets_may_be_long() -> None:
+    """Announce the MSS that a host behind this end has, on an Ethernet."""
+    for version in (4, 6):
+        far = NETWORK["initiator"][version]
+        ip(
+            f"-{version}",
+            "route",
+            "change",
+            far,
+            "dev",
+            _end.device.name,
+            "advmss",
+            str(1500 - 10 * version),
+        )
+
+
+def test_hosts_behind_a_gateway_need_no_clamped_mss() -> None:
+    """Both say in their SYN that they take what fits on Ethernet, and learn better from ICMP."""
+    with tunnel(4) as (network, _):
+        network.router.call(_be_a_host)
+        network.initiator.call(_be_a_gateway)
+        network.responder.call(_say_that_packets_may_be_long)
+        for inner in (4, 6):
+            transfer(network, inner, network.router)
+        assert network.initiator.call(_count)[0] == 0, "the MTU of the device is enough"
+        _narrow(network, 1400)
+        for inner in (4, 6):
+            transfer(network, inner, network.router)
+        assert network.initiator.call(_count)[0] >= 2

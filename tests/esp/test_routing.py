@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from natcompat.errors import NatCompatError
 from natcompat.esp.databases import PolicyDatabase
+from natcompat.esp.discovery import kernel_path_mtu
 from natcompat.esp.packet import Flow
 from natcompat.esp.routing import MARK, DeviceRoutes, refuse_loop, routes_for
 from natcompat.esp.rtnetlink import MAIN_TABLE, Rtnetlink
@@ -197,6 +198,23 @@ def test_other_bits_of_the_mark_stay() -> None:
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == MARK | 0xCA6C
         routes.exempt(sock, False)
         assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK) == 0xCA6C
+
+
+@isolated(network=True)
+def test_the_path_mtu_is_that_of_the_way_that_the_socket_takes() -> None:
+    with (
+        uplink() as link,
+        TunDevice(mtu=1300) as device,
+        DeviceRoutes(device) as routes,
+        socket.socket(type=socket.SOCK_DGRAM) as marked,
+        socket.socket(type=socket.SOCK_DGRAM) as bound,
+    ):
+        link.mtu = 1480
+        routes.add("0.0.0.0/0")
+        routes.exempt(marked)
+        bound.setsockopt(socket.SOL_SOCKET, 25, b"uplink0\0")  # SO_BINDTODEVICE
+        assert kernel_path_mtu(PEER[4]) == 1300
+        assert kernel_path_mtu(PEER[4], marked) == kernel_path_mtu(PEER[4], bound) == 1480
 
 
 LAN = "192.0.2.0/24"
