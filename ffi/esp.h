@@ -17,6 +17,7 @@ enum esp_result {
     ESP_SHORT, ESP_NO_SA, ESP_REPLAYED, ESP_TOO_OLD, ESP_INTEGRITY, ESP_PADDING, ESP_NEXT_HEADER, ESP_DUMMY,
     ESP_MALFORMED, ESP_SELECTOR, ESP_ECN, ESP_NO_POLICY, ESP_DISCARD, ESP_BYPASS, ESP_ACQUIRE, ESP_SEQUENCE,
     ESP_UNRESERVED, ESP_FRAGMENT, ESP_HEADERS, ESP_TOO_BIG, ESP_QUEUE, ESP_FORKED, ESP_CLOSED,
+    ESP_DEVICE, ESP_NO_ENDPOINT, ESP_PATH_MTU, ESP_SEND,
     ESP_REASONS,      /* how many results there are up to here */
     ESP_UP = 64,      /* untouched: Python does all of it */
     ESP_ADMIT = 65    /* opened and authentic; Python decides whether its SA may carry this flow */

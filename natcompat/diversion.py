@@ -83,8 +83,6 @@ class Diversion:
         self.counters: Counters = counters if counters is not None else Counters()
         self.hand_back: HandBack = HandBack(family)
         self.consumer = consumer
-        self.coalesce: bool = bool(getattr(consumer, "coalesce", False))
-        """Whether the consumer gains by UDP_GRO on the sockets that ESP is steered to."""
         self.calling: set[int] = set()
         """Identifiers of the threads that are in the consumer now."""
 
@@ -93,13 +91,30 @@ class Diversion:
         """Whether somebody takes ESP; if not it is counted and dropped, like ESP without an SA."""
         return self.consumer is not None
 
-    def take(self, datagrams: list[tuple[memoryview, Address]]) -> None:
-        """Take UDP payloads with their sources, in order, none of them IKE."""
-        burst = []
-        for payload, source in datagrams:
+    @property
+    def coalesce(self) -> bool:
+        """Whether the consumer gains by UDP_GRO on the sockets that ESP is steered to."""
+        return bool(getattr(self.consumer, "coalesce", False))
+
+    @property
+    def wants_traffic_classes(self) -> bool:
+        """Whether the consumer asks for the outer traffic class of each packet."""
+        return bool(getattr(self.consumer, "traffic_classes", False))
+
+    def take(
+        self, datagrams: list[tuple[memoryview, Address]], traffic_classes: list[int] | None = None
+    ) -> None:
+        """Take UDP payloads with their sources, in order, none of them IKE.
+
+        `traffic_classes`: one for each, where the caller knows them.
+        """
+        burst, classes = [], []
+        for index, (payload, source) in enumerate(datagrams):
             match classify(payload):
                 case Verdict.ESP:
                     burst.append((payload, source))
+                    if traffic_classes is not None:
+                        classes.append(traffic_classes[index])
                 case Verdict.KEEPALIVE:
                     self.counters.keepalives += 1
                 case Verdict.RUNT:
@@ -110,13 +125,15 @@ class Diversion:
             return
         count = len(burst)  # no call between the two halves of +=
         self.counters.esp += count
-        if self.consumer is None:
+        consumer: Any = self.consumer  # another thread may exchange it
+        if consumer is None:
             return
-        if isinstance(self.consumer, EspInbound):
-            self._call(self.consumer.inbound, burst)
+        if isinstance(consumer, EspInbound):
+            classed = classes and getattr(consumer, "traffic_classes", False)
+            self._call(consumer.inbound, burst, *((classes,) if classed else ()))
         else:
             for packet, source in burst:
-                self._call(self.consumer, packet, source)
+                self._call(consumer, packet, source)
 
     def error(self, what: str) -> None:
         """Count and log something that went wrong off the application's path."""

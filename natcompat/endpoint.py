@@ -14,10 +14,18 @@ from typing import Any, Literal, overload
 
 from natcompat import backends
 from natcompat.admission import admit, refuse_set_options, unwrap
-from natcompat.backends.base import Attachment, Backend, EspConsumer, LeakingAttachment, WholeAttachment
+from natcompat.backends.base import (
+    Attachment,
+    Backend,
+    EspConsumer,
+    LeakingAttachment,
+    OwnEsp,
+    WholeAttachment,
+)
 from natcompat.contract import NAT_KEEPALIVE, UDP_NAT_T_ENDPOINT, Duty, Performer
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
+from natcompat.outlet import Outlet
 from natcompat.process import LARGEST_DATAGRAM, ProcessHalf, bind_implicitly, half_of
 from natcompat.sockets import change_class, make_class
 from natcompat.stats import Stats
@@ -39,6 +47,8 @@ class NatTEndpoint:
         self, sock: socket.socket, root: type[socket.socket], backend: Backend, esp: EspConsumer | None
     ) -> None:
         self._backend = backend
+        self._esp = esp  # None: the backend's own
+        self._outlet: Outlet | None = None
         self._pid = self._served_in = os.getpid()
         self._lock = threading.RLock()
         self._aliases: dict[int, weakref.finalize[[int], socket.socket]] = {}
@@ -47,19 +57,23 @@ class NatTEndpoint:
         self._keepalives_sent = 0
         self._observers: dict[object, Callable[[Any], object]] = {}
         self._drops_before = _drops(sock)
-        half = self._half = ProcessHalf(type(sock), root, Diversion(esp, sock.family))
+        half = self._half = ProcessHalf(type(sock), root, Diversion(None, sock.family))
         half.rearrange = self._rearrange
         half.set_option = self._set_option
         half.alias_made = self._add_alias
         half.alias_closed = self._alias_closed
         self._class = make_class(half)
-        try:
-            self._attach(sock)
-            self._dress(sock)
-        except BaseException:
-            self._detach(sock)
-            raise
-        self._add_alias(sock)
+        own_esp = _own_esp(backend)
+        if own_esp is not None:
+            own_esp.follow(self._take_up)
+        with self._lock:  # so that who takes ESP is exchanged before or after, and not in between
+            try:
+                self._attach(sock)
+                self._dress(sock)
+            except BaseException:
+                self._detach(sock)
+                raise
+            self._add_alias(sock)
         _endpoints.add(self)
 
     @property
@@ -128,6 +142,7 @@ class NatTEndpoint:
             esp_dropped_in_kernel=known.get("engine_drops"),
             bypassed=bool(known["bypassed"]) if "bypassed" in known else None,
             handed_back=counters.handed_back,
+            datapath=getattr(self._half.diversion.consumer, "datapath", None),
             errors=counters.errors,
             system_wide={name: value for name, value in known.items() if ":" in name},
         )
@@ -201,15 +216,16 @@ class NatTEndpoint:
             sock = self._any_alias()
             if sock is None or self._attachment is None or self._closed:
                 raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
-            if self._served_in != os.getpid():
+            same_backend = backend is None or backend is self._backend
+            if self._served_in != os.getpid() and (esp is not None or self._consumer() is not None):
                 self._attachment.adopt()
                 self._served_in = os.getpid()
-            same_backend = backend is None or backend is self._backend
-            if same_backend and (esp is None or esp is self._half.diversion.consumer):
+            if same_backend and (esp is None or esp is self._esp):
                 return
             if not self._owned() and self.mode == "steering":
                 if same_backend:
-                    self._half.diversion.consumer = esp
+                    self._esp = esp
+                    self._change_consumer(sock)
                     return
                 raise NatCompatError(
                     errno.EBUSY,
@@ -218,30 +234,70 @@ class NatTEndpoint:
                 )
             self._pid = os.getpid()
             chosen = backend or self._backend
-            if (esp is not None or self._half.diversion.wanted) and not chosen.hands_over_esp:
+            if (esp is not None or self._esp is not None) and not chosen.hands_over_esp:
                 chosen = backends.select(backend, hands_over_esp=True)  # or the reason why not
-            before = self._backend, self._half.diversion
+            before = self._backend, self._esp
+            own_esp = _own_esp(chosen)
+            if own_esp is not None:
+                own_esp.follow(self._take_up)
             try:
                 self._detach(sock)
                 self._backend = chosen
                 if esp is not None:
-                    self._half.diversion = Diversion(esp, sock.family, self._half.counters)
-                    # what was handed back may still be in the queue
-                    self._half.diversion.hand_back = before[1].hand_back
+                    self._esp = esp
                 self._attach(sock)
                 for alias in self._living_aliases():
                     self._dress(alias)
             except BaseException:
-                self._backend, self._half.diversion = before
+                self._backend, self._esp = before
                 self._attach_somehow(sock)
                 raise
+
+    def _take_up(self) -> None:
+        """The ESP of the backend's own has begun or ended."""
+        with self._control():
+            sock = self._any_alias()
+            if sock is None or self._closed or self._consumer() is self._half.diversion.consumer:
+                return
+            if not self._owned() and self.mode == "steering":  # the parent goes on; both get a part of it
+                if self._served_in != os.getpid() and self._attachment is not None:
+                    self._attachment.adopt()
+                    self._served_in = os.getpid()
+                self._change_consumer(sock)
+                return
+            self._pid = os.getpid()
+            try:
+                self._detach(sock)
+            except OSError as error:
+                self._half.diversion.error(f"detaching failed: {error}")
+            self._attach_somehow(sock)
+
+    def _consumer(self) -> EspConsumer | None:
+        """Return who is to take ESP now."""
+        own_esp = _own_esp(self._backend)
+        return self._esp if self._esp is not None or own_esp is None else own_esp.consumer
 
     def _tell(self, destination: Any) -> None:
         for observer in list(self._observers.values()):
             observer(destination)
 
+    def _change_consumer(self, sock: socket.socket) -> None:
+        """Exchange who takes ESP, and tell him where ESP may leave."""
+        half = self._half
+        self._end_outlet()
+        half.diversion.consumer = consumer = self._consumer()
+        if hasattr(consumer, "attached") and not half.unbound:
+            self._outlet = Outlet(self, half.root, getattr(self._attachment, "esp_socket", None), consumer)
+            self._outlet.begin()
+
+    def _end_outlet(self) -> None:
+        outlet, self._outlet = self._outlet, None
+        if outlet is not None:
+            outlet.end()
+
     def _attach(self, sock: socket.socket) -> None:
         half = self._half
+        half.diversion.consumer = self._consumer()  # the backend asks whether there is one
         attachment = self._backend.attach(SystemCalls(sock, half.root), half.diversion)
         self._attachment = attachment
         half.sensitive, half.hidden = attachment.sensitive, attachment.hidden
@@ -250,6 +306,7 @@ class NatTEndpoint:
         exact = not _leaks_of(attachment) and Performer.PROCESS not in kept
         # until the queue has been empty once it may hold what came before
         half.room, half.draining = LARGEST_DATAGRAM, exact
+        self._change_consumer(sock)
 
     def _dress(self, sock: socket.socket) -> None:
         """Give `sock` the class of an endpoint's, unless the kernel does all there is to do."""
@@ -277,6 +334,7 @@ class NatTEndpoint:
 
     def _detach(self, sock: socket.socket) -> None:
         half = self._half
+        self._end_outlet()
         half.room, half.draining, half.unbound = LARGEST_DATAGRAM, False, False
         attachment, self._attachment = self._attachment, None
         if attachment is None:
@@ -313,6 +371,7 @@ class NatTEndpoint:
             self._half.diversion.error(f"attaching again failed: {error}")
             self._attachment = InLineAttachment(f"attaching again failed: {error}")
             self._half.sensitive, self._half.hidden = frozenset(), {}
+            self._change_consumer(sock)
         for alias in self._living_aliases():
             self._dress(alias)
 
@@ -346,6 +405,7 @@ class NatTEndpoint:
     def _release(self) -> None:
         self._closed = True
         self._half.on = False
+        self._end_outlet()
         attachment, self._attachment = self._attachment, None
         if attachment is not None:
             attachment.release()
@@ -479,6 +539,11 @@ def _of_plain_socket(sock: Any) -> NatTEndpoint | None:
 
 def _leaks_of(attachment: Attachment | None) -> frozenset[str]:
     return attachment.leaks if isinstance(attachment, LeakingAttachment) else frozenset()
+
+
+def _own_esp(backend: Backend) -> OwnEsp | None:
+    found: OwnEsp | None = getattr(backend, "own_esp", None)
+    return found
 
 
 def _drops(sock: socket.socket) -> int | None:

@@ -41,6 +41,8 @@ class Stats:
     policy that blocks UDP blocks IKE and ESP-in-UDP. None where the kernel's IPsec is not used."""
     handed_back: int
     """IKE that had come to a socket of natcompat's and was given back to the application's."""
+    datapath: str | None
+    """What carries ESP in this process, as NATCOMPAT_DATAPATH calls it; None where natcompat does not."""
     errors: int
     """Exceptions of the consumer of ESP, IKE that could not be handed back; logged to ``natcompat``."""
     system_wide: Mapping[str, int] = field(default_factory=dict)

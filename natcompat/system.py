@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import selectors
 import socket
 import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from natcompat.errors import NatCompatError
@@ -82,13 +84,58 @@ def receive_now(root: type[socket.socket], sock: Any, size: int, ancillary_size:
         return receive(type(inner), inner, size, ancillary_size, flags)
     if not sock.gettimeout():
         return receive(root, sock, size, ancillary_size, flags | _MSG_DONTWAIT)
-    # A timeout of the object would wait in spite of MSG_DONTWAIT, so another object asks.
+    with _never_waiting(sock) as alias:
+        return receive(type(alias), alias, size, ancillary_size, flags)
+
+
+def send_now(
+    root: type[socket.socket],
+    sock: Any,
+    buffers: Sequence[bytes],
+    ancillary: Sequence[tuple[int, int, bytes]],
+    address: Any,
+) -> int:
+    """Send one datagram without waiting, whatever the timeout of `sock` is; BlockingIOError: no room.
+
+    Where the system has no ancillary data (Windows) it goes without.
+    """
+    if _of_gevent(root):  # its sockets wrap one that never waits
+        sock = sock._sock
+        root = type(sock)
+    elif sock.gettimeout():
+        with _never_waiting(sock) as alias:
+            return _send(type(alias), alias, buffers, ancillary, 0, address)
+    return _send(root, sock, buffers, ancillary, _MSG_DONTWAIT, address)
+
+
+def _send(
+    root: type[socket.socket],
+    sock: Any,
+    buffers: Sequence[bytes],
+    ancillary: Sequence[tuple[int, int, bytes]],
+    flags: int,
+    address: Any,
+) -> int:
+    if not hasattr(root, "sendmsg"):
+        return root.sendto(sock, b"".join(buffers), flags, address)
+    try:
+        return root.sendmsg(sock, buffers, ancillary, flags, address)
+    except OSError as error:
+        # elsewhere than on Linux a connected socket takes no address, not even its peer's
+        if error.errno != errno.EISCONN or sock.getpeername()[:2] != tuple(address)[:2]:
+            raise
+        return root.sendmsg(sock, buffers, ancillary, flags)
+
+
+@contextlib.contextmanager
+def _never_waiting(sock: Any) -> Iterator[socket.socket]:
+    """Give another object of the descriptor: a timeout of `sock` would wait in spite of MSG_DONTWAIT."""
     import _socket
 
-    alias = _socket.socket(sock.family, sock.type, sock.proto, _descriptor(sock))
+    alias: Any = _socket.socket(sock.family, sock.type, sock.proto, _descriptor(sock))
     try:
         alias.settimeout(0)  # the descriptor is non-blocking already
-        return receive(_socket.socket, alias, size, ancillary_size, flags)  # type: ignore[arg-type]
+        yield alias
     finally:
         alias.detach()
 

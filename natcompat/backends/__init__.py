@@ -12,13 +12,15 @@ import importlib
 import os
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast, overload
 
 from natcompat.backends.base import Backend, Viability
 from natcompat.errors import BackendUnavailableError, NatCompatError
 
 if TYPE_CHECKING:
     from natcompat.backends.base import IPsecBackend
+    from natcompat.esp.device import PacketDevice
+    from natcompat.esp.userspace import UserspaceIPsec
     from natcompat.ipsec import IPsec
 
 ENVIRONMENT_VARIABLE: Final = "NATCOMPAT_BACKEND"
@@ -133,8 +135,31 @@ def select(requested: str | Backend | None = None, *, hands_over_esp: bool = Fal
     )
 
 
-def open_ipsec(backend: str | Backend | None = None) -> IPsec:
+@overload
+def open_ipsec(
+    backend: Literal["userspace", "userspace:in-line"],
+    *,
+    device: PacketDevice | None = None,
+    follow_mapping: bool = False,
+) -> UserspaceIPsec: ...
+@overload
+def open_ipsec(
+    backend: str | Backend | None = None,
+    *,
+    device: PacketDevice | None = None,
+    follow_mapping: bool = False,
+) -> IPsec: ...
+def open_ipsec(
+    backend: str | Backend | None = None,
+    *,
+    device: PacketDevice | None = None,
+    follow_mapping: bool = False,
+) -> IPsec:
     """Open the SAD and SPD that belong to `backend`, or to the one that would be chosen without it.
+
+    `device` and `follow_mapping` are for ESP in this process alone (the backend userspace): where
+    inner packets come from and go to, and whether answers go where authentic packets come from,
+    without asking; see `natcompat.esp.userspace`. Elsewhere they raise EINVAL.
 
     Raises `natcompat.errors.BackendUnavailableError` like `natcompat.set_nat_t_endpoint`, and
     `natcompat.errors.NatCompatError`: EPERM without the privilege, ENOTSUP if the backend has none.
@@ -147,7 +172,17 @@ def open_ipsec(backend: str | Backend | None = None) -> IPsec:
             f"the backend {chosen.name} keeps no SAs",
             "Take ESP yourself, by the argument esp of set_nat_t_endpoint(), or use the backend linux",
         )
-    return cast("IPsecBackend", chosen).open_ipsec()
+    options: dict[str, Any] = {}
+    if device is not None or follow_mapping:
+        if getattr(chosen, "own_esp", None) is None:
+            raise NatCompatError(
+                errno.EINVAL,
+                f"device and follow_mapping are for ESP in this process; that of the backend {chosen.name} "
+                "is the kernel's",
+                "Ask for the backend userspace, or leave them away",
+            )
+        options = {"device": device, "follow_mapping": follow_mapping}
+    return cast("IPsecBackend", chosen).open_ipsec(**options)
 
 
 def _viable(found: Viability, refusals: list[str]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -29,8 +29,16 @@ EspCallable: TypeAlias = Callable[[memoryview, Address], object]
 class EspInbound(Protocol):
     """Takes diverted ESP packets by the burst.
 
-    `coalesce` (optional, default False) asks for UDP_GRO on the sockets that ESP is steered to:
-    fewer and larger receives, worth it where a burst is handled in one piece.
+    What follows is optional; a consumer has it or not:
+
+    `coalesce` (default False) asks for UDP_GRO on the sockets that ESP is steered to: fewer and
+    larger receives, worth it where a burst is handled in one piece.
+
+    `traffic_classes` (default False) asks for the outer TOS or traffic class of each packet: where
+    they are known `inbound` gets a list of them, one for each packet, as a second argument.
+
+    `attached(outlet)` and `detached(outlet)` tell which endpoints hand their ESP to it, for a
+    consumer that sends ESP, too: see `EspOutlet`. `detached` runs in finalizers and takes no lock.
     """
 
     def inbound(self, burst: list[tuple[memoryview, Address]]) -> object:
@@ -42,6 +50,42 @@ class EspInbound(Protocol):
 
 
 EspConsumer: TypeAlias = EspCallable | EspInbound
+
+
+class EspOutlet(Protocol):
+    """Where ESP leaves by the port of an endpoint, without the marker. Any thread may use it."""
+
+    own: bool
+    """Whether `sock` is there for ESP alone, so that its options may be set; else it is the application's."""
+
+    @property
+    def address(self) -> Address:
+        """Of the endpoint's socket, as `socket.socket.getsockname` tells it; port 0 while it is not bound."""
+        ...
+
+    @property
+    def sock(self) -> socket.socket:
+        """What it sends from, as it would without the option. Raises EBADF once that is closed."""
+        ...
+
+    def sendmsg(
+        self, buffers: Sequence[bytes], ancillary: Sequence[tuple[int, int, bytes]], address: Address
+    ) -> int:
+        """Send one datagram, which `buffers` are put together to. Never waits: EAGAIN if there is no room."""
+        ...
+
+
+class OwnEsp(Protocol):
+    """The ESP of a backend's own: what takes ESP of endpoints that nobody gave an `esp`."""
+
+    @property
+    def consumer(self) -> EspConsumer | None:
+        """Who takes it in this process now; None: nobody, and it is counted and dropped."""
+        ...
+
+    def follow(self, changed: Callable[[], None]) -> object:
+        """Have the method `changed` called, which is held weakly, whenever `consumer` is another."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +107,11 @@ class Viability:
 
 
 class Attachment(Protocol):
-    """A backend's hold on one socket, from `Backend.attach` to `detach`."""
+    """A backend's hold on one socket, from `Backend.attach` to `detach`.
+
+    `esp_socket` (optional): a socket of the backend's on the same port, which never waits and from
+    which ESP may leave, or None.
+    """
 
     mode: str
     """How this socket is served, in a word or two: ``filter``, ``steering``, ``in line``, ``unbound``."""
@@ -133,6 +181,8 @@ class Backend(Protocol):
 
     Where a kernel serves one local port, or one address family alone, attributes ``port`` and ``families``
     tell who tests the backend; see `port_of` and `families_of`.
+
+    `own_esp` (optional): an `OwnEsp`, where ESP comes to this process and has a place to go to there.
     """
 
     name: str
@@ -166,5 +216,8 @@ def families_of(backend: Backend) -> tuple[int, ...]:
 class IPsecBackend(Backend, Protocol):
     """A backend that has a SAD and an SPD, too."""
 
-    def open_ipsec(self) -> IPsec:
-        """Open them. Raises `natcompat.errors.NatCompatError`: EPERM without the privilege."""
+    def open_ipsec(self, **options: Any) -> IPsec:
+        """Open them, with what the backend takes of the options of `natcompat.open_ipsec`.
+
+        Raises `natcompat.errors.NatCompatError`: EPERM without the privilege.
+        """

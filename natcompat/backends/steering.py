@@ -25,12 +25,16 @@ from natcompat.system import is_connected
 # Option numbers of Linux that Python does not name in every version
 IP_PKTINFO: Final = 8  # include/uapi/linux/in.h
 IP_RECVERR: Final = 11
+_IP_RECVTOS: Final = 13
 _IP_FREEBIND: Final = 15
 _IP_TRANSPARENT: Final = 19
 IPV6_RECVERR: Final = 25  # include/uapi/linux/in6.h
+_IPV6_RECVTCLASS: Final = 66
+_IPV6_TCLASS: Final = 67
 _IPV6_TRANSPARENT: Final = 75
 _IPV6_FREEBIND: Final = 78
 SO_BINDTODEVICE: Final = 25  # include/uapi/asm-generic/socket.h
+SO_MARK: Final = 36
 UDP_ENCAP: Final = 100  # include/uapi/linux/udp.h
 _UDP_NO_CHECK6_RX: Final = 102
 UDP_GRO: Final = 104
@@ -51,10 +55,14 @@ _Destination: TypeAlias = tuple[str, int] | None
 """Local address and interface that a datagram was sent to; None: to several hosts."""
 _Stray: TypeAlias = tuple[memoryview, Address, _Destination]
 """IKE that came to the engine: datagram, source, destination."""
+_Diverted: TypeAlias = tuple[list[tuple[memoryview, Address]], list[int]]
+"""What is not IKE, with its sources, and the outer traffic class of each."""
 
 _BURST: Final = 64  # datagrams taken from one socket before the next has its turn
+_MOST_SEGMENTS: Final = 256  # likewise, where several come as one
 _LARGEST: Final = 65535
-_ANCILLARY: Final = socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20) + socket.CMSG_SPACE(12)
+_ANCILLARY: Final = 3 * socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20) + socket.CMSG_SPACE(12)
+_TRAFFIC_CLASS: Final = ((socket.IPPROTO_IP, socket.IP_TOS), (socket.IPPROTO_IPV6, _IPV6_TCLASS))
 _ENVELOPE: Final = HandBack.HEADROOM
 
 
@@ -94,6 +102,11 @@ class Steering:
         self._reader.close()
         self._reader = _Reader(self._engines, self._take)
 
+    @property
+    def esp_socket(self) -> socket.socket:
+        """One of the engine's sockets, for what leaves without the marker."""
+        return self._engines[0]
+
     def drops(self) -> int:
         """Return how many datagrams the kernel dropped because the queues of ours were full."""
         return sum(filters.drops(engine) or 0 for engine in self._engines)
@@ -125,6 +138,9 @@ class Steering:
             device = _device(sock)
             if device:
                 engine.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, device)
+            mark = sock.getsockopt(socket.SOL_SOCKET, SO_MARK)
+            if mark:  # ESP that leaves here shall go the way of IKE
+                engine.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
             # what the application gave its own queue, ESP shall have too (the kernel reports it doubled)
             engine.setsockopt(
                 socket.SOL_SOCKET, socket.SO_RCVBUF, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
@@ -134,6 +150,10 @@ class Steering:
                 engine.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
             else:
                 engine.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
+            if self._diversion.wants_traffic_classes:
+                engine.setsockopt(socket.IPPROTO_IP, _IP_RECVTOS, 1)  # an IPv6 socket has IPv4 peers, too
+                if sock.family == socket.AF_INET6:
+                    engine.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVTCLASS, 1)
             # GRO glues IKE behind ESP, and a socket bound to a device cannot be handed anything back
             if self._diversion.coalesce and not device:
                 with contextlib.suppress(OSError):
@@ -150,15 +170,18 @@ class Steering:
         strays, diverted, more = self._receive(engine)
         for stray in strays:
             self._hand_back(engine, *stray)
-        self._diversion.take(diverted)
+        self._diversion.take(*diverted)
         return more
 
-    def _receive(self, engine: socket.socket) -> tuple[list[_Stray], list[tuple[memoryview, Address]], bool]:
+    def _receive(self, engine: socket.socket) -> tuple[list[_Stray], _Diverted, bool]:
         """Return one burst from `engine`: IKE, everything else, and whether there may be more."""
         strays: list[_Stray] = []
         diverted: list[tuple[memoryview, Address]] = []
+        traffic_classes: list[int] = []
         more = True
         for _ in range(_BURST):
+            if len(diverted) >= _MOST_SEGMENTS:
+                break
             try:
                 data, ancillary, _, source = engine.recvmsg(_LARGEST, _ANCILLARY)
             except BlockingIOError:
@@ -167,7 +190,7 @@ class Steering:
             except OSError as error:  # an ICMP error of something sent by this socket
                 self._diversion.error(f"receive of ESP: {error}")
                 break
-            destination, segment_size = _read_ancillary(ancillary)
+            destination, segment_size, traffic_class = _read_ancillary(ancillary)
             whole = memoryview(data)
             for start in range(0, len(data), segment_size) if segment_size else (0,):
                 segment = whole[start : start + segment_size] if segment_size else whole
@@ -175,7 +198,8 @@ class Steering:
                     strays.append((segment, source, destination))
                 else:
                     diverted.append((segment, source))
-        return strays, diverted, more
+                    traffic_classes.append(traffic_class)
+        return strays, (diverted, traffic_classes), more
 
     def _hand_back(
         self, sender: socket.socket, datagram: memoryview, source: Address, destination: _Destination
@@ -214,7 +238,7 @@ class Steering:
             while more and bursts < 64:  # for ESP may come without end
                 strays, diverted, more = self._receive(engine)
                 kept += strays
-                self._diversion.take(diverted)
+                self._diversion.take(*diverted)
                 bursts += 1
         for stray in kept:  # now that the application's socket is the only one that it can come to
             self._hand_back(sock, *stray)
@@ -317,13 +341,13 @@ def _device(sock: socket.socket) -> bytes:
         return b""
 
 
-def _read_ancillary(ancillary: list[tuple[int, int, bytes]]) -> tuple[_Destination, int]:
-    """Return (local address, interface) that a datagram was sent to, and the size of its segments.
+def _read_ancillary(ancillary: list[tuple[int, int, bytes]]) -> tuple[_Destination, int, int]:
+    """Return (local address, interface) that a datagram was sent to, the size of its segments, its TOS.
 
     None for what went to several hosts, 0 for what is in one piece.
     """
     destination = None
-    segment_size = 0
+    segment_size = traffic_class = 0
     for level, kind, data in ancillary:
         if (level, kind) == (socket.IPPROTO_IP, IP_PKTINFO):
             interface, local, sent_to = struct.unpack_from("=i4s4s", data)
@@ -336,4 +360,7 @@ def _read_ancillary(ancillary: list[tuple[int, int, bytes]]) -> tuple[_Destinati
                 destination = socket.inet_ntop(socket.AF_INET6, sent_to), interface
         elif (level, kind) == (socket.IPPROTO_UDP, UDP_GRO):
             segment_size = struct.unpack_from("=i", data)[0]
-    return destination, segment_size
+        elif (level, kind) in _TRAFFIC_CLASS:
+            # one octet for IPv4, an int for IPv6
+            traffic_class = data[0] if len(data) == 1 else struct.unpack_from("=i", data)[0]
+    return destination, segment_size, traffic_class

@@ -7,11 +7,16 @@ import errno
 import socket
 import sys
 from collections.abc import Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from natcompat.backends.base import Attachment, Viability
+from natcompat.backends.own_esp import PROCESS_ESP
 from natcompat.contract import Duty, Performer
 from natcompat.diversion import Diversion
+
+if TYPE_CHECKING:
+    from natcompat.esp.device import PacketDevice
+    from natcompat.esp.userspace import UserspaceIPsec
 
 _PROCESS: Final[Mapping[Duty, Performer]] = dict.fromkeys(Duty, Performer.PROCESS)
 _FILTER: Final[Mapping[Duty, Performer]] = {
@@ -52,13 +57,14 @@ class InLineAttachment:
 
 
 class UserspaceBackend:
-    """Demultiplexing in this process.
+    """Demultiplexing in this process, and ESP in it once `open_ipsec` was called.
 
     On Linux ESP is steered to a socket of natcompat's; with `in_line` (and wherever steering cannot
     be had) the process classifies what the application's own receive calls return.
     """
 
     hands_over_esp = True
+    own_esp = PROCESS_ESP
 
     def __init__(self, *, in_line: bool = False) -> None:
         self.name = "userspace:in-line" if in_line else "userspace"
@@ -101,6 +107,14 @@ class UserspaceBackend:
             return InLineAttachment("steering is a feature of Linux")
         return _LinuxAttachment(sock, diversion)
 
+    def open_ipsec(
+        self, *, device: PacketDevice | None = None, follow_mapping: bool = False
+    ) -> UserspaceIPsec:
+        """Open the ESP of this process; see `natcompat.esp.userspace.open_process_ipsec`."""
+        from natcompat.esp.userspace import open_process_ipsec
+
+        return open_process_ipsec(device=device, follow_mapping=follow_mapping)
+
 
 class _LinuxAttachment(InLineAttachment):
     """Steering, filter and UDP_GRO on one socket of Linux, as far as each can be had."""
@@ -118,6 +132,7 @@ class _LinuxAttachment(InLineAttachment):
                 "connect",
                 (socket.SOL_SOCKET, socket.SO_REUSEPORT),
                 (socket.SOL_SOCKET, steering.SO_BINDTODEVICE),
+                (socket.SOL_SOCKET, steering.SO_MARK),
                 *features.FILTER_OPTIONS,
                 (socket.SOL_SOCKET, filters.SO_ATTACH_REUSEPORT_CBPF),
                 (socket.SOL_SOCKET, filters.SO_ATTACH_REUSEPORT_EBPF),
@@ -171,6 +186,11 @@ class _LinuxAttachment(InLineAttachment):
             self.duties = _FILTER if strict else _NO_RUNTS
             if strict and self.mode == "in line":
                 self.mode = "filter"
+
+    @property
+    def esp_socket(self) -> socket.socket | None:
+        """The engine's socket, if there is one."""
+        return self._steering.esp_socket if self._steering is not None else None
 
     def counters(self) -> Mapping[str, int]:
         """Return the drops of the engine's queues."""

@@ -127,6 +127,7 @@ class Outbound(Association):
             str(self.sa.destination),
             ports.remote_port,
             local_port=ports.local_port,
+            source=str(self.sa.source),
             traffic_class=traffic_class,
             dont_fragment=dont_fragment,
         )

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from ipaddress import ip_address
 from typing import Final, Self
 
 from natcompat.contract import NAT_KEEPALIVE
@@ -24,7 +25,7 @@ from natcompat.esp.databases import PolicyEntry
 from natcompat.esp.datapath import DataPathFactory, PortableDataPath, Sealed
 from natcompat.esp.events import EspEvents
 from natcompat.esp.packet import Flow, address_of
-from natcompat.esp.results import DROPPED, Dropped, Opened, Packet, Reason
+from natcompat.esp.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
 from natcompat.esp.timer import Timer
 from natcompat.ipsec import (
     Acquire,
@@ -34,6 +35,7 @@ from natcompat.ipsec import (
     MappingChange,
     Mode,
     SaId,
+    SecurityAssociation,
     TrafficSelector,
 )
 
@@ -149,6 +151,17 @@ class EspEngine(Control):
     def counters(self) -> Mapping[Reason, int]:
         """Return how many packets went no further, by reason; reasons without a packet are missing."""
         return self._path.counters()
+
+    def count(self, reason: Reason, packets: int) -> None:
+        """Count `packets` that whoever carries them had to drop for `reason`."""
+        if packets > 0:
+            self._path.count([DROPPED[reason]] * packets)
+
+    def outbound_sa(self, spi: int, destination: Destination) -> SecurityAssociation | None:
+        """Return the SA that sealed a packet with `spi` to `destination`; None: it is gone."""
+        with self._usable():
+            found = self._associations.by_id.get(SaId(spi=spi, destination=ip_address(destination[0])))
+            return found.sa if found is not None else None
 
     def _unusable(self) -> Dropped | None:
         if os.getpid() != self._pid:

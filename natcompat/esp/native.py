@@ -37,6 +37,9 @@ _VIEW: Final = Struct("=QIIBBB5x")
 """struct esp_view"""
 _FLOW: Final = Struct("=16s16sHHBBxx")
 """struct esp_flow"""
+if len(Reason) + 1 != lib.ESP_REASONS:
+    raise ImportError("natcompat.esp._datapath was built from other sources; build it again")
+
 _NUMBERS: Final = {reason: number for number, reason in enumerate(Reason, 1)}
 _LARGEST: Final = UNLIMITED - 1
 _STANDING: Final = frozenset({Reason.NO_POLICY, Reason.DISCARD, Reason.BYPASS})

@@ -61,6 +61,14 @@ class Reason(enum.Enum):
     """Both: this process is a fork of the one that opened the engine; two would use one nonce."""
     CLOSED = "closed"
     """Both: the engine is closed."""
+    DEVICE = "device"
+    """Inbound: authentic, and the packet device did not take it."""
+    NO_ENDPOINT = "no_endpoint"
+    """Outbound: no endpoint has the local port of the SA, so nothing can carry the packet."""
+    PATH_MTU = "path_mtu"
+    """Outbound: longer than the path takes; its sender has been told, if he could be."""
+    SEND = "send"
+    """Outbound: the system did not send it, as when it had no room or no route."""
 
 
 class Dropped(NamedTuple):
@@ -87,14 +95,24 @@ class Destination(tuple[str, int]):
     """
 
     local_port: int
+    source: str
+    """The address that it is to come from, as the SA says; empty: any."""
     traffic_class: int
     """DSCP and ECN of the outer header, as one octet."""
     dont_fragment: bool
 
     def __new__(
-        cls, host: str, port: int, *, local_port: int, traffic_class: int = 0, dont_fragment: bool = False
+        cls,
+        host: str,
+        port: int,
+        *,
+        local_port: int,
+        source: str = "",
+        traffic_class: int = 0,
+        dont_fragment: bool = False,
     ) -> Destination:
         """Make one."""
         self = super().__new__(cls, (host, port))
+        self.source = source
         self.local_port, self.traffic_class, self.dont_fragment = local_port, traffic_class, dont_fragment
         return self

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from natcompat import open_ipsec
+from natcompat.esp.device import QueueDevice
 from natcompat.esp.engine import EspEngine
 from natcompat.esp.results import Dropped, Opened
 from natcompat.ipsec import IPsec
@@ -20,6 +22,13 @@ class TestEspEngine(IPsecConformance):
         return EspEngine()
 
 
+class TestTheEspOfTheProcess(TestEspEngine):
+    """With a device and a carrier, as a daemon has it."""
+
+    def open_ipsec(self) -> IPsec:
+        return open_ipsec("userspace", device=QueueDevice())
+
+
 class TestEspEngineTraffic(IPsecTrafficConformance):
     def open_ipsec(self) -> IPsec:
         return EspEngine()
@@ -33,3 +42,8 @@ class TestEspEngineTraffic(IPsecTrafficConformance):
         assert isinstance(ipsec, EspEngine)
         opened = ipsec.open(packet, source)
         return [opened.inner] if isinstance(opened, Opened) else []
+
+
+class TestTheTrafficOfTheProcess(TestEspEngineTraffic):
+    def open_ipsec(self) -> IPsec:
+        return open_ipsec("userspace", device=QueueDevice())

@@ -1,0 +1,219 @@
+"""What moves packets: ESP from the endpoints to the packet device, and inner packets from there to ESP."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import socket
+import threading
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from natcompat.backends.base import Address, EspOutlet
+from natcompat.errors import NatCompatError
+from natcompat.esp.datapath import Sealed
+from natcompat.esp.device import PacketDevice
+from natcompat.esp.discovery import kernel_path_mtu
+from natcompat.esp.engine import EspEngine
+from natcompat.esp.mtu import PathMtus, TooBigReplies, may_fragment
+from natcompat.esp.results import Destination, Opened, Reason
+from natcompat.esp.sending import Outcome, Way, Ways
+from natcompat.ipsec import SecurityAssociation
+
+_log = logging.getLogger("natcompat")
+
+BURST: Final = 64
+"""Inner packets that are sealed and sent before something else has its turn."""
+
+
+class Carrier(Protocol):
+    """Moves packets: ESP sockets -> engine -> device, device -> engine -> ESP sockets, until closed."""
+
+    last_error: OSError | None
+    """Why the system did not send a packet, the last time it did not."""
+
+    def start(self) -> None:
+        """Begin."""
+        ...
+
+    def inbound(
+        self, burst: list[tuple[memoryview, Address]], traffic_classes: list[int] | None = None
+    ) -> None:
+        """Take ESP that an endpoint diverted, as an `EspInbound`."""
+        ...
+
+    def attached(self, outlet: EspOutlet) -> None:
+        """An endpoint hands its ESP to this carrier, and ESP may leave by it."""
+        ...
+
+    def detached(self, outlet: EspOutlet) -> None:
+        """It does so no longer. Runs in finalizers, too."""
+        ...
+
+    def transmit(self, packets: list[Sealed]) -> None:
+        """Send what the engine sends of its own accord: NAT-keepalives."""
+        ...
+
+    def close(self) -> None:
+        """End, and wait until nothing moves any more."""
+        ...
+
+
+class PortableCarrier:
+    """A `Carrier` in Python. What comes in is opened in the thread that read it; one more sends.
+
+    Every wake-up moves one burst, so that nothing waits long for its turn. What finds no room is
+    dropped and counted: see `EspEngine.counters`.
+    """
+
+    def __init__(self, engine: EspEngine, device: PacketDevice) -> None:
+        self.last_error: OSError | None = None
+        self.paths: PathMtus = PathMtus(self._ask_path_mtu)
+        """What is known of path MTUs."""
+        self._engine = engine
+        self._device = device
+        self._ways = Ways()
+        self._replies = TooBigReplies()
+        self._ended = False
+        self._awake, self._wake = socket.socketpair()
+        self._thread = threading.Thread(target=self._run, name="natcompat-esp-out", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def attached(self, outlet: EspOutlet) -> None:
+        """Let ESP leave by `outlet`."""
+        self._ways.add(outlet)
+
+    def detached(self, outlet: EspOutlet) -> None:
+        """Let it leave there no longer."""
+        self._ways.remove(outlet)
+
+    def inbound(
+        self, burst: list[tuple[memoryview, Address]], traffic_classes: list[int] | None = None
+    ) -> None:
+        """Open a burst and give it to the device."""
+        opened = [
+            each.inner for each in self._engine.open_burst(burst, traffic_classes) if isinstance(each, Opened)
+        ]
+        if opened:
+            self._engine.count(Reason.DEVICE, len(opened) - self._device.write_burst(opened))
+
+    def transmit(self, packets: list[Sealed]) -> None:
+        """Send keepalives."""
+        self._send(packets, None)
+
+    def close(self) -> None:
+        """End the thread and wait for it."""
+        self._ended = True
+        with contextlib.suppress(OSError):
+            self._wake.send(b"x")
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._wake.close()
+        self._awake.close()
+
+    # --- outbound
+
+    def _run(self) -> None:
+        try:
+            while self._wait():
+                burst = self._device.read_burst(BURST)
+                if burst:
+                    self._carry(burst)
+        except Exception:  # noqa: BLE001 - somebody else's device
+            if not self._ended:
+                _log.exception("the packet device failed; nothing is sealed any more")
+
+    def _wait(self) -> bool:
+        """Wait until the device has packets; False when it is over."""
+        if self._ended:
+            return False
+        descriptor = self._device.fileno()
+        if descriptor < 0:  # it was closed: nothing comes any more
+            return False
+        awake = self._awake.fileno()
+        if hasattr(select, "poll"):  # looked up each time, since gevent exchanges it
+            poller = select.poll()
+            poller.register(awake, select.POLLIN)
+            poller.register(descriptor, select.POLLIN)
+            events = poller.poll()
+            if any(each & select.POLLNVAL for _, each in events):
+                return False
+        else:
+            select.select([awake, descriptor], [], [])
+        return not self._ended
+
+    def _carry(self, burst: list[bytes]) -> None:
+        sealed: list[Sealed] = []
+        inner: list[bytes] = []
+        for packet, result in zip(burst, self._engine.seal_burst(burst), strict=True):
+            if len(result) == 2:  # else it is dropped, and counted
+                sealed.append(result)
+                inner.append(packet)
+        self._send(sealed, inner)
+
+    def _send(self, packets: Sequence[Sealed], inner: Sequence[bytes] | None) -> None:
+        """Send `packets`, which carry `inner`: those to one destination together."""
+        groups: dict[int, list[int]] = {}
+        for index, (_, destination) in enumerate(packets):
+            groups.setdefault(id(destination), []).append(index)  # objects that `packets` keeps alive
+        for indices in groups.values():
+            destination = packets[indices[0]][1]
+            way = self._ways.find(destination)
+            if way is None:
+                self._engine.count(Reason.NO_ENDPOINT, len(indices))
+                continue
+            outcome = self._try(way, [packets[index][0] for index in indices], destination)
+            for each in outcome.too_long:
+                index = indices[each]
+                self._too_long(way, packets[index], inner[index] if inner is not None else None)
+
+    def _try(self, way: Way, packets: Sequence[bytes], destination: Destination) -> Outcome:
+        try:
+            outcome = way.send(packets, destination)
+        except OSError as error:  # the socket was just closed
+            outcome = Outcome([], len(packets), error)
+        if outcome.error is not None:
+            self.last_error = outcome.error
+            self._engine.count(Reason.SEND, outcome.lost)
+            self._ways.forget()  # addresses and endpoints may have changed
+        return outcome
+
+    # --- path MTU
+
+    def _too_long(self, way: Way, packet: Sealed, inner: bytes | None) -> None:
+        """The path does not take `packet`: have it fragmented, or tell who sent what is in it."""
+        octets, destination = packet
+        sa = self._association(octets, destination)
+        if sa is not None and inner is not None:
+            largest = self.paths.refused(sa, len(inner))
+            if may_fragment(inner, largest):
+                outcome = self._try(way, [octets], _fragmentable(destination))
+                if not outcome.too_long:
+                    return
+            else:
+                message = self._replies.too_big(inner, largest)
+                if message is not None:
+                    self._device.write_burst([message])
+        self._engine.count(Reason.PATH_MTU, 1)
+
+    def _association(self, packet: bytes, destination: Destination) -> SecurityAssociation | None:
+        try:
+            return self._engine.outbound_sa(int.from_bytes(packet[:4]), destination)
+        except NatCompatError:
+            return None
+
+    def _ask_path_mtu(self, host: str) -> int | None:
+        return kernel_path_mtu(host, self._ways.socket(6 if ":" in host else 4))
+
+
+def _fragmentable(destination: Destination) -> Destination:
+    return Destination(
+        *destination,
+        local_port=destination.local_port,
+        source=destination.source,
+        traffic_class=destination.traffic_class,
+    )

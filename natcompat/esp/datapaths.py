@@ -1,0 +1,87 @@
+"""The data paths there are, and the choice among them: NATCOMPAT_DATAPATH."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from natcompat.errors import NatCompatError
+
+if TYPE_CHECKING:
+    from natcompat.esp.carrier import Carrier
+    from natcompat.esp.datapath import DataPathFactory
+    from natcompat.esp.device import PacketDevice
+    from natcompat.esp.engine import EspEngine
+
+    CarrierFactory: TypeAlias = Callable[[EspEngine, PacketDevice], Carrier]
+
+ENVIRONMENT_VARIABLE: Final = "NATCOMPAT_DATAPATH"
+AUTO: Final = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class DataPathChoice:
+    """A data path, and whether it works in this process."""
+
+    name: str
+    viable: bool
+    reason: str
+    """Why not, or what it is."""
+    make_path: DataPathFactory | None = None
+    """What `natcompat.esp.engine.EspEngine` takes; None: it does not work here."""
+    make_carrier: CarrierFactory | None = None
+    """What makes the carrier; None: it does not work here."""
+
+
+def probe() -> list[DataPathChoice]:
+    """Return every data path, in the order in which ``auto`` prefers them."""
+    return [find() for find in _FINDERS.values()]
+
+
+def select(requested: str | None = None) -> DataPathChoice:
+    """Return the data path to use: `requested`, else what the environment variable asks for, else ``auto``.
+
+    Raises `natcompat.errors.NatCompatError`: EINVAL for an unknown name, ENOTSUP for one that does not
+    work here; it is never replaced by another.
+    """
+    asked = requested or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+    if asked != AUTO and asked not in _FINDERS:
+        raise NatCompatError(
+            errno.EINVAL,
+            f"there is no data path called {asked!r}",
+            f"Choose among {AUTO}, {', '.join(_FINDERS)} ({ENVIRONMENT_VARIABLE})",
+        )
+    for name in _FINDERS if asked == AUTO else (asked,):
+        found = _FINDERS[name]()
+        if found.viable:
+            return found
+    raise NatCompatError(
+        errno.ENOTSUP,
+        f"the data path {asked} does not work here: {found.reason}",
+        f"Choose {AUTO} or python ({ENVIRONMENT_VARIABLE}); `natcompat doctor` tells which work",
+    )
+
+
+def _find_c() -> DataPathChoice:
+    from natcompat.esp.carrier import PortableCarrier
+
+    try:
+        from natcompat.esp.native import NativeDataPath
+    except ImportError as error:
+        return DataPathChoice("c", False, f"it is not built: {error}")
+    return DataPathChoice(
+        "c", True, "SAs and ciphers in C, sockets in Python", NativeDataPath, PortableCarrier
+    )
+
+
+def _find_python() -> DataPathChoice:
+    from natcompat.esp.carrier import PortableCarrier
+    from natcompat.esp.datapath import PortableDataPath
+
+    return DataPathChoice("python", True, "works everywhere", PortableDataPath, PortableCarrier)
+
+
+_FINDERS: Final[dict[str, Callable[[], DataPathChoice]]] = {"c": _find_c, "python": _find_python}
