@@ -18,6 +18,7 @@ _COMMANDS: Final = {
     # name: where its click command is; imported when it is run, or when help lists it
     "doctor": "natcompat.doctor:command",
     "verify": "natcompat.verify_command:command",
+    "tunnel": "natcompat.tunnel.command:command",
     "sad": "natcompat.ipsec_cli:sad",
     "spd": "natcompat.ipsec_cli:spd",
     "events": "natcompat.ipsec_cli:events",
@@ -83,6 +84,7 @@ def natcompat() -> None:
     Examples:
       natcompat doctor                      what works here, and what would help
       natcompat verify                      prove it on real sockets
+      natcompat tunnel tunnel.toml          a tunnel with manual keys
       python -m natcompat.run daemon.py     run a program that sets the option itself
     """
 

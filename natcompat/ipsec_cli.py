@@ -258,12 +258,13 @@ def show(title: str, rows: list[Row], columns: Callable[[Row], Row], *, json_out
     if sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(_table(title, lines))
+        Console().print(table(title, lines))
         return
-    click.echo(_plain(lines), nl=False)
+    click.echo(plain(lines), nl=False)
 
 
-def _plain(lines: list[Row]) -> str:
+def plain(lines: list[Row]) -> str:
+    """Return `lines` as aligned text, under the names of their columns."""
     if not lines:
         return ""
     names = list(dict.fromkeys(name for line in lines for name in line))
@@ -275,7 +276,8 @@ def _plain(lines: list[Row]) -> str:
     )
 
 
-def _table(title: str, lines: list[Row]) -> Any:
+def table(title: str, lines: list[Row]) -> Any:
+    """Return `lines` as something that Rich prints."""
     from rich.table import Table
     from rich.text import Text
 
@@ -454,10 +456,10 @@ def top(json_output: bool, interval: float, count: int | None) -> None:
 
             with Live(screen=count is None, auto_refresh=False) as live:
                 for lines in rounds:
-                    live.update(_table("Busiest security associations", lines), refresh=True)
+                    live.update(table("Busiest security associations", lines), refresh=True)
         else:
             for lines in rounds:
-                click.echo(_plain(lines))
+                click.echo(plain(lines))
 
 
 def _rounds(ipsec: IPsec, interval: float, count: int | None) -> Iterator[list[Row]]:

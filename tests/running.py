@@ -76,13 +76,14 @@ def as_nobody() -> tuple[str, ...]:
     return ()
 
 
-def run_on_terminal(*arguments: str, width: int = 100) -> tuple[int, str]:
-    """Run ``natcompat ARGUMENTS...`` on a terminal; return its status and what it showed."""
+def run_on_terminal(*arguments: str, width: int = 100, prefix: tuple[str, ...] = ()) -> tuple[int, str]:
+    """Run ``natcompat ARGUMENTS...`` on a terminal, behind `prefix`; return its status and what it showed."""
     ours, theirs = pty.openpty()
     env = environment({"TERM": "xterm-256color", "COLUMNS": str(width), "LINES": "40"})
     for name in ("NO_COLOR", "CI", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         env.pop(name, None)
-    process = subprocess.Popen([*COMMAND, *arguments], stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    command = [*prefix, *COMMAND, *arguments]
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env)
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # EIO: the terminal has no other end any more

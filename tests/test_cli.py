@@ -32,7 +32,9 @@ def test_version_loads_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "set()"
 
 
-@pytest.mark.parametrize("command", [(), ("doctor",), ("verify",)], ids=["natcompat", "doctor", "verify"])
+@pytest.mark.parametrize(
+    "command", [(), ("doctor",), ("verify",), ("tunnel",)], ids=["natcompat", "doctor", "verify", "tunnel"]
+)
 @pytest.mark.parametrize("option", ["--help", "-h"])
 def test_help_is_a_manual_page(command: tuple[str, ...], option: str) -> None:
     done = run(*command, option)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import struct
-import time
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
@@ -61,7 +60,6 @@ class Rules:
     def __init__(self, dialect: Dialect, sock: PfKeySocket) -> None:
         self._dialect = dialect
         self._socket = sock
-        self._installed: dict[tuple[Direction, TrafficSelector], PolicyUsage] = {}
 
     def add(self, policy: Policy) -> None:
         """Install `policy`."""
@@ -71,16 +69,11 @@ class Rules:
             errno.ESRCH: "Create the tunnel first (dladm create-iptun)",
         }
         self._socket.request(f"Adding the rule for {words(policy)}", message, remedies=remedies)
-        usage = PolicyUsage(policy=policy, added=time.time(), last_used=None)
-        self._installed[policy.direction, policy.selector] = usage
 
     def delete(self, policy: Policy) -> None:
         """Remove the rule of this selector and direction. ESRCH: there is none."""
-        key = policy.direction, policy.selector
-        usage = self._installed.get(key)
-        message = encode_rule(self._dialect, usage.policy if usage else policy, SPD_DELETERULE)
+        message = encode_rule(self._dialect, policy, SPD_DELETERULE)
         self._socket.request(f"Deleting the rule for {words(policy)}", message)
-        self._installed.pop(key, None)
 
     def get(self, policy: Policy) -> PolicyUsage:
         """Return the rule of this selector and direction. ESRCH: there is none."""
@@ -92,10 +85,9 @@ class Rules:
     def flush(self) -> None:
         """Remove every rule, those of tunnels, too."""
         self._socket.request("Flushing rules", Message(SPD_FLUSH, extensions=[_tunnel_name(b"")]))
-        self._installed.clear()
 
     def list(self) -> list[PolicyUsage]:
-        """Return every rule that natcompat has words for, this object's as they were installed."""
+        """Return every rule that natcompat has words for."""
         found: list[PolicyUsage] = []
         borders: list[Message] = []  # one message before all rules, and one behind them
 
@@ -107,9 +99,7 @@ class Rules:
         request = Message(SPD_DUMP, extensions=[_tunnel_name(b"")])
         for message in self._socket.dump("Listing rules", request, is_last=is_last):
             try:
-                for each in policies_of(self._dialect, message):
-                    key = each.policy.direction, each.policy.selector
-                    found.append(self._installed.get(key, each))
+                found += policies_of(self._dialect, message)
             except ValueError:
                 continue
         return found

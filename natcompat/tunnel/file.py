@@ -23,7 +23,6 @@ from natcompat.ipsec import (
     Lifetime,
     Mode,
     Policy,
-    SaId,
     SecurityAssociation,
     TrafficSelector,
     UDPEncapsulation,
@@ -196,27 +195,26 @@ def _made(place: Place, make: Any, values: dict[str, Any]) -> Any:
 def _check_associations(place: Place, associations: list[SecurityAssociation]) -> None:
     if not associations:
         raise place.error("sa", "there is no SA", "Begin every SA with [[sa]]")
-    names: dict[SaId, int] = {}
+    names: dict[tuple[Direction, int], int] = {}
     holders: dict[bytes, tuple[int, str]] = {}
     for number, sa in enumerate(associations, 1):
         at = replace(place, table="sa", number=number)
-        if sa.sa_id in names:
-            raise at.error(
-                "spi", f"[[sa]] {names[sa.sa_id]} has this SPI and destination, too", "Choose another SPI"
-            )
-        names[sa.sa_id] = number
-        for name in ("encryption_key", "integrity_key"):
-            key = bytes(getattr(sa, name))
+        name = sa.direction, sa.spi
+        if name in names:
+            raise at.error("spi", f"[[sa]] {names[name]} has this SPI, too", "Choose another SPI")
+        names[name] = number
+        for key_name in ("encryption_key", "integrity_key"):
+            key = bytes(getattr(sa, key_name))
             if key and key in holders:
                 other, its = holders[key]
                 raise at.error(
-                    name,
+                    key_name,
                     f"{its} of [[sa]] {other} is the same key",
                     "Make a key for each: two SAs with one key would use one nonce twice, "
                     "and take each other's packets",
                 )
             if key:
-                holders[key] = number, name
+                holders[key] = number, key_name
 
 
 def _check_nonces(

@@ -109,8 +109,11 @@ class KeyReader:
             raise inner.error("", "either key_file or key_environment is wanted", _RIGHT)
         if values["key_file"] is not None:
             path = self._directory / values["key_file"].expanduser()
-            what = f"the key file of {name}"
-            text = read_file(path, what).decode("ascii", "replace")
+            try:
+                text = read_file(path, "the key file").decode("ascii", "replace")
+            except ConfigurationError as error:
+                where = inner.error("key_file", error.strerror or "", error.remedy)
+                raise ConfigurationError(error.errno or 0, where.strerror or "", where.remedy) from None
             return self._decode(place, name, text, f"what {hide_keys(str(path))} holds")
         variable: str = values["key_environment"]
         if variable not in os.environ:

@@ -88,6 +88,10 @@ class StateFile:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def discard(self) -> None:
+        """Remove the file: no number of it was used."""
+        os.unlink(self._name, dir_fd=self._directory)
+
     def identity(self, sa: SecurityAssociation) -> Identity:
         """Return what the file knows the key of `sa` by."""
         # Counter modes repeat themselves with their own key, whatever SPI, transform and MAC go with it.

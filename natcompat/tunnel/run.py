@@ -1,0 +1,205 @@
+"""A tunnel from its beginning to its end: everything that is made is taken down, whatever ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import select
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from natcompat.errors import NatCompatError
+from natcompat.ipsec import (
+    Direction,
+    Expire,
+    InstalledSA,
+    IPsec,
+    MappingChange,
+    SaId,
+    SecurityAssociation,
+)
+from natcompat.tunnel.display import Rates, Reporter
+from natcompat.tunnel.file import Endpoint, Tunnel
+from natcompat.tunnel.reserve import Numbers, Reservations
+from natcompat.tunnel.signals import Ended, EndingSignals
+from natcompat.tunnel.state import StateFile
+
+_MOST_AT_ONCE = 64
+
+
+class Side(Protocol):
+    """What is different between ESP in the kernel and in this process."""
+
+    device: str | None
+    """The name of the TUN device."""
+    mtu: int | None
+    permit: Callable[[SaId, int], object] | None
+    """Let an SA use sequence numbers up to this one; None: it takes no such limit."""
+
+    @property
+    def ipsec(self) -> IPsec:
+        """The SAs and policies."""
+        ...
+
+    def add_sa(self, sa: SecurityAssociation, sequence: int | None, permitted: int | None) -> None:
+        """Install an SA that goes on behind `sequence`, and may use numbers up to `permitted`."""
+
+    def open_device(self) -> None:
+        """Let inner packets in and out."""
+
+    def installed(self) -> Sequence[InstalledSA]:
+        """Return the SAs of this tunnel that are there."""
+
+    def numbers(self) -> Numbers:
+        """Return their names now, and what they have sent or received last."""
+
+    def drops(self) -> Mapping[str, int]:
+        """Return how many packets went no further, by reason."""
+
+    def follow(self, event: MappingChange) -> None:
+        """Send where the peer is now."""
+
+    def stop(self) -> Numbers:
+        """Seal nothing more; return what SAs have done of which that is certain."""
+
+    def close(self) -> None:
+        """Take all away that was made."""
+
+
+def run(tunnel: Tunnel, *, create_state: bool, interval: float, count: int | None, reporter: Reporter) -> int:
+    """Run `tunnel` in the foreground until a signal or `count` rounds end it; return the exit status.
+
+    Raises `NatCompatError` if it cannot come up, and has changed nothing then.
+    """
+    with EndingSignals() as signals, contextlib.ExitStack() as stack:
+        stack.callback(reporter.close)
+        state = stack.enter_context(StateFile(tunnel.state, create=create_state)) if tunnel.state else None
+        if create_state and state is None:
+            raise NatCompatError(errno.EINVAL, "the file names no state file", "Leave --create-state out")
+        with contextlib.ExitStack() as unused:
+            if create_state and state is not None:
+                unused.callback(state.discard)
+            sock = stack.enter_context(open_socket(tunnel.endpoint))
+            side = stack.enter_context(contextlib.closing(open_side(tunnel, sock)))
+            unused.pop_all()
+        reservations = _install(tunnel, side, state, reporter)
+        if reservations is not None:
+            stack.callback(_finish, reservations, side)
+            stack.callback(reservations.close)
+            reservations.start()
+        events = stack.enter_context(side.ipsec.events())
+        side.open_device()
+        try:
+            with signals.writing():
+                reporter.up(tunnel, side.device, side.mtu)
+            status = _serve(tunnel, side, sock, events, signals, interval, count, reporter)
+            with signals.writing():
+                reporter.down(status)
+        except Ended:
+            return 128 + signals.number
+        return status
+
+
+def open_socket(endpoint: Endpoint) -> socket.socket:
+    """Return a UDP socket that is bound to the local end."""
+    address, port = str(endpoint.local_address), endpoint.local_port
+    family = socket.AF_INET if endpoint.local_address.version == 4 else socket.AF_INET6
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.bind((address, port))
+    except OSError as error:
+        sock.close()
+        remedies = {
+            errno.EADDRINUSE: "End who has it (natcompat doctor tells), or choose another local_port",
+            errno.EADDRNOTAVAIL: "Let local_address be one that this host has (ip address)",
+            errno.EACCES: "Choose a local_port above 1023, or run as root",
+        }
+        raise NatCompatError(
+            error.errno or errno.EIO,
+            f"{address} port {port} cannot be bound: {error.strerror}",
+            remedies.get(error.errno or 0, ""),
+        ) from None
+    sock.setblocking(False)
+    return sock
+
+
+def open_side(tunnel: Tunnel, sock: socket.socket) -> Side:
+    """Open the IPsec that the file asks for, and put its policies there."""
+    if tunnel.endpoint.backend == "linux":
+        from natcompat.tunnel.kernel import KernelSide
+
+        return KernelSide(tunnel, sock)
+    from natcompat.tunnel.process import ProcessSide
+
+    return ProcessSide(tunnel, sock)
+
+
+def _install(tunnel: Tunnel, side: Side, state: StateFile | None, reporter: Reporter) -> Reservations | None:
+    """Install the SAs, inbound ones first: nobody shall send before the other can receive."""
+    reservations = None
+    numbers = {}
+    if state is not None:
+        reservations = Reservations(
+            state, tunnel.associations, numbers=side.numbers, permit=side.permit, complain=reporter.warn
+        )
+        numbers = reservations.begin()
+    for sa in sorted(tunnel.associations, key=lambda each: each.direction is Direction.OUT):
+        sequence, permitted = numbers.get((sa.direction, sa.spi), (None, None))
+        side.add_sa(sa, sequence, permitted)
+    return reservations
+
+
+def _finish(reservations: Reservations, side: Side) -> None:
+    with contextlib.suppress(OSError):  # the file then says what may have been used, which is right, too
+        reservations.finish(side.stop())
+
+
+def _serve(
+    tunnel: Tunnel,
+    side: Side,
+    sock: socket.socket,
+    events: Any,
+    signals: EndingSignals,
+    interval: float,
+    count: int | None,
+    reporter: Reporter,
+) -> int:
+    rates = Rates()
+    finished = 0
+    due = time.monotonic()
+    while not signals.number:
+        if time.monotonic() >= due:
+            installed = side.installed()
+            with signals.writing():
+                reporter.counters(rates.lines(installed), side.drops())
+            finished += 1
+            if finished == count:
+                return 0
+            if not installed:
+                reporter.warn("the last SA has expired")
+                return 1
+            due += interval * max(1, (time.monotonic() - due) // interval)
+        ready, _, _ = select.select([sock, events, signals], [], [], max(0.0, due - time.monotonic()))
+        if sock in ready:
+            _drain(sock)
+        if events in ready:
+            for event in events.read():
+                with signals.writing():
+                    reporter.event(event)
+                if isinstance(event, MappingChange) and tunnel.endpoint.follow_mapping:
+                    try:
+                        side.follow(event)
+                    except NatCompatError as error:
+                        reporter.warn(f"{error.strerror}. {error.remedy}")
+                if isinstance(event, Expire) and event.hard:
+                    due = min(due, time.monotonic())
+    return 128 + signals.number
+
+
+def _drain(sock: socket.socket) -> None:
+    """Drop IKE, since nobody speaks it here; ESP in line is taken out of it on the way."""
+    with contextlib.suppress(OSError):
+        for _ in range(_MOST_AT_ONCE):
+            sock.recv(65535)
