@@ -255,7 +255,7 @@ void loop_free(struct loop *loop)
 
 /* ---- sockets */
 
-int loop_add_socket(struct loop *loop, int descriptor, int thread, int family, uint16_t port, int wildcard,
+int loop_add_socket(struct loop *loop, int descriptor, int thread, const struct loop_address *bound,
                     const uint8_t *prefix)
 {
     struct worker *worker = &loop->workers[(unsigned)thread % (unsigned)loop->threads];
@@ -265,9 +265,7 @@ int loop_add_socket(struct loop *loop, int descriptor, int thread, int family, u
     if (!added)
         return -ENOMEM;
     added->fd = descriptor;
-    added->family = family;
-    added->port = port;
-    added->wildcard = wildcard != 0;
+    added->bound = *bound;
     added->worker = worker;
     added->discover = -1;
     added->segments = 1;

@@ -47,6 +47,14 @@ struct loop_counters {
     uint64_t events, events_lost;        /* handed up; not, because the ring was full */
 };
 
+/* Where a socket is bound. */
+struct loop_address {
+    struct esp_endpoint address;   /* of the version that the packets have, also on a socket of IPv6 */
+    int family;                    /* of the socket */
+    int any;                       /* no address of this host's in particular, so each packet says its own */
+    int both;                      /* and of either version */
+};
+
 struct loop;
 
 /* One thread at the least: the first serves the TUN. NULL and errno: no memory, no descriptors. */
@@ -60,9 +68,9 @@ int loop_start(struct loop *loop);
 int loop_stop(struct loop *loop);
 
 /* Read, and send from, `descriptor`, a UDP socket that does not block, in thread `thread` (modulo their
- * number). `port`: where it is bound; `wildcard`: to any address of this host. `prefix`: 20 bytes, in front of what is handed back; NULL: nothing can
+ * number). `prefix`: 20 bytes, in front of what is handed back; NULL: nothing can
  * be. Return its number, or a negative errno. */
-int loop_add_socket(struct loop *loop, int descriptor, int thread, int family, uint16_t port, int wildcard,
+int loop_add_socket(struct loop *loop, int descriptor, int thread, const struct loop_address *bound,
                     const uint8_t *prefix);
 
 /* Return when no thread touches the socket any more. */

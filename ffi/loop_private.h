@@ -26,9 +26,9 @@
 struct worker;
 
 struct loop_socket {
-    int fd, family;
-    uint16_t port;
-    uint8_t hands_back, wildcard;
+    int fd;
+    struct loop_address bound;
+    uint8_t hands_back;
     uint8_t prefix[20];
     uint32_t generation;
     struct worker *worker;

@@ -53,12 +53,12 @@ static void read_ancillary(struct msghdr *message, const struct loop_socket *fro
             struct in_pktinfo info;
 
             memcpy(&info, data, sizeof info);
-            if (from->family != AF_INET)
+            if (from->bound.family != AF_INET)
                 continue;
             arrival->unicast = info.ipi_spec_dst.s_addr == info.ipi_addr.s_addr;
             to->sin_family = AF_INET;
             to->sin_addr = info.ipi_addr;
-            to->sin_port = htons(from->port);
+            to->sin_port = htons(from->bound.address.port);
             arrival->to_length = sizeof *to;
         } else if (each->cmsg_level == IPPROTO_IPV6 && each->cmsg_type == IPV6_PKTINFO
                    && length >= sizeof(struct in6_pktinfo)) {
@@ -69,7 +69,7 @@ static void read_ancillary(struct msghdr *message, const struct loop_socket *fro
             arrival->unicast = address[0] != 0xFF && !(IN6_IS_ADDR_V4MAPPED(&info.ipi6_addr) && address[12] >= 0xE0);
             arrival->to.sin6_family = AF_INET6;
             arrival->to.sin6_addr = info.ipi6_addr;
-            arrival->to.sin6_port = htons(from->port);
+            arrival->to.sin6_port = htons(from->bound.address.port);
             arrival->to.sin6_scope_id = IN6_IS_ADDR_LINKLOCAL(&info.ipi6_addr) ? info.ipi6_ifindex : 0;
             arrival->to_length = sizeof arrival->to;
         }

@@ -28,19 +28,31 @@ struct message {
     uint8_t dont_fragment;
 };
 
-static struct loop_socket *find_socket(struct loop *loop, uint16_t port, uint8_t version)
+/* How well the socket serves: 0, not at all; most, it has the address that the SA names. */
+static int fitness(const struct loop_address *bound, const struct esp_packet *packet)
+{
+    if (bound->address.port != packet->local.port)
+        return 0;
+    if (bound->address.version != packet->peer.version)
+        return bound->both ? 2 : 0;
+    if (bound->any)
+        return 3;
+    return memcmp(bound->address.address, packet->local.address, sizeof packet->local.address) == 0 ? 4 : 1;
+}
+
+static struct loop_socket *find_socket(struct loop *loop, const struct esp_packet *packet)
 {
     struct loop_socket *found = NULL;
+    int best = 0;
 
-    for (int number = 0; number < LOOP_SOCKETS; number++) {
+    for (int number = 0; number < LOOP_SOCKETS && best < 4; number++) {
         struct loop_socket *each = loop->sockets[number];
+        int fits = each ? fitness(&each->bound, packet) : 0;
 
-        if (!each || each->port != port)
-            continue;
-        if (each->family == (version == 4 ? AF_INET : AF_INET6))
-            return each;
-        if (!found && version == 4) /* a socket of both families */
+        if (fits > best) {
+            best = fits;
             found = each;
+        }
     }
     return found;
 }
@@ -48,7 +60,7 @@ static struct loop_socket *find_socket(struct loop *loop, uint16_t port, uint8_t
 static socklen_t write_name(const struct esp_endpoint *peer, const struct loop_socket *socket, struct sockaddr_in6 *name)
 {
     memset(name, 0, sizeof *name);
-    if (socket->family == AF_INET) {
+    if (socket->bound.family == AF_INET) {
         struct sockaddr_in *v4 = (struct sockaddr_in *)name;
 
         v4->sin_family = AF_INET;
@@ -81,7 +93,7 @@ static void add_control(struct msghdr *message, int level, int type, const void 
 /* Say where the packet comes from, where the socket does not. */
 static void add_source(struct msghdr *message, const struct loop_socket *socket, const struct esp_endpoint *local)
 {
-    if (socket->family == AF_INET) {
+    if (socket->bound.family == AF_INET) {
         struct in_pktinfo info = {0};
 
         memcpy(&info.ipi_spec_dst, local->address, 4);
@@ -126,7 +138,7 @@ static void write_message(struct sender *sender, int slot, const struct loop_soc
         else
             add_control(message, IPPROTO_IPV6, IPV6_TCLASS, &class, sizeof class);
     }
-    if (with_source && socket->wildcard && packet->local.version == packet->peer.version)
+    if (with_source && socket->bound.any && packet->local.version == packet->peer.version)
         add_source(message, socket, &packet->local);
     if (!message->msg_controllen)
         message->msg_control = NULL;
@@ -214,7 +226,7 @@ static void send_each(struct worker *worker, struct loop_socket *socket, uint32_
 
         write_message(sender, 0, socket, number, 1, 1);
         sent = send_messages(worker, socket, 0, 1);
-        if (sent < 0 && socket->wildcard && errno != EMSGSIZE) { /* what the SA calls our address is none of this host */
+        if (sent < 0 && socket->bound.any && errno != EMSGSIZE) { /* what the SA calls our address is none of this host */
             write_message(sender, 0, socket, number, 1, 0);
             sent = send_messages(worker, socket, 0, 1);
         }
@@ -247,7 +259,7 @@ static void send_series(struct worker *worker, const struct message *series, int
         if (sent < 0) {
             if (series[done].count > 1 && (errno == EIO || errno == EOPNOTSUPP))
                 socket->segments = 0; /* a device that computes no checksums */
-            if (errno == EMSGSIZE || socket->wildcard
+            if (errno == EMSGSIZE || socket->bound.any
                 || (series[done].count > 1 && (errno == EINVAL || !socket->segments))) {
                 /* by the first slot, which is this one or has been sent */
                 send_each(worker, socket, series[done].first, series[done].count);
@@ -289,7 +301,7 @@ static void send_packets(struct worker *worker)
             at++;
             continue;
         }
-        socket = find_socket(loop, first->local.port, first->peer.version);
+        socket = find_socket(loop, first);
         if (!socket) {
             struct loop_event event = {
                 .kind = LOOP_SEND,

@@ -917,7 +917,8 @@ def test_a_descriptor_closed_behind_our_back_does_not_spin() -> None:
     with udp() as sock, udp() as peer:
         group = steering.Steering(sock, Diversion(lambda *_: None, socket.AF_INET))
         os.close(group._engines[0].fileno())
-        clock = time.pthread_getcpuclockid(group._reader._thread.ident or 0)
+        reader: Any = group._reader
+        clock = time.pthread_getcpuclockid(reader._thread.ident)
         peer.sendto(ESP, at(sock))  # wakes the thread if it still waits for it
         start = time.clock_gettime_ns(clock)
         time.sleep(0.1)

@@ -37,6 +37,10 @@ class EspInbound(Protocol):
     `traffic_classes` (default False) asks for the outer TOS or traffic class of each packet: where
     they are known `inbound` gets a list of them, one for each packet, as a second argument.
 
+    `read_sockets(sockets, diversion, read)` is asked who reads the sockets that ESP is steered to: it
+    returns a `SocketReader`, or None and leaves it to `read`, which makes one that takes bursts to
+    `inbound`. It has to hand IKE back that is glued to ESP there. `engines` (default 1): how many sockets.
+
     `attached(outlet)` and `detached(outlet)` tell which endpoints hand their ESP to it, for a
     consumer that sends ESP, too: see `EspOutlet`. `detached` runs in finalizers and takes no lock.
     """
@@ -72,6 +76,22 @@ class EspOutlet(Protocol):
         self, buffers: Sequence[bytes], ancillary: Sequence[tuple[int, int, bytes]], address: Address
     ) -> int:
         """Send one datagram, which `buffers` are put together to. Never waits: EAGAIN if there is no room."""
+        ...
+
+
+class SocketReader(Protocol):
+    """Reads sockets to which ESP is steered."""
+
+    def count(self) -> None:
+        """Bring the counters of the endpoint up to date."""
+        ...
+
+    def close(self) -> None:
+        """Read no more. When it returns no thread touches the sockets, which stay open."""
+        ...
+
+    def abandon(self) -> None:
+        """Likewise, and close them. Runs in finalizers, and in forked children, which have no threads."""
         ...
 
 

@@ -14,10 +14,10 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 from natcompat import filters
-from natcompat.backends.base import Address
+from natcompat.backends.base import Address, SocketReader
 from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER
 from natcompat.diversion import Diversion, HandBack
 from natcompat.system import is_connected
@@ -85,7 +85,7 @@ class Steering:
             for _ in range(engines):
                 self._engines.append(self._join(sock))
             filters.attach_steering(sock, engines)
-            self._reader = _Reader(self._engines, self._take)
+            self._reader = self._read()
             undo.pop_all()
 
     def detach(self, sock: socket.socket) -> None:
@@ -100,12 +100,27 @@ class Steering:
     def adopt(self) -> None:
         """Read the inherited sockets in this process, a forked child, too."""
         self._reader.close()
-        self._reader = _Reader(self._engines, self._take)
+        self._reader = self._read()
+
+    def _read(self) -> SocketReader:
+        """Have the sockets read by whoever takes ESP, if he wants to, else by a thread of ours."""
+        own: Any = getattr(self._diversion.consumer, "read_sockets", None)
+        reader: SocketReader | None = None
+        if own is not None and not self._on_device:  # which cannot be handed anything back
+            reader = own(self._engines, self._diversion, self._thread)
+        return reader or self._thread()
+
+    def _thread(self) -> _Reader:
+        return _Reader(self._engines, self._take)
 
     @property
     def esp_socket(self) -> socket.socket:
         """One of the engine's sockets, for what leaves without the marker."""
         return self._engines[0]
+
+    def count(self) -> None:
+        """Bring the counters of the endpoint up to date."""
+        self._reader.count()
 
     def drops(self) -> int:
         """Return how many datagrams the kernel dropped because the queues of ours were full."""
@@ -261,6 +276,9 @@ class _Reader:
         except BaseException:
             self._close_pair()
             raise
+
+    def count(self) -> None:
+        """They are: this one counts as it reads."""
 
     def close(self) -> None:
         """End the thread and wait for it: a socket in which a thread still waits stays in its group."""

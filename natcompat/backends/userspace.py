@@ -160,7 +160,7 @@ class _LinuxAttachment(InLineAttachment):
         if reason:
             return reason
         try:
-            self._steering = Steering(sock, diversion)
+            self._steering = Steering(sock, diversion, getattr(diversion.consumer, "engines", 1))
         except OSError as error:
             hint = ", as when the user id has changed since the socket was made"
             hint = hint if error.errno == errno.EADDRINUSE else ""
@@ -194,7 +194,10 @@ class _LinuxAttachment(InLineAttachment):
 
     def counters(self) -> Mapping[str, int]:
         """Return the drops of the engine's queues."""
-        return {"engine_drops": self._steering.drops()} if self._steering is not None else {}
+        if self._steering is None:
+            return {}
+        self._steering.count()
+        return {"engine_drops": self._steering.drops()}
 
     def detach(self, sock: socket.socket) -> None:
         """Leave the group, take the filter off, give UDP_GRO back."""

@@ -22,7 +22,7 @@ from natcompat.errors import NatCompatError
 from natcompat.esp.base import HARD, MOVED, SOFT, Address, Association, Outbound
 from natcompat.esp.control import KEEPALIVE, Control, Larval
 from natcompat.esp.databases import PolicyEntry
-from natcompat.esp.datapath import DataPathFactory, PortableDataPath, Sealed
+from natcompat.esp.datapath import DataPath, DataPathFactory, PortableDataPath, Sealed
 from natcompat.esp.events import EspEvents
 from natcompat.esp.packet import Flow, address_of
 from natcompat.esp.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
@@ -151,6 +151,11 @@ class EspEngine(Control):
     def counters(self) -> Mapping[Reason, int]:
         """Return how many packets went no further, by reason; reasons without a packet are missing."""
         return self._path.counters()
+
+    @property
+    def path(self) -> DataPath:
+        """What carries packets by the databases."""
+        return self._path
 
     def count(self, reason: Reason, packets: int) -> None:
         """Count `packets` that whoever carries them had to drop for `reason`."""

@@ -13,7 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from struct import Struct
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from natcompat.errors import NatCompatError
 from natcompat.esp._datapath import ffi, lib
@@ -32,6 +32,11 @@ from natcompat.esp.native_association import (
 from natcompat.esp.packet import Flow, FlowKey, expand, flow_key
 from natcompat.esp.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
 from natcompat.ipsec import Mode, SecurityAssociation
+
+if TYPE_CHECKING:
+    from natcompat.esp.carrier import Carrier
+    from natcompat.esp.device import PacketDevice
+    from natcompat.esp.engine import EspEngine
 
 _VIEW: Final = Struct("=QIIBBB5x")
 """struct esp_view"""
@@ -126,6 +131,7 @@ class NativeDataPath(PortableDataPath):
         self._path = ffi.gc(path, lib.esp_path_release)
         self._register = _Register()
         self._spare = 0
+        self._others: Callable[[], Mapping[Reason, int]] = dict
         self._metered: dict[PolicyEntry, None] = {}
         self._peers: dict[Address, bytes] = {}
         self._destinations: dict[tuple[int, int, int], Destination] = {}
@@ -229,9 +235,14 @@ class NativeDataPath(PortableDataPath):
         counted = ffi.new("uint64_t[]", lib.ESP_REASONS)
         lib.esp_counters(self._path, counted)
         in_c = Counter({reason: counted[number] for reason, number in _NUMBERS.items() if counted[number]})
-        return dict(in_c + Counter(super().counters()))
+        return dict(in_c + Counter(super().counters()) + Counter(self._others()))
 
-    def _see_to_due(self) -> None:
+    def count_also(self, others: Callable[[], Mapping[Reason, int]]) -> None:
+        """Let `counters` tell of what `others` returns, too: what a loop in C dropped."""
+        self._others = others
+
+    def see_to_due(self) -> None:
+        """Act on what is due of SAs."""
         while serial := lib.esp_due_next(self._path):
             association = self._register.get(serial)
             if association is not None:
@@ -319,7 +330,7 @@ class NativeDataPath(PortableDataPath):
                     elif not result:
                         put(_new(Opened, (inner, association.sa)))
             if lib.esp_due_pending(self._path):
-                self._see_to_due()
+                self.see_to_due()
             if len(results) < done + step:  # the last one waits for Python
                 if isinstance(association, Inbound) and result == lib.ESP_ADMIT:
                     put(self._decide(association, inner, now))
@@ -340,6 +351,18 @@ class NativeDataPath(PortableDataPath):
         if admitted[1] is not None:
             admitted[1].last_used = now
         return Opened(inner, association.sa)
+
+    def admit(self, serial: int, inner: bytes, now: float) -> Opened | Dropped:
+        """Return what becomes of an inner packet that C opened by the SA with `serial` (ESP_ADMIT)."""
+        association = self._register.get(serial)
+        if isinstance(association, Inbound):
+            return self._decide(association, inner, now)
+        self.count([DROPPED[Reason.NO_SA]])
+        return DROPPED[Reason.NO_SA]
+
+    def destination_of(self, serial: int, traffic_class: int, dont_fragment: bool) -> Destination | None:
+        """Return where a packet goes that C sealed by the SA with `serial`; None: it is over."""
+        return self._destination((serial, traffic_class, dont_fragment))
 
     def _peer(self, source: Address) -> bytes:
         if len(self._peers) >= _MOST_REMEMBERED:
@@ -378,7 +401,7 @@ class NativeDataPath(PortableDataPath):
                     destination = known.get(key) or self._destination(key)
                     put((output[at : at + length], destination) if destination else DROPPED[Reason.ACQUIRE])
             if lib.esp_due_pending(self._path):
-                self._see_to_due()
+                self.see_to_due()
             if len(results) < done + step:
                 mine = self._seal(packets[len(results)], now)
                 self.count([mine])
@@ -410,3 +433,24 @@ def _flow(flow: Flow) -> Any:
         flow.protocol,
     )
     return ffi.from_buffer("struct esp_flow *", packed)
+
+
+# --- what natcompat.esp.datapaths asks for
+
+make_path = NativeDataPath
+
+
+def make_carrier(engine: EspEngine, device: PacketDevice) -> Carrier:
+    """Return what moves packets."""
+    from natcompat.esp.native_carrier import NativeCarrier
+
+    return NativeCarrier(engine, device)
+
+
+def refusal() -> str:
+    """Return why it does not work here; it was built, so it may only lack its library."""
+    path = lib.esp_path_new(ffi.NULL)
+    if not path:
+        return "no library for its ciphers works on this processor"
+    lib.esp_path_release(path)
+    return ""

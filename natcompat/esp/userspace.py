@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import socket
 import threading
-from typing import Final
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
 
-from natcompat.backends.base import Address, EspOutlet
+from natcompat.backends.base import Address, EspOutlet, SocketReader
 from natcompat.backends.own_esp import PROCESS_ESP
 from natcompat.errors import NatCompatError
 from natcompat.esp import datapaths
@@ -20,6 +22,9 @@ from natcompat.esp.carrier import Carrier
 from natcompat.esp.datapath import Sealed
 from natcompat.esp.device import PacketDevice, QueueDevice
 from natcompat.esp.engine import EspEngine
+
+if TYPE_CHECKING:
+    from natcompat.diversion import Diversion
 
 
 class UserspaceIPsec(EspEngine):
@@ -67,6 +72,18 @@ class UserspaceIPsec(EspEngine):
     def detached(self, outlet: EspOutlet) -> None:
         """Let it leave there no longer."""
         self.carrier.detached(outlet)
+
+    @property
+    def engines(self) -> int:
+        """To an endpoint: by how many sockets its ESP should come."""
+        return getattr(self.carrier, "engines", 1)
+
+    def read_sockets(
+        self, sockets: Sequence[socket.socket], diversion: Diversion, read: Callable[[], SocketReader]
+    ) -> SocketReader | None:
+        """Return what reads the sockets that ESP is steered to; None: `read` shall make it."""
+        own = getattr(self.carrier, "read_sockets", None)
+        return own(sockets, diversion, read) if own else None
 
     def close(self) -> None:
         """Forget all SAs and policies, and close the device. Endpoints go on without ESP."""

@@ -80,10 +80,7 @@ class End:
         self.ivs = ffi.new("uint64_t *", number << 60)
         self.loop = lib.loop_new(self.path, threads)
         lib.loop_set_tun(self.loop, self.tun, self.udp)
-        host = sock.getsockname()[0]
-        self.slot = lib.loop_add_socket(
-            self.loop, sock.fileno(), 1, sock.family, sock.getsockname()[1], host == "0.0.0.0", prefix
-        )
+        self.slot = self.add_socket(prefix)
         assert self.slot >= 0
         self.outbound = self.inbound = ffi.NULL
         self.events: list[tuple[int, bytes]] = []
@@ -109,6 +106,14 @@ class End:
     def ip(self, command: str) -> None:
         """Run the command ``ip`` in the namespace of this thread."""
         subprocess.run(["ip", *command.split()], check=True)
+
+    def add_socket(self, prefix: bytes = bytes(20)) -> int:
+        """Let the loop read and send by the socket; return its number."""
+        address = self.sock.getsockname()
+        bound = ffi.new("struct loop_address *")
+        bound.address, bound.family = endpoint(address)[0], socket.AF_INET
+        bound.any = address[0] == "0.0.0.0"
+        return int(lib.loop_add_socket(self.loop, self.sock.fileno(), 1, bound, prefix))
 
     def inside(self, function: Callable[[], Result]) -> Result:
         """Run `function` in the namespace of the TUN."""
