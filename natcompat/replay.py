@@ -68,7 +68,7 @@ def replay(backend: str, conversation: Conversation) -> Replay:
         socket.socket(FAMILY[4], socket.SOCK_DGRAM) as sock,
         socket.socket(FAMILY[4], socket.SOCK_DGRAM) as peer,
     ):
-        for each, port in ((sock, port_of(backends.get(backend))), (peer, 0)):
+        for each, port in ((sock, port_of(backends.get(backend)) or 0), (peer, 0)):
             each.bind((LOOPBACK[4], port))
             each.settimeout(PATIENCE)
         endpoint = set_nat_t_endpoint(sock, backend=backend, esp=collector)

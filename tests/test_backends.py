@@ -39,7 +39,10 @@ from tests.linux_support import (
 
 ENV = backends.ENVIRONMENT_VARIABLE
 PROCESS = dict.fromkeys(Duty, Performer.PROCESS)
-BUILT_IN = ["linux", "solaris", "userspace", "userspace:in-line"]
+BUILT_IN = [
+    *("linux", "solaris", "freebsd", "netbsd", "openbsd", "macos"),
+    *("userspace", "userspace:in-line"),
+]
 
 
 @pytest.fixture(autouse=True)

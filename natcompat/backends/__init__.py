@@ -27,14 +27,25 @@ ENVIRONMENT_VARIABLE: Final = "NATCOMPAT_BACKEND"
 ENTRY_POINT_GROUP: Final = "natcompat.backends"
 AUTO: Final = "auto"
 
-_BUILT_IN: Final[dict[str, tuple[str, str, dict[str, bool]]]] = {
+_BUILT_IN: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
     # name: (module, class, arguments), in the order in which `auto` prefers them
     "linux": ("natcompat.backends.linux", "LinuxBackend", {}),
     "solaris": ("natcompat.backends.solaris", "SolarisBackend", {}),
+    "freebsd": ("natcompat.backends.bsd", "BsdBackend", {"name": "freebsd"}),
+    "netbsd": ("natcompat.backends.bsd", "BsdBackend", {"name": "netbsd"}),
+    "openbsd": ("natcompat.backends.bsd", "BsdBackend", {"name": "openbsd"}),
+    "macos": ("natcompat.backends.bsd", "BsdBackend", {"name": "macos"}),
     "userspace": ("natcompat.backends.userspace", "UserspaceBackend", {}),
     "userspace:in-line": ("natcompat.backends.userspace", "UserspaceBackend", {"in_line": True}),
 }
-_PLATFORMS: Final = {"linux": "linux", "solaris": "sunos"}  # how sys.platform begins
+_PLATFORMS: Final = {  # how sys.platform begins
+    "linux": "linux",
+    "solaris": "sunos",
+    "freebsd": "freebsd",
+    "netbsd": "netbsd",
+    "openbsd": "openbsd",
+    "macos": "darwin",
+}
 
 _instances: dict[str, Backend] = {}
 

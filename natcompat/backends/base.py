@@ -137,8 +137,11 @@ class Attachment(Protocol):
     """How this socket is served, in a word or two: ``filter``, ``steering``, ``in line``, ``unbound``."""
     reason: str
     """Why this mode and not a stronger one; empty for the strongest."""
-    duties: Mapping[Duty, Performer]
-    """Who does what on this socket; natcompat does in the process what is left to it."""
+
+    @property
+    def duties(self) -> Mapping[Duty, Performer]:
+        """Who does what on this socket now; natcompat does in the process what is left to it."""
+
     sensitive: frozenset[str | tuple[int, int]]
     """What the application may do that needs `detach` before it and a new `attach` after it:
     ``"bind"``, ``"connect"``, and socket options as (level, option)."""
@@ -221,9 +224,12 @@ class Backend(Protocol):
         """
 
 
-def port_of(backend: Backend) -> int:
-    """Return the one local port at which `backend` can serve a socket now (its `port`); 0: at any."""
-    port: int = getattr(backend, "port", 0)
+def port_of(backend: Backend) -> int | None:
+    """Return the one local port at which `backend` can serve sockets (its `port`).
+
+    None: they may have any; 0: any, as long as all have the same.
+    """
+    port: int | None = getattr(backend, "port", None)
     return port
 
 

@@ -37,13 +37,30 @@ def options(dialect: Dialect, version: int) -> Sequence[tuple[int, int, bytes]]:
     if dialect.policies is Policies.FLOWS:
         value = struct.pack("=i", IPSEC_LEVEL_BYPASS)
         return [(level, option, value) for option in OPENBSD_LEVELS[version]]
+    return _spd_options(dialect, version, n.IPSEC_POLICY_BYPASS)
+
+
+def ordinary(dialect: Dialect, sock: socket.socket) -> list[tuple[int, int, bytes]]:
+    """Return level, option and value of each call that makes `sock` again what it is to the policies now.
+
+    On KAME's descendants, where that cannot be read back in a small space: to follow the policies, which is
+    the default. Raises OSError where the kernel does not say.
+    """
+    version = 6 if sock.family == socket.AF_INET6 else 4
+    if dialect.policies is Policies.SPD:
+        return _spd_options(dialect, version, n.IPSEC_POLICY_ENTRUST)
+    return [
+        (level, option, sock.getsockopt(level, option, len(value)))
+        for level, option, value in options(dialect, version)
+    ]
+
+
+def _spd_options(dialect: Dialect, version: int, policy: int) -> list[tuple[int, int, bytes]]:
+    """Return the calls that give a socket `policy` in both directions: a bare sadb_x_policy each."""
+    level = socket.IPPROTO_IP if version == 4 else socket.IPPROTO_IPV6
     option = IP_IPSEC_POLICY[dialect.name][version == 6]
     return [
-        (
-            level,
-            option,
-            struct.pack("=HHHBxII", 2, n.SADB_X_EXT_POLICY, n.IPSEC_POLICY_BYPASS, direction, 0, 0),
-        )
+        (level, option, struct.pack("=HHHBxII", 2, n.SADB_X_EXT_POLICY, policy, direction, 0, 0))
         for direction in (n.IPSEC_DIR_OUTBOUND, n.IPSEC_DIR_INBOUND)
     ]
 

@@ -73,6 +73,8 @@ class Kernel(NamedTuple):
     """By getsockopt; else EINVAL."""
     exemption: tuple[int, int] = (0, 0)
     """Options that exempt a socket from IPsec policies, at IPPROTO_IP and IPPROTO_IPV6."""
+    levels: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    """Options with the least protection that a socket wants, likewise; 0: none, which is the default."""
     pf_key: int = 0
     """Address family of PF_KEY."""
 
@@ -151,6 +153,7 @@ KERNELS: Final[Mapping[str, Kernel]] = {
         (4, 6),
         (),
         "sysctl net.inet.esp.udpencap and .udpencap_port: every socket of the port; ip_esp.h",
+        levels=((20, 21, 22, 29), (53, 54, 55, 60)),
         pf_key=30,
     ),
     "macos": Kernel(
@@ -229,5 +232,7 @@ def header(kernel: Kernel) -> str:
         "PROGRAM": f"{{ {words} }}",
         "VALUES": f"{{ {', '.join(map(str, kernel.values)) or '0'} }}",
         "ANY_VALUE": int(not kernel.values),
+        "IPV4_LEVELS": f"{{ {', '.join(map(str, kernel.levels[0])) or '-1'} }}",
+        "IPV6_LEVELS": f"{{ {', '.join(map(str, kernel.levels[1])) or '-1'} }}",
     }
     return "".join(f"#define {name} {value}\n" for name, value in defined.items())

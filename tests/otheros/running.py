@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +25,19 @@ import _pytest.assertion.rewrite, _pytest.main, _pytest.python
 sysconfig.get_config_vars()
 sys.platform = {platform!r}
 """
+
+
+# beyond the ports that Linux gives by itself, and where another worker is not likely to be
+_ports = itertools.count(61000 + os.getpid() * 41 % 4000)
+
+
+def free_port() -> int:
+    """Return a port for a model of a system that has one, which nobody has on loopback; another each time."""
+    for port in _ports:
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.bind(("::", port))
+            return port
+    raise AssertionError("itertools.count() ended")
 
 
 def build(system: str, directory: Path) -> Path:

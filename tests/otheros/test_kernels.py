@@ -11,10 +11,10 @@ import pytest
 from natcompat.contract import TABLE, Verdict, classify
 from tests.otheros.conftest import MakeModel
 from tests.otheros.kernels import ENDLESS, KERNELS, Fate
+from tests.otheros.running import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the models run on Linux")
 
-PORT = 61000  # beyond the ports that Linux gives by itself
 
 # What the application gets of each row, by a socket on which nobody but the modelled kernel works.
 BARE = """
@@ -44,7 +44,7 @@ for version in (4, 6):
 @pytest.mark.parametrize("system", KERNELS)
 def test_a_model_does_what_its_table_says(make_model: MakeModel, system: str) -> None:
     kernel = KERNELS[system]
-    port = 0 if kernel.option else _free_port()
+    port = 0 if kernel.option else free_port()
     done = make_model(system).run(BARE, system, str(port), port=port)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -92,9 +92,18 @@ def conformance(make_model: MakeModel, system: str, least: int, **options: objec
     assert int(match[1]) >= least
 
 
-@pytest.mark.parametrize(("system", "least"), [("solaris", 60)])
-def test_conformance(make_model: MakeModel, system: str, least: int) -> None:
-    conformance(make_model, system, least)
+@pytest.mark.parametrize("system", KERNELS)
+def test_conformance(make_model: MakeModel, system: str) -> None:
+    kernel = KERNELS[system]
+    port = free_port() if system == "openbsd" else 0  # macOS takes the port of the socket
+    conformance(make_model, system, 60 if kernel.families == (socket.AF_INET,) else 120, port=port)
+
+
+@pytest.mark.parametrize(("system", "kernel"), [("macos", "no-sa"), ("openbsd", "no-udpencap")])
+def test_conformance_of_a_kernel_in_another_state(make_model: MakeModel, system: str, kernel: str) -> None:
+    """macOS before the first SA; OpenBSD where the administrator has switched ESP-in-UDP off."""
+    port = free_port() if system == "openbsd" else 0
+    conformance(make_model, system, 120, kernel=kernel, port=port)
 
 
 def test_a_model_that_leaks_is_found_out(make_model: MakeModel) -> None:
@@ -102,15 +111,3 @@ def test_a_model_that_leaks_is_found_out(make_model: MakeModel) -> None:
     done = make_model("solaris").pytest("conformance.py", kernel="no-demultiplexing")
     assert done.returncode == 1
     assert "test_inbound[solaris-IPv4-SPI alone]" in done.stdout
-
-
-def _free_port() -> int:
-    """Return a port that nobody has on loopback."""
-    for port in range(PORT, 65536):
-        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
-            try:
-                sock.bind(("::", port))
-            except OSError:
-                continue
-            return port
-    raise AssertionError("all ports are taken")
