@@ -22,6 +22,10 @@ versions of natcompat may add some, and raise the number if one changes its mean
     what else the kernel's IPsec does for this process, each true, false, or null where it did not
     say: ``bypass`` (endpoints are exempt from IPsec policies), ``keepalive`` (the kernel sends
     NAT-keepalives), ``sa_direction`` (SAs have a direction); ``reason`` and ``remedy`` of what is missing
+``pfkey``
+    IPsec over PF_KEY, which Linux takes only where NATCOMPAT_IPSEC=pfkey asks for it: ``asked`` (the
+    value of NATCOMPAT_IPSEC, or null), ``dialect`` (null: none is spoken here), ``usable`` (null: not
+    tried), ``reason``, ``remedy``, ``limits`` (a list of sentences: what it cannot do)
 ``privileges``
     ``user`` (effective user id), ``capabilities`` (name to true or false; null where there are none)
 ``tun``
@@ -82,6 +86,7 @@ _GVISOR: Final = "#1 SMP Sun Jan 10 15:06:54 PST 2016"
 def examine() -> dict[str, Any]:
     """Look at everything, and return the report; see the module for its keys. Takes well under a second."""
     from natcompat import __version__, backends
+    from natcompat.pfkey.examine import examine as examine_pfkey
 
     return {
         "schema": SCHEMA,
@@ -104,6 +109,7 @@ def examine() -> dict[str, Any]:
         ],
         "esp": _kernel_esp(),
         "xfrm": _xfrm(),
+        "pfkey": {"asked": os.environ.get("NATCOMPAT_IPSEC") or None, **examine_pfkey()},
         "privileges": {
             "user": os.geteuid() if hasattr(os, "geteuid") else None,
             "capabilities": _capabilities(),

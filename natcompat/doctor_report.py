@@ -72,6 +72,16 @@ def show(report: dict[str, Any]) -> None:
     if report["xfrm"]["remedy"]:
         out.line("  ", report["xfrm"]["remedy"])
 
+    pfkey = report["pfkey"]
+    out.heading("IPsec over PF_KEY", "on Linux only where NATCOMPAT_IPSEC=pfkey asks for it")
+    usable = {True: good("yes"), False: doubtful("no"), None: doubtful("?")}[pfkey["usable"]]
+    out.table(["", "", ""], [[pfkey["dialect"] or "none", usable, pfkey["reason"]]])
+    if pfkey["remedy"]:
+        out.line("  ", pfkey["remedy"])
+    if pfkey["asked"] == "pfkey" or pfkey["dialect"] not in ("linux", None):
+        for limit in pfkey["limits"]:
+            out.line("  ", limit)
+
     out.heading("Privileges and devices")
     rows: list[list[str]] = []
     for name, has in (report["privileges"]["capabilities"] or {}).items():
