@@ -56,8 +56,11 @@ class Outlet:
     @property
     def sock(self) -> socket.socket:
         """What it sends from, as it would without the option."""
-        if self._esp_socket is not None:
-            return self._esp_socket
+        return self.application if self._esp_socket is None else self._esp_socket
+
+    @property
+    def application(self) -> socket.socket:
+        """The application's socket."""
         sock = self._endpoint._any_alias()
         if sock is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))

@@ -72,6 +72,11 @@ class EspOutlet(Protocol):
         """What it sends from, as it would without the option. Raises EBADF once that is closed."""
         ...
 
+    @property
+    def application(self) -> socket.socket:
+        """The application's socket, likewise."""
+        ...
+
     def sendmsg(
         self, buffers: Sequence[bytes], ancillary: Sequence[tuple[int, int, bytes]], address: Address
     ) -> int:

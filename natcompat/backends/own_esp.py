@@ -28,6 +28,11 @@ class ProcessEsp:
         """Who takes ESP in this process; a forked child has none, since two must not use one nonce."""
         return self._consumer if self._pid == os.getpid() else None
 
+    @property
+    def inherited(self) -> EspConsumer | None:
+        """What the parent of this forked child had for one."""
+        return self._consumer if self._pid != os.getpid() else None
+
     def follow(self, changed: Callable[[], None]) -> None:
         """Call the method `changed` whenever there is another consumer, as long as its object lives."""
         with self._lock:

@@ -7,6 +7,7 @@ import logging
 import select
 import socket
 import threading
+import time
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -32,6 +33,8 @@ class Carrier(Protocol):
 
     last_error: OSError | None
     """Why the system did not send a packet, the last time it did not."""
+    paths: PathMtus
+    """What is known of path MTUs."""
 
     def start(self) -> None:
         """Begin."""
@@ -56,7 +59,7 @@ class Carrier(Protocol):
         ...
 
     def close(self) -> None:
-        """End, and wait until nothing moves any more."""
+        """End, and wait until nothing moves any more. May be repeated."""
         ...
 
 
@@ -70,12 +73,12 @@ class PortableCarrier:
     def __init__(self, engine: EspEngine, device: PacketDevice) -> None:
         self.last_error: OSError | None = None
         self.paths: PathMtus = PathMtus(self._ask_path_mtu)
-        """What is known of path MTUs."""
         self._engine = engine
         self._device = device
         self._ways = Ways()
         self._replies = TooBigReplies()
         self._ended = False
+        self._inside: set[int] = set()  # the threads that are opening packets
         self._awake, self._wake = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="natcompat-esp-out", daemon=True)
 
@@ -95,15 +98,23 @@ class PortableCarrier:
         self, burst: list[tuple[memoryview, Address]], traffic_classes: list[int] | None = None
     ) -> None:
         """Open a burst and give it to the device."""
-        opened = [
-            each.inner for each in self._engine.open_burst(burst, traffic_classes) if isinstance(each, Opened)
-        ]
-        if opened:
-            self._engine.count(Reason.DEVICE, len(opened) - self._device.write_burst(opened))
+        thread = threading.get_ident()
+        self._inside.add(thread)
+        try:
+            if self._ended:
+                self._engine.count(Reason.CLOSED, len(burst))
+                return
+            results = self._engine.open_burst(burst, traffic_classes)
+            opened = [each.inner for each in results if isinstance(each, Opened)]
+            if opened:
+                self._engine.count(Reason.DEVICE, len(opened) - self._device.write_burst(opened))
+        finally:
+            self._inside.discard(thread)
 
     def transmit(self, packets: list[Sealed]) -> None:
         """Send keepalives."""
-        self._send(packets, None)
+        if not self._ended:
+            self._send(packets, None)
 
     def close(self) -> None:
         """End the thread and wait for it."""
@@ -112,6 +123,8 @@ class PortableCarrier:
             self._wake.send(b"x")
         if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join()
+        while self._inside - {threading.get_ident()}:
+            time.sleep(0.001)  # bursts are short
         self._wake.close()
         self._awake.close()
 

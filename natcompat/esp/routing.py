@@ -150,22 +150,22 @@ class DeviceRoutes:
     def follow(self, policies: Iterable[Policy]) -> None:
         """Make the routes those that `policies` want, and no others; whole or not at all.
 
-        What outbound policies protect or discard goes into the device, with that address of the device
-        as its source which the policy is for, if there is one. What they bypass goes past it where routes
-        can say so (see `_goes_past`); else it goes into the device, and ESP drops it.
+        What outbound policies protect or discard goes into the device, with that address of the device,
+        or of this host, as its source which the policy is for, if there is one. What they bypass goes
+        past it where routes can say so (see `_goes_past`); else it goes into the device, and ESP drops it.
         """
         caught, thrown = routes_for(policies)
         if self.refusal:
             thrown.clear()
         peers = [each.destination for each in caught.values() if each.destination is not None]
+        new = caught.keys() - self._sources.keys()
+        own = [*self._device.addresses, *(self._netlink.addresses() if new else ())]
         with contextlib.ExitStack() as undo:
             for network in self._thrown & caught.keys():
                 self._catch(network)
                 undo.callback(self._throw, network)
-            for network in caught.keys() - self._sources.keys():
-                addresses = (
-                    each for each in self._device.addresses if each in caught[network].selector.source
-                )
+            for network in new:
+                addresses = (each for each in own if each in caught[network].selector.source)
                 self.add(network, next(addresses, None), peers=peers)
                 undo.callback(self.remove, network)
             for network in self._sources.keys() & thrown:

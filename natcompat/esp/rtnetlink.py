@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Iterator, Mapping
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any, Final, NamedTuple
 
 from pyroute2.netlink.rtnl.fibmsg import fibmsg
@@ -27,7 +27,7 @@ PROTOCOL: Final = 78
 """Who made a route or a rule, in rtnetlink's words: those above 4 are free, and this one is not taken."""
 
 _RTM_NEWLINK, _RTM_DELLINK = 16, 17
-_RTM_NEWADDR = 20
+_RTM_NEWADDR, _RTM_GETADDR = 20, 22
 _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
 _RTM_NEWRULE, _RTM_DELRULE, _RTM_GETRULE = 32, 33, 34
 _RTN_UNICAST, _RTN_THROW = 1, 9
@@ -150,6 +150,14 @@ class Rtnetlink:
         found = rtmsg(answer)
         found.decode()
         return int(found.get_attr("RTA_OIF") or 0)
+
+    def addresses(self) -> list[IPAddress]:
+        """Return the addresses of this host, those of the loopback interface last."""
+        found = [
+            ip_address(message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
+            for message in self._dump("Listing the addresses", ifaddrmsg, _RTM_GETADDR)
+        ]
+        return sorted(found, key=lambda each: each.is_loopback)
 
     def add_rule(self, rule: Rule) -> None:
         """Put a rule in. EEXIST: there is one like it."""

@@ -220,6 +220,15 @@ class TunDevice:
         if descriptor >= 0:
             os.close(descriptor)
 
+    def abandon(self) -> None:
+        """Close this process's descriptor, a forked child's, and leave the interface to its parent."""
+        descriptor, self._descriptor = self._descriptor, -1
+        netlink, self._netlink = self._netlink, None
+        if netlink is not None:
+            netlink.close()
+        if descriptor >= 0:
+            os.close(descriptor)
+
     def __enter__(self) -> Self:
         return self
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
@@ -22,9 +24,14 @@ from natcompat.esp.carrier import Carrier
 from natcompat.esp.datapath import Sealed
 from natcompat.esp.device import PacketDevice, QueueDevice
 from natcompat.esp.engine import EspEngine
+from natcompat.esp.mtu import device_mtu
+from natcompat.ipsec import Direction, Policy, SaId, SecurityAssociation
 
 if TYPE_CHECKING:
     from natcompat.diversion import Diversion
+    from natcompat.esp.routing import DeviceRoutes
+
+_log = logging.getLogger("natcompat")
 
 
 class UserspaceIPsec(EspEngine):
@@ -42,15 +49,25 @@ class UserspaceIPsec(EspEngine):
     """To an endpoint: this one wants to know the ECN field of outer headers."""
 
     def __init__(
-        self, device: PacketDevice, *, follow_mapping: bool = False, datapath: str | None = None
+        self,
+        device: PacketDevice,
+        *,
+        routes: DeviceRoutes | None = None,
+        follow_mapping: bool = False,
+        datapath: str | None = None,
     ) -> None:
-        """`datapath`: as NATCOMPAT_DATAPATH, which it overrides."""
+        """`routes`: into `device`; they follow the policies from now on, and are closed with it.
+
+        `datapath`: as NATCOMPAT_DATAPATH, which it overrides.
+        """
         chosen = datapaths.select(datapath)
         if chosen.make_path is None or chosen.make_carrier is None:
             raise ValueError(f"datapath: {chosen.name} makes nothing")
         super().__init__(
             transmit=self._transmit_keepalives, follow_mapping=follow_mapping, datapath=chosen.make_path
         )
+        self._routes = routes
+        self._device_mtu = device.mtu
         self.device: PacketDevice = device
         """Where inner packets come from and go to."""
         self.carrier: Carrier = chosen.make_carrier(self, device)
@@ -67,11 +84,75 @@ class UserspaceIPsec(EspEngine):
 
     def attached(self, outlet: EspOutlet) -> None:
         """Let ESP leave by an endpoint that hands its own to this object."""
+        if self._routes is not None:
+            with contextlib.suppress(OSError):  # a socket of before privileges were given up
+                self._routes.exempt(outlet.sock)
+                self._routes.exempt(outlet.application)
         self.carrier.attached(outlet)
 
     def detached(self, outlet: EspOutlet) -> None:
         """Let it leave there no longer."""
         self.carrier.detached(outlet)
+        if self._routes is not None:
+            with contextlib.suppress(OSError):  # it is closed
+                self._routes.exempt(outlet.application, False)
+
+    def bypass(self, sock: socket.socket) -> None:
+        """Keep what `sock` sends out of the device: for sockets of IKE that are no endpoints (port 500).
+
+        EPERM where routes lead into the device and CAP_NET_ADMIN is gone. Without routes it does nothing.
+        """
+        if self._routes is not None:
+            self._routes.exempt(sock)
+
+    def add_sa(
+        self, sa: SecurityAssociation, *, sequence: int | None = None, permitted: int | None = None
+    ) -> SaId:
+        """Install `sa`; see `EspEngine.add_sa`. The MTU of the device shrinks to what the SA can carry."""
+        sa_id = super().add_sa(sa, sequence=sequence, permitted=permitted)
+        if sa.direction is Direction.OUT and self._routes is not None:  # else it is the caller's
+            mtu = device_mtu([sa], self.carrier.paths.of)
+            with self._lock:
+                if mtu < self._device_mtu:
+                    self._device_mtu = self.device.mtu = mtu
+        return sa_id
+
+    def add_policy(self, policy: Policy) -> None:
+        """Install `policy`; see `EspEngine.add_policy`. Routes into the device follow.
+
+        ELOOP: one would lead ESP itself into the device, and this kernel has no rules to prevent it.
+        """
+        with self._usable():
+            super().add_policy(policy)
+            try:
+                self._follow_policies(policy)
+            except BaseException:
+                super().delete_policy(policy)
+                raise
+
+    def delete_policy(self, policy: Policy) -> None:
+        """Remove a policy, and its route."""
+        with self._usable():
+            super().delete_policy(policy)
+            self._follow_policies(policy)
+
+    def flush_policies(self) -> None:
+        """Remove every policy of this engine, and the routes."""
+        with self._usable():
+            super().flush_policies()
+            self._follow_policies()
+
+    def _follow_policies(self, changed: Policy | None = None) -> None:
+        if self._routes is None or (changed is not None and changed.direction is Direction.IN):
+            return
+        self._routes.follow(each.policy for each in self.list_policies())
+        if changed is not None and changed.destination is not None:
+            try:
+                self._routes.check_peer(changed.destination)
+            except NatCompatError as error:
+                if error.errno == errno.ELOOP:
+                    raise
+                _log.warning("%s", error)  # it may be set right later
 
     @property
     def engines(self) -> int:
@@ -87,13 +168,24 @@ class UserspaceIPsec(EspEngine):
 
     def close(self) -> None:
         """Forget all SAs and policies, and close the device. Endpoints go on without ESP."""
-        if os.getpid() != self._pid or self._closed:
+        if os.getpid() != self._pid:
+            self._abandon()
             return
-        with contextlib.ExitStack() as each:  # all of them, whatever one of them raises
+        if self._closed:
+            return
+        with contextlib.ExitStack() as each:  # all of them, whatever one of them raises, from the last on
             each.callback(self._close_device)
+            if self._routes is not None:
+                each.callback(self._routes.close)
             each.callback(super().close)
             each.callback(self.carrier.close)
             each.callback(self._leave)
+
+    def _abandon(self) -> None:
+        """Let go of what a forked child has inherited: the device goes on as long as somebody holds it."""
+        abandon = getattr(self.device, "abandon", None)
+        if abandon is not None:
+            abandon()
 
     def _close_device(self) -> None:
         self.device.close()
@@ -115,7 +207,8 @@ def open_process_ipsec(*, device: PacketDevice | None = None, follow_mapping: bo
     """Open the ESP of this process: what endpoints of the backend userspace hand their ESP to.
 
     Those that were given another consumer keep it (`esp` of `natcompat.set_nat_t_endpoint`). `device`
-    is closed with what is returned; None: a `QueueDevice`.
+    is closed with what is returned. None: a `natcompat.esp.tun.TunDevice` where this process may make one,
+    with routes that follow the outbound policies (`natcompat.esp.routing`); else a `QueueDevice`.
 
     There is one at a time, since a port gives its ESP to one: EBUSY while it is open. A forked child may
     open its own, which then shares the ports of its parent.
@@ -127,14 +220,39 @@ def open_process_ipsec(*, device: PacketDevice | None = None, follow_mapping: bo
                 "the ESP of this process is open already",
                 "Share the object that open_ipsec() returned, or close it before another is opened",
             )
-        ipsec = UserspaceIPsec(QueueDevice() if device is None else device, follow_mapping=follow_mapping)
-        PROCESS_ESP.change(ipsec)
+        with contextlib.ExitStack() as undo:
+            routes = None
+            if device is None:
+                device, routes = _default_device(undo)
+            ipsec = UserspaceIPsec(device, routes=routes, follow_mapping=follow_mapping)
+            undo.callback(ipsec.close)
+            PROCESS_ESP.change(ipsec)
+            undo.pop_all()
         return ipsec
+
+
+def _default_device(undo: contextlib.ExitStack) -> tuple[PacketDevice, DeviceRoutes | None]:
+    """Return the system's device, if there can be one, else a queue."""
+    if sys.platform != "linux":
+        return QueueDevice(), None
+    from natcompat.esp.routing import DeviceRoutes
+    from natcompat.esp.tun import TunDevice
+
+    try:
+        device = undo.enter_context(TunDevice())
+        return device, undo.enter_context(DeviceRoutes(device))
+    except NatCompatError as error:
+        undo.close()
+        _log.info("inner packets go through a queue (open_ipsec().device): %s", error)
+        return QueueDevice(), None
 
 
 def _after_fork() -> None:
     global _opening  # noqa: PLW0603
     _opening = threading.Lock()
+    inherited = PROCESS_ESP.inherited
+    if isinstance(inherited, UserspaceIPsec):
+        inherited._abandon()
 
 
 if hasattr(os, "register_at_fork"):

@@ -207,12 +207,12 @@ class TestTheEspOfTheProcess:
     def test_endpoints_use_it(self, when: str, stack: contextlib.ExitStack) -> None:
         sock = udp_socket(stack, "127.0.0.1")
         if when == "before":
-            ipsec = stack.enter_context(open_ipsec("userspace"))
+            ipsec = stack.enter_context(open_ipsec("userspace", device=QueueDevice()))
         endpoint = set_nat_t_endpoint(sock, backend="userspace")
         if when == "after":
             assert endpoint.mode == "filter"
             assert endpoint.stats().datapath is None
-            ipsec = stack.enter_context(open_ipsec("userspace"))
+            ipsec = stack.enter_context(open_ipsec("userspace", device=QueueDevice()))
         assert endpoint.mode == "steering"
         assert endpoint.stats().datapath == ipsec.datapath
         _, far = two_ends(stack)
@@ -227,7 +227,7 @@ class TestTheEspOfTheProcess:
         assert endpoint.stats().datapath is None
 
     def test_a_socket_that_is_bound_later(self, stack: contextlib.ExitStack) -> None:
-        ipsec = stack.enter_context(open_ipsec("userspace"))
+        ipsec = stack.enter_context(open_ipsec("userspace", device=QueueDevice()))
         sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         endpoint = set_nat_t_endpoint(sock, backend="userspace")
         sock.bind(("127.0.0.1", 0))
@@ -245,26 +245,26 @@ class TestTheEspOfTheProcess:
         endpoint = set_nat_t_endpoint(
             sock, backend="userspace", esp=lambda packet, _: seen.append(bytes(packet))
         )
-        with open_ipsec("userspace"):
+        with open_ipsec("userspace", device=QueueDevice()):
             wire.sendto(b"\1\2\3\4" * 8, sock.getsockname())
             until(lambda: seen)
         assert endpoint.mode == "steering"
 
     def test_there_is_one(self) -> None:
-        with open_ipsec("userspace") as ipsec:
+        with open_ipsec("userspace", device=QueueDevice()) as ipsec:
             with pytest.raises(NatCompatError) as caught:
                 open_ipsec("userspace:in-line")
             assert caught.value.errno == errno.EBUSY
             assert "close" in caught.value.remedy
             assert PROCESS_ESP.consumer is ipsec
-        with open_ipsec("userspace"):
+        with open_ipsec("userspace", device=QueueDevice()):
             pass
         assert PROCESS_ESP.consumer is None
 
     def test_it_leaves_nothing(self, stack: contextlib.ExitStack) -> None:
         sock = udp_socket(stack, "127.0.0.1")
         set_nat_t_endpoint(sock, backend="userspace")
-        with open_ipsec("userspace"):  # whatever is made once
+        with open_ipsec("userspace", device=QueueDevice()):  # whatever is made once
             pass
         with nothing_left(), open_ipsec("userspace", device=QueueDevice()):
             pass
@@ -285,7 +285,7 @@ class TestTheEspOfTheProcess:
         assert "userspace" in caught.value.remedy
 
     def test_a_collected_socket_is_no_way_out(self, stack: contextlib.ExitStack) -> None:
-        ipsec = stack.enter_context(open_ipsec("userspace"))
+        ipsec = stack.enter_context(open_ipsec("userspace", device=QueueDevice()))
         for index, backend in enumerate(("userspace", "userspace:in-line"), start=1):
             sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             sock.bind(("127.0.0.1", 0))
@@ -371,7 +371,7 @@ def test_a_daemon_opens_its_own_after_the_fork(stack: contextlib.ExitStack) -> N
     if child == 0:
         code = 1
         try:
-            ipsec = open_ipsec("userspace")
+            ipsec = open_ipsec("userspace", device=QueueDevice())
             ports = {"local_port": port, "remote_port": peer.getsockname()[1]}
             install(ipsec, near=True, addresses=("127.0.0.1", "127.0.0.2"), **ports)
             device = ipsec.device
