@@ -59,8 +59,8 @@ def command(
     refused there, since nobody can choose the kernel's IVs.
 
     Keys stand in the file, in files of their own or in the environment, as hexadecimal digits. A file with
-    keys that its group or others may touch, or that belongs to neither this user nor root, is refused.
-    Keys are never shown.
+    keys that its group or others may touch, or that belongs to neither this user nor root, is refused;
+    without keys in it FILE.toml may be readable. Keys are never shown.
 
     The state file keeps sequence numbers across restarts, so that no IV is used twice with one key: they
     are reserved in blocks, on the disk before use. --create-state makes it, once, for keys that are new.

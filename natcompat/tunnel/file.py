@@ -85,6 +85,7 @@ def read_tunnel(path: Path, *, backend: str | None = None) -> Tunnel:
     descriptor = open_file(path, "the file")
     try:
         content = read_all(descriptor)
+        refuse_if_shared(descriptor, path, "the file", readable=True)
         tunnel, holds_keys = _read(path, content, backend)
         if holds_keys:
             refuse_if_shared(descriptor, path, "keys stand in it, and the file")

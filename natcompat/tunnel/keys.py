@@ -44,8 +44,8 @@ def open_file(path: Path, what: str) -> int:
     return descriptor
 
 
-def refuse_if_shared(descriptor: int, path: Path, what: str) -> None:
-    """Raise EACCES unless nobody but this user, or root, has had a hand on the file."""
+def refuse_if_shared(descriptor: int, path: Path, what: str, *, readable: bool = False) -> None:
+    """Raise EACCES unless only this user and root may touch the file; with `readable`, others may read it."""
     if not hasattr(os, "geteuid"):
         return  # access lists instead of modes: there the owner's own folder has to do
     found = os.fstat(descriptor)
@@ -53,16 +53,17 @@ def refuse_if_shared(descriptor: int, path: Path, what: str) -> None:
     if found.st_uid not in (0, os.geteuid()):
         raise ConfigurationError(
             errno.EACCES,
-            f"{what} {name} belongs to user {found.st_uid}, who knows and may change what is in it",
-            f"Use other keys, in a file of this user (chown {os.geteuid()} {name})",
+            f"{what} {name} belongs to user {found.st_uid}, who may read and change it",
+            f"chown {os.geteuid()} {name}, and replace the keys that are in it, if any",
         )
-    if mode & 0o077:
-        who = "others" if mode & 0o007 else "its group"
+    if mode & (0o022 if readable else 0o077):
+        who = "others" if mode & (0o002 if readable else 0o007) else "its group"
         may = [word for bit, word in ((0o044, "read"), (0o022, "change"), (0o011, "run")) if mode & bit]
+        remedy = f"chmod 600 {name}, and use other keys if somebody else may have read it"
         raise ConfigurationError(
             errno.EACCES,
             f"{what} {name} has mode {mode:04o}: {who} may {' and '.join(may)} it",
-            f"chmod 600 {name}, and use other keys if somebody else may have read it",
+            f"chmod go-w {name}" if readable else remedy,
         )
 
 
