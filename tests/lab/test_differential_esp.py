@@ -11,12 +11,12 @@ import pytest
 from natcompat.esp.crypto import make_cipher
 from natcompat.esp.engine import EspEngine
 from natcompat.esp.packet import DUMMY, IPV4, IPV6, PADDINGS
-from natcompat.esp.results import Opened
+from natcompat.esp.results import Dropped, Opened
 from natcompat.ipsec import Direction, Encr, Integ, Mode, Policy, SecurityAssociation
 from natcompat.testing_ipsec.harness import HOSTS, OUTER, SPI, IPsecHarness, policy
 from natcompat.testing_ipsec.traffic import _comparable, udp_packet
 from natcompat.xfrm.kernel import XfrmIPsec
-from tests.esp.making import keys, name
+from tests.esp.making import TRANSFORMS, keys, name
 from tests.lab.kernel_esp import KernelEsp
 from tests.lab.topology import inside
 
@@ -24,6 +24,7 @@ pytestmark = pytest.mark.kernel_esp
 
 PACKETS = 2000
 WINDOW = 32
+BORDER = 1 << 32
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,14 @@ def kernel() -> Iterator[KernelEsp]:
 class Peer:
     """Who has the keys, seals what it likes, and remembers all."""
 
-    def __init__(self, sa: SecurityAssociation, mode: Mode, version: int, seed: int) -> None:
+    def __init__(
+        self, sa: SecurityAssociation, mode: Mode, version: int, *, sequence: int = 0, seed: int = 4303
+    ) -> None:
+        """`sequence`: of the last packet that was sent before."""
         self.cipher = make_cipher(sa.encryption, sa.encryption_key, sa.integrity, sa.integrity_key)
         self.block = max(self.cipher.block_length, 4)
         self.mode, self.version = mode, version
-        self.high = bytes(4) if sa.esn else b""
+        self.esn, self.sequence = sa.esn, sequence
         self.random = random.Random(seed)
         self.sent: list[bytes] = []
 
@@ -51,9 +55,10 @@ class Peer:
 
     def seal_plaintext(self, plaintext: bytes) -> bytes:
         """Return the next packet, whatever is in it."""
-        prefix = SPI.to_bytes(4) + (len(self.sent) + 1).to_bytes(4)
-        iv = self.random.randbytes(self.cipher.iv_length)
-        self.sent.append(self.cipher.seal(prefix + iv, plaintext, self.high))
+        self.sequence += 1
+        number = self.sequence.to_bytes(8)
+        prefix = SPI.to_bytes(4) + number[4:] + self.random.randbytes(self.cipher.iv_length)
+        self.sent.append(self.cipher.seal(prefix, plaintext, number[:4] if self.esn else b""))
         return self.sent[-1]
 
     def good(self) -> bytes:
@@ -109,31 +114,38 @@ class Peer:
 
 
 @pytest.mark.parametrize(
-    ("transforms", "version", "mode", "esn"),
+    ("transforms", "version", "mode", "sequence"),
     [
-        ((Encr.AES_GCM_16, Integ.NONE), 4, Mode.TUNNEL, False),
-        ((Encr.AES_CBC, Integ.HMAC_SHA2_256_128), 6, Mode.TUNNEL, True),
-        ((Encr.CHACHA20_POLY1305, Integ.NONE), 4, Mode.TRANSPORT, True),
-        ((Encr.AES_CTR, Integ.HMAC_SHA1_96), 6, Mode.TRANSPORT, False),
-        ((Encr.NULL, Integ.HMAC_SHA2_512_256), 6, Mode.TUNNEL, False),
+        ((Encr.AES_GCM_16, Integ.NONE), 4, Mode.TUNNEL, None),
+        ((Encr.AES_CBC, Integ.HMAC_SHA2_256_128), 6, Mode.TUNNEL, 0),
+        ((Encr.CHACHA20_POLY1305, Integ.NONE), 4, Mode.TRANSPORT, BORDER - 3 * PACKETS),
+        ((Encr.AES_CTR, Integ.HMAC_SHA1_96), 6, Mode.TRANSPORT, None),
+        ((Encr.NULL, Integ.HMAC_SHA2_512_256), 6, Mode.TUNNEL, None),
     ],
     ids=lambda value: name(value) if isinstance(value, tuple) else None,
 )
 def test_differences(
-    kernel: KernelEsp, transforms: tuple[Encr, Integ], version: int, mode: Mode, esn: bool
+    kernel: KernelEsp, transforms: tuple[Encr, Integ], version: int, mode: Mode, sequence: int | None
 ) -> None:
+    """`sequence`: where extended sequence numbers begin; None: they have 32 bits."""
     changes: dict[str, Any] = {"mode": mode}
     sa = IPsecHarness().association(
-        Direction.IN, version, spi=SPI, esn=esn, replay_window=WINDOW, **changes, **keys(*transforms)
+        Direction.IN,
+        version,
+        spi=SPI,
+        esn=sequence is not None,
+        replay_window=WINDOW,
+        **changes,
+        **keys(*transforms),
     )
     wanted: Policy = policy(Direction.IN, version, **(changes if mode is Mode.TRANSPORT else {}))
-    peer, source = Peer(sa, mode, version, 4303), (OUTER[version][1], 4500)
+    peer, source = Peer(sa, mode, version, sequence=sequence or 0), (OUTER[version][1], 4500)
     with inside("here"), XfrmIPsec() as xfrm, EspEngine(timer=False) as engine:
         xfrm.flush_policies()
         xfrm.flush_sas()
         try:
             for ipsec in (xfrm, engine):
-                ipsec.add_sa(sa)
+                ipsec.add_sa(sa, sequence=sequence or None)
                 ipsec.add_policy(wanted)
 
             def both(*packets: bytes) -> None:
@@ -154,9 +166,50 @@ def test_differences(
                 assert len({getattr(usage, what) for usage in usages}) == 1, (what, usages)
             assert usages[0].packets > PACKETS // 4
             assert usages[0].replay_drops
+            if sequence:
+                assert usages[0].sequence is not None
+                assert usages[0].sequence > BORDER
             if mode is Mode.TUNNEL:
                 for packet in peer.odd():
                     both(packet, peer.good())
+        finally:
+            xfrm.flush_policies()
+            xfrm.flush_sas()
+
+
+@pytest.mark.parametrize("transforms", TRANSFORMS, ids=name)
+def test_extended_numbers_pass_32_bits(kernel: KernelEsp, transforms: tuple[Encr, Integ]) -> None:
+    """Both ways: the upper half is not in the packet, and yet authenticated."""
+    near, far = HOSTS[4]
+    with inside("here"), XfrmIPsec() as xfrm, EspEngine(timer=False) as engine:
+        xfrm.flush_policies()
+        xfrm.flush_sas()
+        try:
+            local, remote = OUTER[4]
+            ids = []
+            for number, direction in enumerate(Direction):
+                changes = {"spi": SPI + number, "esn": True, **keys(*transforms)}
+                ours = IPsecHarness().association(direction, **changes)
+                other = Direction.OUT if direction is Direction.IN else Direction.IN
+                ends: dict[str, Any] = {"source": ours.source, "destination": ours.destination}
+                theirs = IPsecHarness().association(other, **{**changes, **ends})
+                selector = policy(direction).selector
+                for ipsec, sa in ((xfrm, ours), (engine, theirs)):
+                    ids.append((ipsec, ipsec.add_sa(sa, sequence=BORDER - 3)))
+                    ipsec.add_policy(
+                        Policy(direction=sa.direction, selector=selector, reqid=sa.reqid, **ends)
+                    )
+            for number in range(6):
+                question, answer = udp_packet(near, far, b"question"), udp_packet(far, near, b"answer")
+                (packet,) = kernel.seal(question)
+                assert int.from_bytes(packet[4:8]) == (BORDER - 2 + number) % BORDER
+                opened = engine.open(packet, (local, 4500))
+                assert isinstance(opened, Opened), (number, opened)
+                assert opened.inner == question
+                sealed = engine.seal(answer)
+                assert not isinstance(sealed, Dropped)
+                assert kernel.deliver(sealed[0][0], (remote, 4500)) == [answer]
+            assert {ipsec.get_sa(sa_id).sequence for ipsec, sa_id in ids} == {BORDER + 3}
         finally:
             xfrm.flush_policies()
             xfrm.flush_sas()
