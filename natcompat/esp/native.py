@@ -399,22 +399,29 @@ class NativeDataPath(PortableDataPath):
                 elif not result:
                     key = serial, *outer
                     destination = known.get(key) or self._destination(key)
-                    put((output[at : at + length], destination) if destination else DROPPED[Reason.ACQUIRE])
+                    put(
+                        (output[at : at + length], destination)
+                        if destination
+                        else self._seal_alone(packets[len(results)], now)  # its SA ended just now
+                    )
             if lib.esp_due_pending(self._path):
                 self.see_to_due()
             if len(results) < done + step:
-                mine = self._seal(packets[len(results)], now)
-                self.count([mine])
-                put(mine)
+                put(self._seal_alone(packets[len(results)], now))
             start += sum(lengths[done : done + step])
             done += step
         return results
+
+    def _seal_alone(self, packet: Packet, now: float) -> Sealed | Dropped:
+        mine = self._seal(packet, now)
+        self.count([mine])
+        return mine
 
     def _destination(self, key: tuple[int, int, int]) -> Destination | None:
         serial, traffic_class, dont_fragment = key
         association = self._register.get(serial)
         if not isinstance(association, Outbound):
-            return None  # it ended just now
+            return None
         if len(self._destinations) >= _MOST_REMEMBERED:
             self._destinations.clear()
         found = association.destination(traffic_class, bool(dont_fragment))

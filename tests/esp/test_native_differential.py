@@ -39,9 +39,11 @@ from tests.esp.making import (
     OUTER,
     SPI,
     TRANSFORMS,
+    inner,
     ip_packet,
     keys,
     native_providers,
+    policy,
     sa,
     udp,
 )
@@ -365,3 +367,28 @@ def test_sealing(provider: str, data: st.DataObject) -> None:
                 case "large":
                     size = draw(st.sampled_from([1400, 9000, 65440, 65470, 65500, 65507]))
                     twins.do("seal_burst", [ip_packet("10.1.0.1", "10.2.0.1", udp(bytes(size - 28)))])
+
+
+def test_a_burst_whose_sa_ends_before_it_is_out_goes_by_the_other() -> None:
+    """Where the SA is gone when the C data path's caller asks where its packets go."""
+    from natcompat.esp.native import NativeDataPath
+
+    with EspEngine(timer=False, datapath=NativeDataPath) as engine:
+        engine.add_policy(policy(Direction.OUT))
+        ids = [
+            engine.add_sa(sa(Direction.OUT, spi=0x1000 + number, encryption_key=bytes((number,)) * 20))
+            for number in range(2)
+        ]
+
+        class Destinations(dict[Any, Any]):
+            def get(self, key: Any, default: Any = None) -> Any:
+                if ids:
+                    engine.delete_sa(ids.pop())
+                    ids.clear()
+                return super().get(key, default)
+
+        assert isinstance(engine._path, NativeDataPath)
+        engine._path._destinations = Destinations()
+        results = engine.seal_burst([inner()] * 3)
+        assert not any(isinstance(each, Dropped) for each in results), results
+        assert not engine.counters()
