@@ -231,6 +231,7 @@ OPENBSD = Dialect(
     limits=(
         "The local port is that of the sysctl net.inet.esp.udpencap_port, for all SAs.",
         "SAs and flows find each other by addresses; a reqid means nothing.",
+        "Flows are shown and flushed by who has installed them.",
     ),
 )
 
@@ -282,6 +283,7 @@ SOLARIS = Dialect(
         "Keepalives go every 20 to 28 seconds (tunable ipsecesp_nat_keepalive_interval), for all SAs.",
         "A tunnel policy belongs to the tunnel interface ip.tunN, N being its interface_id.",
         "SAs and policies find each other by addresses; a reqid means nothing.",
+        "Rules are shown without the addresses of their tunnel, unless by who has installed them.",
     ),
 )
 

@@ -1,14 +1,19 @@
 """Policies as OpenBSD has them: flows, in messages of its own (Policies.FLOWS).
 
 A flow has no priority (the more specific comes first) and no tie to an SA but addresses. PF_KEY neither
-lists flows nor flushes them alone: the kernel gives them by sysctl, and flushes SAs with them.
+shows flows nor flushes them alone (the kernel shows them by sysctl, and flushes SAs with them), so
+that those of others are out of reach here: ipsecctl(8).
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import time
 from collections.abc import Iterator
 
 from natcompat.associations import Action, Direction, IPAddress, IPNetwork, Mode, Policy, TrafficSelector
+from natcompat.errors import NatCompatError
 from natcompat.ipsec import PolicyUsage
 from natcompat.pfkey import numbers as n
 from natcompat.pfkey.dialects import Dialect
@@ -24,39 +29,55 @@ from natcompat.pfkey.messages import (
 from natcompat.pfkey.readback import optional, required
 from natcompat.pfkey.spd import words
 from natcompat.pfkey.translate import network, refusal
-from natcompat.pfkey.transport import PfKeySocket
-
-_REMEDY = "Use ipsecctl(8): ipsecctl -s flow shows flows, ipsecctl -F removes them, and all SAs"
+from natcompat.pfkey.transport import PfKeySocket, failure
 
 
 class Flows:
-    """The flows behind a PF_KEY socket."""
+    """The flows behind a PF_KEY socket; what is shown and flushed are those that were installed by it."""
 
     def __init__(self, dialect: Dialect, sock: PfKeySocket) -> None:
         self._dialect = dialect
         self._socket = sock
+        self._installed: dict[tuple[Direction, TrafficSelector], PolicyUsage] = {}
 
     def add(self, policy: Policy) -> None:
         """Install `policy`."""
         message = encode_flow(self._dialect, policy, n.SADB_X_ADDFLOW)
         self._socket.request(f"Adding the flow for {words(policy)}", message)
+        usage = PolicyUsage(policy=policy, added=time.time(), last_used=None)
+        self._installed[policy.direction, policy.selector] = usage
 
     def delete(self, policy: Policy) -> None:
         """Remove the flow of this selector and direction. ESRCH: there is none."""
-        message = encode_flow(self._dialect, policy, n.SADB_X_DELFLOW)
-        self._socket.request(f"Deleting the flow for {words(policy)}", message)
+        what = f"Deleting the flow for {words(policy)}"
+        # The kernel wants to hear of the whole flow again.
+        usage = self._installed.get((policy.direction, policy.selector))
+        message = encode_flow(self._dialect, usage.policy if usage else policy, n.SADB_X_DELFLOW)
+        try:
+            self._socket.request(what, message)
+        except NatCompatError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            raise failure(what, errno.ESRCH) from None
+        self._installed.pop((policy.direction, policy.selector), None)
 
     def get(self, policy: Policy) -> PolicyUsage:
-        """Refuse: EOPNOTSUPP."""
-        raise refusal(self._dialect, "does not show flows", _REMEDY)
+        """Return the flow of this selector and direction. ESRCH: this object has installed none."""
+        try:
+            return self._installed[policy.direction, policy.selector]
+        except KeyError:
+            raise failure(f"Looking at the flow for {words(policy)}", errno.ESRCH) from None
 
     def list(self) -> list[PolicyUsage]:
-        """Refuse: EOPNOTSUPP."""
-        raise refusal(self._dialect, "does not show flows", _REMEDY)
+        """Return the flows that this object has installed."""
+        return list(self._installed.values())
 
     def flush(self) -> None:
-        """Refuse: EOPNOTSUPP."""
-        raise refusal(self._dialect, "flushes no flows without the SAs", _REMEDY)
+        """Remove the flows that this object has installed."""
+        for usage in self.list():
+            with contextlib.suppress(NatCompatError):
+                self.delete(usage.policy)
+        self._installed.clear()
 
     def asked(self, number: int) -> TrafficSelector | None:
         """Return the selector of the flow that an acquire is for; None where there is none any more."""

@@ -6,6 +6,7 @@ import errno
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import ip_address
 from sys import byteorder
 from types import EllipsisType
@@ -353,10 +354,17 @@ class PfKeyIPsec:
         for message in self._socket.dump("Listing SAs", request, fence=fence):
             if message.satype == self._dialect.esp and message.extensions:
                 try:
-                    found.append(installed_sa(self._dialect, message, self.direction_of))
+                    found.append(self._with_reqid(installed_sa(self._dialect, message, self.direction_of)))
                 except MalformedMessageError:
                     continue
         return found
+
+    def _with_reqid(self, found: InstalledSA) -> InstalledSA:
+        """Add the reqid to an SA of this object, where the kernel keeps none."""
+        known = self.known.get(found.sa_id)
+        if self._dialect.largest_reqid or known is None or found.association is None:
+            return found
+        return replace(found, association=replace(found.association, reqid=known.reqid))
 
     # -- policies
 

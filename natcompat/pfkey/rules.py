@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import struct
+import time
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
@@ -60,6 +61,7 @@ class Rules:
     def __init__(self, dialect: Dialect, sock: PfKeySocket) -> None:
         self._dialect = dialect
         self._socket = sock
+        self._installed: dict[tuple[Direction, TrafficSelector], PolicyUsage] = {}
 
     def add(self, policy: Policy) -> None:
         """Install `policy`."""
@@ -69,11 +71,16 @@ class Rules:
             errno.ESRCH: "Create the tunnel first (dladm create-iptun)",
         }
         self._socket.request(f"Adding the rule for {words(policy)}", message, remedies=remedies)
+        usage = PolicyUsage(policy=policy, added=time.time(), last_used=None)
+        self._installed[policy.direction, policy.selector] = usage
 
     def delete(self, policy: Policy) -> None:
         """Remove the rule of this selector and direction. ESRCH: there is none."""
-        message = encode_rule(self._dialect, policy, SPD_DELETERULE)
+        key = policy.direction, policy.selector
+        usage = self._installed.get(key)
+        message = encode_rule(self._dialect, usage.policy if usage else policy, SPD_DELETERULE)
         self._socket.request(f"Deleting the rule for {words(policy)}", message)
+        self._installed.pop(key, None)
 
     def get(self, policy: Policy) -> PolicyUsage:
         """Return the rule of this selector and direction. ESRCH: there is none."""
@@ -85,9 +92,10 @@ class Rules:
     def flush(self) -> None:
         """Remove every rule, those of tunnels, too."""
         self._socket.request("Flushing rules", Message(SPD_FLUSH, extensions=[_tunnel_name(b"")]))
+        self._installed.clear()
 
     def list(self) -> list[PolicyUsage]:
-        """Return every rule that natcompat has words for."""
+        """Return every rule that natcompat has words for, this object's as they were installed."""
         found: list[PolicyUsage] = []
         borders: list[Message] = []  # one message before all rules, and one behind them
 
@@ -99,7 +107,9 @@ class Rules:
         request = Message(SPD_DUMP, extensions=[_tunnel_name(b"")])
         for message in self._socket.dump("Listing rules", request, is_last=is_last):
             try:
-                found += policies_of(self._dialect, message)
+                for each in policies_of(self._dialect, message):
+                    key = each.policy.direction, each.policy.selector
+                    found.append(self._installed.get(key, each))
             except ValueError:
                 continue
         return found

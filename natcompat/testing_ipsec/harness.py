@@ -110,6 +110,10 @@ class IPsecHarness:
     """Whether sequence numbers are extended: what is to be tried."""
     windows: ClassVar[Sequence[int]] = (32, 64, 1024)
     """Sizes of the replay window that are to be tried."""
+    versions: ClassVar[Sequence[int]] = (4, 6)
+    """The IP versions that are to be tried."""
+    moves_ports: ClassVar[bool] = True
+    """The UDP ports of an SA change; False: that is refused."""
     moves: ClassVar[bool] = True
     """An SA goes to other addresses with its sequence numbers; False: that is refused."""
     cross_family: ClassVar[bool] = True
@@ -159,7 +163,7 @@ class IPsecHarness:
                 self.transforms,
                 lambda pair: "-".join(each.name for each in pair if each is not Integ.NONE),
             ),
-            ("version", (4, 6), lambda version: f"IPv{version}"),
+            ("version", self.versions, lambda version: f"IPv{version}"),
             ("mode", tuple(Mode), lambda mode: mode.value),
             ("esn", self.sequences, lambda esn: "64 bits" if esn else "32 bits"),
             ("window", self.windows, str),
