@@ -66,15 +66,15 @@ def select(requested: str | None = None) -> DataPathChoice:
 
 
 def _find_c() -> DataPathChoice:
-    from natcompat.esp.carrier import PortableCarrier
-
     try:
-        from natcompat.esp.native import NativeDataPath
+        from natcompat.esp.native import NativeDataPath, best_provider
+        from natcompat.esp.native_carrier import NativeCarrier
     except ImportError as error:
         return DataPathChoice("c", False, f"it is not built: {error}")
-    return DataPathChoice(
-        "c", True, "SAs and ciphers in C, sockets in Python", NativeDataPath, PortableCarrier
-    )
+    provider = best_provider()
+    if provider is None:
+        return DataPathChoice("c", False, "none of its libraries for ciphers works on this processor")
+    return DataPathChoice("c", True, f"in C, ciphers by {provider}", NativeDataPath, NativeCarrier)
 
 
 def _find_python() -> DataPathChoice:

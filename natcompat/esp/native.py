@@ -13,7 +13,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from struct import Struct
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from natcompat.errors import NatCompatError
 from natcompat.esp._datapath import ffi, lib
@@ -31,12 +31,7 @@ from natcompat.esp.native_association import (
 )
 from natcompat.esp.packet import Flow, FlowKey, expand, flow_key
 from natcompat.esp.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
-from natcompat.ipsec import Mode, SecurityAssociation
-
-if TYPE_CHECKING:
-    from natcompat.esp.carrier import Carrier
-    from natcompat.esp.device import PacketDevice
-    from natcompat.esp.engine import EspEngine
+from natcompat.ipsec import Encr, Integ, Mode, SecurityAssociation
 
 _VIEW: Final = Struct("=QIIBBB5x")
 """struct esp_view"""
@@ -442,22 +437,13 @@ def _flow(flow: Flow) -> Any:
     return ffi.from_buffer("struct esp_flow *", packed)
 
 
-# --- what natcompat.esp.datapaths asks for
-
-make_path = NativeDataPath
-
-
-def make_carrier(engine: EspEngine, device: PacketDevice) -> Carrier:
-    """Return what moves packets."""
-    from natcompat.esp.native_carrier import NativeCarrier
-
-    return NativeCarrier(engine, device)
-
-
-def refusal() -> str:
-    """Return why it does not work here; it was built, so it may only lack its library."""
+def best_provider() -> str | None:
+    """Return the library that does most ciphers here, by its name; None: there is none."""
     path = lib.esp_path_new(ffi.NULL)
     if not path:
-        return "no library for its ciphers works on this processor"
-    lib.esp_path_release(path)
-    return ""
+        return None
+    try:
+        name = lib.esp_provider(path, Encr.AES_GCM_16, Integ.NONE, 20)
+        return ffi.string(name).decode() if name else None
+    finally:
+        lib.esp_path_release(path)
