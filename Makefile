@@ -17,7 +17,7 @@ WORKERS ?= 2
 # per cent of natcompat/, by branches; held where no test may skip
 COVERED := $(if $(filter true-0,$(CI)-$(UID)),--cov-fail-under=95)
 
-.PHONY: help verify test check pytest conformance lab-newer fuzz bench nox format clean
+.PHONY: help verify test check pytest conformance lab-newer fuzz sanitize bench nox format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ lab-newer: .venv/.test ## the tests of kernel ESP on a newer kernel, emulated (m
 
 fuzz: .venv/.fuzz ## throw bytes at what takes them from the network (ARGS="--seconds 600 --keep")
 	@$(BIN)/python -m tests.fuzz $(ARGS)
+
+sanitize: .venv/.test ## the C data path under ASan, UBSan, TSan and valgrind (minutes)
+	@$(BIN)/python -m tests.native $(ARGS)
 
 bench: .venv/.test ## what natcompat costs, beside bare sockets (ARGS="--json")
 	@$(BIN)/python -m tests.bench $(ARGS)

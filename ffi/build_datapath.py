@@ -1,6 +1,7 @@
 """Builds natcompat.esp._datapath, the C data path: cffi in API mode, out of line, no GIL in calls.
 
-    python ffi/build_datapath.py     builds it in place, for working in this tree
+    python ffi/build_datapath.py                       builds it in place, for working in this tree
+    python ffi/build_datapath.py --into DIR -- FLAGS   builds it into a directory, with flags of yours
 
 The package's own build comes here through pyproject.toml. The extension is optional: without a
 compiler, Python's headers or a library for the ciphers the package is what it is, in pure Python.
@@ -8,6 +9,7 @@ compiler, Python's headers or a library for the ciphers the package is what it i
 
 from __future__ import annotations
 
+import argparse
 import platform
 import re
 import runpy
@@ -108,7 +110,11 @@ class BuildDatapath(build_ext):  # type: ignore[misc]
 
 
 def main() -> None:
-    """Build it in place, or fail."""
+    """Build it, or fail."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--into", type=Path, help="a directory; without it, the package's own")
+    parser.add_argument("flags", nargs="*", help="for compiler and linker")
+    options = parser.parse_args()
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())
     (declared,) = (each for each in project["tool"]["setuptools"]["ext-modules"] if each["name"] == NAME)
     command = BuildDatapath(
@@ -117,12 +123,20 @@ def main() -> None:
                 "name": "natcompat",
                 "packages": ["natcompat", "natcompat.esp"],
                 "package_dir": {"": str(HERE.parent)},
-                "ext_modules": [Extension(NAME, sources=declared["sources"])],
+                "ext_modules": [
+                    Extension(
+                        NAME,
+                        sources=declared["sources"],
+                        extra_compile_args=options.flags,
+                        extra_link_args=options.flags,
+                    )
+                ],
             }
         )
     )
-    command.inplace = True
-    command.build_temp = str(HERE.parent / "build" / "datapath")
+    command.inplace = options.into is None
+    command.build_lib = str(options.into)
+    command.build_temp = str(options.into or HERE.parent / "build" / "datapath")
     command.ensure_finalized()
     command.run()
 

@@ -113,6 +113,7 @@ static const struct crypto_cipher gcm = {"ipsec-mb", sizeof(struct gcm_key), gcm
 struct chacha_key {
     uint8_t key[32];
     uint8_t salt[4];
+    uint8_t unused[28];   /* on AVX2 the library reads 16 bytes beyond the key */
 };
 
 static bool chacha_expand(void *memory, const struct crypto_transform *transform, const uint8_t *material,

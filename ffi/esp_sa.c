@@ -227,7 +227,7 @@ static enum esp_result seal(struct esp_sa *sa, struct esp_packet *packet, uint8_
     packet->length = plain + sa->fixed;
     packet->sa = sa->serial;
     packet->peer = sa->peer;
-    packet->local = sa->local;
+    packet->local = sa->out.local;
     return ESP_DONE;
 }
 
@@ -279,9 +279,7 @@ void esp_sa_place(struct esp_sa *sa, const struct esp_endpoint *peer, const stru
 {
     pthread_mutex_lock(sa_lock(sa));
     sa->peer = *peer;
-    if (!sa->outbound)
-        sa->in.home = *peer;
-    sa->local = *local;
+    *(sa->outbound ? &sa->out.local : &sa->in.home) = *(sa->outbound ? local : peer);
     set_limits(sa);
     pthread_mutex_unlock(sa_lock(sa));
 }

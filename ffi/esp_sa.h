@@ -12,7 +12,7 @@ struct limits {
     uint64_t soft_packets, hard_packets, soft_bytes, hard_bytes;   /* UINT64_MAX: none */
 };
 
-/* There may be very many, so each byte counts. All behind `local_port` changes under the lock. */
+/* There may be very many, so each byte counts. All behind `queued` changes under the lock. */
 struct esp_sa {
     struct esp_path *path;
     const struct crypto_cipher *cipher;
@@ -32,7 +32,7 @@ struct esp_sa {
 
     bool gone, soft;
     uint8_t due;
-    struct esp_endpoint peer, local;
+    struct esp_endpoint peer;
     uint64_t cached;        /* the generation in which a flow last came to know this SA */
     uint64_t packets, octets, next_packets, next_bytes;
     double first_used, last_used;
@@ -42,6 +42,7 @@ struct esp_sa {
             uint64_t *ivs;        /* where the IV comes from, for ciphers that count */
             uint64_t last;        /* the last sequence number there is */
             uint64_t permitted;   /* the highest that may be used now */
+            struct esp_endpoint local;
         } out;
         struct {
             uint64_t replay_drops, window_drops, integrity_drops;

@@ -16,6 +16,11 @@ pytest.register_assert_rewrite("natcompat.testing_ipsec")  # before any module o
 
 MakeSocket = Callable[..., socket.socket]
 
+if _built := os.environ.get("NATCOMPAT_TEST_DATAPATH"):  # another build of the C data path, by tests/native
+    import natcompat.esp
+
+    natcompat.esp.__path__.insert(0, _built)
+
 NO_SKIPS = os.environ.get("CI") == "true" and hasattr(os, "geteuid") and os.geteuid() == 0
 """Continuous integration runs as root and has everything: a skip there is a hole in the tests."""
 

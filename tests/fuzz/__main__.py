@@ -4,19 +4,21 @@
 
 A corpus is a file of inputs in hexadecimal, one a line; the ordinary tests try all of them
 (tests/test_fuzz.py). With --keep, what reaches more code than before is added to it. An input that makes a
-target fail is printed and ends the run; it belongs into the corpus when the failure is repaired.
+target fail is printed and ends the run; it belongs into the corpus when the failure is repaired. The target
+esp_c is C and takes clang with its run-time libraries (libclang-rt-dev); the others take atheris.
 """
 
 from __future__ import annotations
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import atheris
+from tests.native.building import build
 
 CORPORA = Path(__file__).parents[1] / "corpora"
 LONGEST = 512
@@ -25,6 +27,8 @@ LONGEST = 512
 
 def fuzz(name: str, program: str, options: list[str]) -> None:
     """Fuzz in this process, by the options of libFuzzer, which may start `program` again; does not return."""
+    import atheris
+
     with atheris.instrument_imports(include=["natcompat"]):
         from tests.fuzz.targets import TARGETS
 
@@ -43,10 +47,13 @@ def run(name: str, seconds: int, *, keep: bool) -> bool:
         for number, line in enumerate(corpus.read_text().splitlines()):
             (known / str(number)).write_bytes(bytes.fromhex(line))
         program = directory / "fuzz"
-        program.write_text(
-            f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m tests.fuzz --one {name} "$0" "$@"\n'
-        )
-        program.chmod(0o755)
+        if name.endswith("_c"):
+            build("esp_fuzz", program, "-fsanitize=fuzzer,address,undefined", compiler="clang")
+        else:
+            program.write_text(
+                f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m tests.fuzz --one {name} "$0" "$@"\n'
+            )
+            program.chmod(0o755)
         command = [str(program), f"-max_len={LONGEST}"]
         limits = [
             f"-max_total_time={seconds}",
@@ -76,6 +83,9 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="add what is found to the corpora")
     options = parser.parse_args()
     names = options.targets or sorted(each.stem for each in CORPORA.glob("*.hex"))
+    if not options.targets and not shutil.which("clang"):
+        print("without clang, not: esp_c", file=sys.stderr)
+        names.remove("esp_c")
     return 0 if all(run(name, options.seconds, keep=options.keep) for name in names) else 1
 
 

@@ -1,0 +1,207 @@
+/* ESP in C under libFuzzer, or with its corpus under sanitizers and valgrind.
+ *
+ * An input: a byte that chooses the SAs, then steps of a byte, a length (two bytes) and so much payload.
+ * Some payloads are sealed here first, as a peer with the keys and no manners does it. Buffers are as long
+ * as what they hold, so that the sanitizer sees every byte too far.
+ */
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "esp_path.h"
+
+enum { SPI_IN = 0x1001, SPI_OUT = 0x2002 };
+
+#define REQUIRE(condition) \
+    do { \
+        if (!(condition)) { \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+            abort(); \
+        } \
+    } while (0)
+
+struct world {
+    struct esp_path *path;
+    struct esp_sa *in, *out;
+    const struct crypto_cipher *cipher;
+    void *key;
+    bool esn;
+    uint64_t sequence, ivs;
+    double now, used;
+    uint8_t key_material[36];
+};
+
+static void setup(struct world *world, uint8_t choice)
+{
+    static const uint32_t windows[] = {0, 1, 64, 4096};
+    memset(world, 0, sizeof *world);
+    for (size_t each = 0; each < sizeof world->key_material; ++each)
+        world->key_material[each] = (uint8_t)each;
+    static struct esp_path *paths[2];   /* making one takes long */
+    const char *provider = choice & 1 && crypto_ipsec_mb(NULL) ? "ipsec-mb" : "libcrypto";
+    if (!paths[choice & 1])
+        paths[choice & 1] = esp_path_new(provider);
+    world->path = paths[choice & 1];
+    REQUIRE(world->path);
+    world->esn = choice & 2;
+    struct esp_parameters parameters = {
+        .serial = 1ULL << 32,
+        .spi = SPI_IN,
+        .encryption = choice & 4 ? ENCR_CHACHA20_POLY1305 : ENCR_AES_GCM_16,
+        .esn = world->esn,
+        .copy_dscp = 1,
+        .copy_ecn = 1,
+        .copy_df = 1,
+        .tfc = choice & 8 ? 100 : 0,
+        .replay_window = windows[choice >> 4 & 3],
+        .permitted = UINT64_MAX,
+        .soft_packets = choice & 64 ? 3 : 0,
+        .hard_bytes = choice & 128 ? 500 : 0,
+        .key = world->key_material,
+        .key_length = choice & 4 ? 36 : 20,
+    };
+    if (world->esn && !parameters.replay_window)
+        parameters.replay_window = 64;
+    world->in = esp_inbound_new(world->path, &parameters);
+    parameters.spi = SPI_OUT, parameters.serial = 2ULL << 32;
+    world->out = esp_outbound_new(world->path, &parameters);
+    REQUIRE(world->in && world->out && esp_index(world->path, SPI_IN, world->in, 0));
+    esp_sa_draw_ivs(world->out, &world->ivs);
+    struct esp_endpoint peer = {.address = {192, 0, 2, 1}, .port = 4500, .version = 4};
+    esp_sa_place(world->in, &peer, &peer);
+    esp_sa_place(world->out, &peer, &peer);
+
+    struct crypto_transform transform;
+    REQUIRE(crypto_describe(&transform, parameters.encryption, 0, parameters.key_length));
+    world->cipher = crypto_find(provider, &transform);
+    REQUIRE(!posix_memalign(&world->key, 64, world->cipher->key_size));
+    memset(world->key, 0, world->cipher->key_size);
+    REQUIRE(world->cipher->expand(world->key, &transform, world->key_material, NULL, 0));
+}
+
+static void end(struct world *world)
+{
+    esp_sa_free(world->in);
+    esp_sa_free(world->out);
+    world->cipher->wipe(world->key);
+    free(world->key);
+}
+
+static void open_packet(struct world *world, uint8_t *data, size_t length)
+{
+    uint8_t *end_of_data = data + length;
+    struct esp_packet packet = {.data = data, .length = (uint32_t)length, .room = (uint32_t)length};
+    packet.peer = (struct esp_endpoint){.address = {192, 0, 2, 1}, .port = (uint16_t)(4500 + length % 2), .version = 4};
+    packet.traffic_class = (uint8_t)length;
+    REQUIRE(esp_open_burst(world->path, &packet, 1, world->now += 1) == 1);
+    if (packet.result == ESP_DONE || packet.result == ESP_ADMIT) {
+        REQUIRE(packet.data >= data && packet.data + packet.length <= end_of_data);
+        REQUIRE(packet.length == inner_length(packet.data, packet.length));
+    }
+    struct esp_flow flow;
+    if (packet.result == ESP_ADMIT && inner_flow(packet.data, packet.length, &flow))
+        esp_admit(world->path, esp_generation(world->path), &flow, world->in, &world->used,
+                  packet.length % 5 ? ESP_DONE : ESP_SELECTOR);
+}
+
+/* Seals `payload`, a plaintext with its trailer, behind its first two bytes, which move the sequence number. */
+static void authentic(struct world *world, const uint8_t *payload, size_t length, bool tamper)
+{
+    if (length < 2)
+        return;
+    world->sequence += (uint64_t)(int64_t)((int16_t)load16(payload));
+    payload += 2, length -= 2;
+    size_t whole = ESP_HEADER + 8 + length + 16;
+    uint8_t *packet = malloc(whole), high[4];
+    REQUIRE(packet);
+    store32(packet, SPI_IN);
+    store32(packet + 4, (uint32_t)world->sequence);
+    store32(high, (uint32_t)(world->sequence >> 32));
+    memset(packet + 8, 7, 8);
+    memcpy(packet + 16, payload, length);
+    REQUIRE(world->cipher->seal(world->key, packet, length, world->esn ? high : NULL));
+    if (tamper)
+        packet[whole * 5 / 7] ^= 1;
+    open_packet(world, packet, whole);
+    free(packet);
+}
+
+static void seal_packet(struct world *world, const uint8_t *payload, size_t length, uint32_t room)
+{
+    uint8_t *memory = malloc(ESP_HEADROOM + length + room), *data = memory + ESP_HEADROOM;
+    REQUIRE(memory);
+    memcpy(data, payload, length);
+    struct esp_packet packet = {.data = data, .length = (uint32_t)length, .room = (uint32_t)length + room};
+    REQUIRE(esp_seal_burst(world->path, &packet, 1, world->now += 1) == 1);
+    struct esp_flow flow;
+    if (packet.result == ESP_DONE) {
+        REQUIRE(packet.data == memory + ESP_HEADROOM - 16);
+        REQUIRE(packet.length <= ESP_HEADROOM + length + room - (ESP_HEADROOM - 16));
+        REQUIRE(load32(packet.data) == SPI_OUT);
+    } else if (packet.result == ESP_UP && inner_length(payload, length) == length &&
+               inner_flow(payload, length, &flow)) {
+        esp_way(world->path, esp_generation(world->path), &flow, length % 7 ? world->out : NULL, &world->used,
+                length % 7 ? ESP_DONE : ESP_DISCARD);
+    }
+    free(memory);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
+{
+    struct world world;
+    if (!size)
+        return 0;
+    setup(&world, *data);
+    for (++data, --size; size >= 3;) {
+        size_t length = load16(data + 1);
+        const uint8_t *payload = data + 3;
+        if (length > size - 3)
+            length = size - 3;
+        uint8_t step = *data;
+        switch (step % 8) {
+        case 0:
+        case 1: authentic(&world, payload, length, false); break;
+        case 2: authentic(&world, payload, length, true); break;
+        case 3: {
+            uint8_t *copy = malloc(length);
+            memcpy(copy, payload, length);
+            open_packet(&world, copy, length);
+            free(copy);
+            break;
+        }
+        case 4:
+        case 5: seal_packet(&world, payload, length, step & 8 ? ESP_TAILROOM : ESP_TAILROOM + 100); break;
+        case 6: seal_packet(&world, payload, length, step >> 3); break;
+        case 7: esp_forget(world.path); break;
+        }
+        data = payload + length, size -= length + 3;
+    }
+    while (esp_due_next(world.path))
+        ;
+    end(&world);
+    return 0;
+}
+
+#ifdef MAIN
+/* Tries every line of a corpus: hexadecimal. */
+int main(int count, char **arguments)
+{
+    static char line[1 << 20];
+    static uint8_t input[sizeof line / 2];
+    FILE *corpus = count == 2 ? fopen(arguments[1], "r") : NULL;
+    int tried = 0;
+    REQUIRE(corpus);
+    for (; fgets(line, sizeof line, corpus); ++tried) {
+        size_t length = 0;
+        for (unsigned byte; sscanf(line + 2 * length, "%2x", &byte) == 1; ++length)
+            input[length] = (uint8_t)byte;
+        uint8_t *exact = malloc(length);
+        memcpy(exact, input, length);
+        LLVMFuzzerTestOneInput(exact, length);
+        free(exact);
+    }
+    fclose(corpus);
+    printf("%d inputs\n", tried);
+    return tried ? 0 : 1;
+}
+#endif
