@@ -83,6 +83,8 @@ def receive_now(root: type[socket.socket], sock: Any, size: int, ancillary_size:
         inner = sock._sock
         return receive(type(inner), inner, size, ancillary_size, flags)
     if not sock.gettimeout():
+        if not _MSG_DONTWAIT and not wait_readable(root, sock, 0):  # Windows
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         return receive(root, sock, size, ancillary_size, flags | _MSG_DONTWAIT)
     with _never_waiting(sock) as alias:
         return receive(type(alias), alias, size, ancillary_size, flags)

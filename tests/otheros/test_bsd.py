@@ -412,3 +412,25 @@ def test_a_system_without_sysctls(sysctl: Sysctl) -> None:
     assert sysctl.read() is None
     with pytest.raises(OSError, match=r"."):
         sysctl.write(1)
+
+
+# --- SAs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("system", [*SYSTEMS, "solaris"])
+def test_opening_the_sad_without_privilege(make_model: MakeModel, system: str) -> None:
+    """By the dialect of PF_KEY that belongs to the backend, which names the privilege."""
+    done = make_model(system).run(
+        """
+import errno, os
+from natcompat import backends
+try:
+    backends.get(os.environ["NATCOMPAT_MODEL"]).open_ipsec()
+except OSError as error:
+    assert error.errno == errno.EPERM and error.remedy.startswith("Run as root"), error
+else:
+    raise AssertionError("it opened")
+""",
+        privileges="",
+    )
+    assert done.returncode == 0, done.stderr

@@ -189,6 +189,16 @@ assert backends.select().name == "userspace"
     )
 
 
+def test_a_kernel_that_takes_the_option_and_does_not_have_it(solaris: Any) -> None:
+    """That setsockopt succeeds proves nothing."""
+    solaris("""
+plain = socket.socket.setsockopt
+socket.socket.setsockopt = lambda sock, *option: plain(sock, *option) if option[:2] != OPTION else None
+found = backends.viability("solaris")
+assert not found.viable and "does not have it" in found.reason
+""")
+
+
 def test_it_is_exempt_from_policies_unless_it_has_a_peer(solaris: Any) -> None:
     solaris("""
 with udp() as sock:
