@@ -129,6 +129,20 @@ def natcompat_both(sender: EspEngine, receiver: EspEngine, flows: int) -> dict[s
     return {"seal": lambda seconds: measure(seal, seconds), "open": open_for}
 
 
+def garbage(sender: EspEngine, receiver: EspEngine) -> dict[str, Callable[[float], float]]:
+    """Return the measurements of refusing what whoever knows the port, or the SPI, too, can send."""
+    sealed = [
+        each[0] for each in sender.seal_burst([inner_packet(0)] * BURST) if not isinstance(each, Dropped)
+    ]
+    unknown = [(memoryview(b"\xff" + packet[1:]), SOURCE) for packet in sealed]
+    # numbers that are not behind the window, so that nothing but the ICV tells
+    forged = [(memoryview(packet[:4] + b"\xff\xff\xff\xff" + packet[8:]), SOURCE) for packet in sealed]
+    return {
+        "unknown": lambda seconds: measure(lambda: len(receiver.open_burst(unknown)), seconds),
+        "forged": lambda seconds: measure(lambda: len(receiver.open_burst(forged)), seconds),
+    }
+
+
 def scapy_both() -> dict[str, Callable[[float], float]]:
     """Return the same of scapy's SecurityAssociation."""
     from scapy.layers.inet import IP, UDP
@@ -205,7 +219,7 @@ def run(rounds: int, many: int, seconds: float) -> dict[str, float]:
     results = {"bytes per SA pair": pairs[0], "bytes per SA pair and policies": with_policies[0]}
     few, crowd = pair(64), pair(many)
     contenders = {
-        "natcompat": natcompat_both(*few, 1),
+        "natcompat": {**natcompat_both(*few, 1), **garbage(*few)},
         "64 SAs": natcompat_both(*few, 64),
         f"{many} SAs": natcompat_both(*crowd, 64),
         "scapy": scapy_both(),
@@ -222,6 +236,8 @@ def run(rounds: int, many: int, seconds: float) -> dict[str, float]:
     for what in ("seal", "open"):
         results[f"{what} / scapy"] = medians[f"natcompat {what}"] / medians[f"scapy {what}"]
         results[f"{what}, {many} SAs / 64 SAs"] = medians[f"{many} SAs {what}"] / medians[f"64 SAs {what}"]
+    for what in ("unknown", "forged"):
+        results[f"{what} / open"] = medians[f"natcompat {what}"] / medians["natcompat open"]
     both_ways = {
         name: 1 / sum(1 / medians[f"{name} {what}"] for what in ("seal", "open")) for name in contenders
     }
