@@ -46,6 +46,7 @@ class ProcessSide:
 
     def _make_device(self, wanted: Device, sock: socket.socket) -> PacketDevice:
         """Make the TUN device, and keep what `sock` sends out of it; nothing leads there yet."""
+        from natcompat.esp import datapaths
         from natcompat.esp.discovery import kernel_path_mtu
         from natcompat.esp.mtu import device_mtu
         from natcompat.esp.routing import DeviceRoutes
@@ -55,7 +56,8 @@ class ProcessSide:
             self._tunnel.associations, lambda host: kernel_path_mtu(host, sock) or ETHERNET_MTU
         )
         try:
-            tun = self._undo.enter_context(TunDevice(wanted.name, mtu=mtu))
+            in_c = datapaths.select().name == "c"  # segments are then cut and joined there
+            tun = self._undo.enter_context(TunDevice(wanted.name, mtu=mtu, vnet_header=in_c))
         except NatCompatError as error:
             raise NatCompatError(
                 error.errno or 0,
