@@ -215,6 +215,8 @@ def read_address(dialect: Dialect, found: Extension) -> AddressFields:
     """Take a struct sadb_address apart."""
     protocol, prefix, _ = _fields(_ADDRESS, found)
     address, port, _ = read_sockaddr(dialect, found[_ADDRESS.size :])
+    if dialect.address_protocol is None:  # OpenBSD: reserved
+        protocol, prefix = 0, address.max_prefixlen
     if prefix > address.max_prefixlen:
         raise MalformedMessageError(f"a prefix of {prefix} bits")
     return AddressFields(address, port, prefix, protocol)

@@ -162,7 +162,7 @@ class PfKeySocket:
                 "Open IPsec anew after fork",
             )
         if drain:
-            self._drain()
+            self._drain(what)
         # Kernels count the sequence numbers of acquires from 1 (Linux) or from 2**31 (Solaris) on.
         self._sequence = (self._sequence + 1) & 0x0FFF_FFFF
         message.sequence = sequence or 0x4000_0000 | self._sequence
@@ -190,13 +190,15 @@ class PfKeySocket:
                 poll.register(self.socket, event)
                 poll.poll(rest * 1000)
 
-    def _drain(self) -> None:
+    def _drain(self, what: str) -> None:
         """Forget what is in the queue."""
         for _ in range(DRAIN_LIMIT):
             try:
                 size = self.socket.recv_into(self._buffer)
             except BlockingIOError:
                 return
+            except OSError as error:
+                raise failure(what, error.errno or errno.EIO) from None
             self._buffer[:size] = bytes(size)
 
     def _receive(self, what: str, message: Message, fence: Message | None = None) -> Message:

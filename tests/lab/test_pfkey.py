@@ -391,7 +391,7 @@ def test_an_answer_that_is_lost_is_missed_at_once(small: PfKeyIPsec, monkeypatch
     with opened() as other:
         for number in range(60):
             other.add_sa(make(3000 + number))
-        monkeypatch.setattr(small._socket, "_drain", lambda: None)
+        monkeypatch.setattr(small._socket, "_drain", lambda what: None)
         error = refused(small.get_sa, make(3000).sa_id)
         assert error.errno == errno.ENOBUFS
         assert "Look whether" in error.remedy

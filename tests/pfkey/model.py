@@ -50,6 +50,10 @@ class ModelKernel:
         self.added: dict[Name, float] = {}
         self.soft: set[Name] = set()
         self.policies: dict[Any, Extensions] = {}
+        self.algorithms = set(range(1, 24))
+        """What it has; an SA with another one is refused."""
+        self.silent = False
+        """It answers nothing any more."""
         self._registered: set[socket.socket] = set()
         self._clients: dict[socket.socket, int] = {}
         self._lock = threading.Lock()
@@ -83,6 +87,8 @@ class ModelKernel:
                     each.recv(100)
                     continue
                 data = each.recv(1 << 16)
+                if data and self.silent:
+                    continue
                 if data:
                     self._answer(each, data)
                     continue
@@ -133,7 +139,7 @@ class ModelKernel:
     def _message(self, client: socket.socket, kind: int, satype: int, found: Extensions, send: Any) -> None:
         if kind == REGISTER:
             self._registered.add(client)
-            algorithms = b"".join(struct.pack("=BBHHH", number, 8, 0, 512, 0) for number in range(1, 24))
+            algorithms = b"".join(struct.pack("=BBHHH", number, 8, 0, 512, 0) for number in self.algorithms)
             send(*(extension(layouts.sadb_ext(0, number), bytes(4) + algorithms) for number in (14, 15)))
         elif kind in (GETSPI, ADD, UPDATE, GET, DELETE, FLUSH, DUMP):
             if satype != self.esp:
@@ -214,6 +220,8 @@ class ModelKernel:
             _need(found, KEY_ENCRYPT)
             if (HARD in found) != (SOFT in found) or self._name(found)[1] <= 255:
                 raise RefusedError(errno.EINVAL)
+        if (auth and auth not in self.algorithms) or encrypt not in self.algorithms:
+            raise RefusedError(errno.EINVAL)
         for number in KEYS:
             if number in found:
                 bits = struct.unpack_from("=H", found[number], 4)[0]
@@ -316,6 +324,15 @@ class ModelKernel:
                         client.send(layouts.message(EXPIRE, self.esp, *told))
                 break
 
+    def tell(self, kind: int, *extensions: bytes, seq: int = 0, satype: int | None = None) -> None:
+        """Send a message to whoever has registered."""
+        message = layouts.message(kind, self.esp if satype is None else satype, *extensions, seq=seq)
+        self.tell_raw(message)
+
+    def tell_raw(self, message: bytes) -> None:
+        for client in self._registered:
+            client.send(message)
+
     # -- policies
 
     def _spd(self, kind: int, found: Extensions, send: Any) -> None:
@@ -334,10 +351,21 @@ class ModelKernel:
             else:
                 del self.policies[name]
             send(*found.values())
+        elif kind == 16:
+            number = struct.unpack_from("=I", found[18], 8)[0]
+            if number >= len(self.policies):
+                raise self._gone()
+            send(*list(self.policies.values())[number].values())
         else:
             raise RefusedError(errno.EINVAL)
 
     def _flow(self, kind: int, found: Extensions, send: Any) -> None:
+        if kind == 15:
+            _need(found, 25)
+            if not self.policies:
+                raise RefusedError(errno.ESRCH)
+            send(*next(iter(self.policies.values())).values())
+            return
         if kind not in (12, 13):
             raise RefusedError(errno.EINVAL)
         _need(found, 17, 18, 20, 21, 22)

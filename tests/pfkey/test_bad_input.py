@@ -155,6 +155,8 @@ def test_socket_addresses_that_cannot_be(dialect: Dialect) -> None:
             read_address(dialect, bad)
     with pytest.raises(MalformedMessageError, match="8 bytes"):
         read_address(dialect, Extension(good[:16]))
+    if dialect.name == "openbsd":
+        return  # there is no prefix
     with pytest.raises(MalformedMessageError, match="33 bits"):
         read_address(dialect, Extension(good[:5] + b"\x21" + good[6:]))
 

@@ -20,9 +20,7 @@ from natcompat.testing_ipsec.harness import keys
 from tests.pfkey import layouts
 from tests.pfkey.model import ModelKernel
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux", reason="the models' sockets are Linux's (SOCK_SEQPACKET)"
-)
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the sockets of the models are Linux's")
 
 GCM = (Encr.AES_GCM_16, Integ.NONE)
 CBC = (Encr.AES_CBC, Integ.HMAC_SHA2_256_128)
