@@ -1,23 +1,25 @@
 """Routes into a TUN device that never take the outer packets along.
 
 A default route, or any that covers a peer's address, would lead the ESP packets back into the device they
-came from. So the routes into a device have a table of their own, and a rule leads there only what lacks a
+came from. So the routes into a device have a table of their own, and rules lead there only what lacks a
 bit of the mark (SO_MARK), which the sockets of ESP and IKE have::
 
     with TunDevice() as tun, DeviceRoutes(tun) as routes:
+        tun.add_address("10.1.0.1")
         routes.exempt(sock)  # every socket that talks to the peer
-        routes.add("0.0.0.0/0", source="10.1.0.1")
+        routes.follow(policies)  # or routes.add("0.0.0.0/0", source="10.1.0.1")
         routes.check_peer("203.0.113.2")
 
-    or  routes.follow(policies)  # instead of add(): whatever they are about
-
-    4500: not from all fwmark 0x20000000/0x20000000 lookup 1313144834     (ip rule)
+    4500: from all fwmark 0/0x20000000 iif lo lookup 1313144834     (ip rule)
+    4501: from 10.1.0.0/16 fwmark 0/0x20000000 lookup 1313144834
 
 - Every device of every process has a table (by the number of its interface), all share mark and priority:
   one device's outer packets into another, and back, would be a loop, too.
 - The table comes before the main one, so that a more specific route there, which a DHCP server may have
   put in (RFC 3442), takes nothing out of the tunnel. With `prefer_main` it does, as wg-quick has it: hosts on
   the own link stay in reach (rule "lookup main suppress_prefixlength 0" in front).
+- A rule is for what this host sends or for one source network, as policies are. So what comes out of the
+  tunnel finds the hosts behind a gateway, even with a default route into the device.
 - Strict reverse path filtering (rp_filter 1) drops what a peer sends that is covered by a route into the
   device: the look-up for it has no mark. src_valid_mark does not change that, as nothing marks what arrives.
   `check_peer` says so; loose filtering (2), the default of systemd, and none (0) do no harm. IPv6 has none.
@@ -35,22 +37,29 @@ import errno
 import socket
 from collections.abc import Iterable
 from ipaddress import ip_address, ip_network
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
-from natcompat.associations import default_priority
 from natcompat.errors import NatCompatError
+from natcompat.esp.policy_routes import routes_for
 from natcompat.esp.rtnetlink import MAIN_TABLE, Rtnetlink, Rule, family_of
 from natcompat.esp.tun import TunDevice
-from natcompat.ipsec import Action, Direction, IPAddress, IPNetwork, Policy
+from natcompat.ipsec import IPAddress, IPNetwork, Policy
 
 MARK: Final = 0x2000_0000
 """The bit of SO_MARK that outer packets have. Other bits are other people's."""
 
 PRIORITY: Final = 4500
-"""Of the rules; that of the main table is 32766."""
+"""Of the first rule; that of the main table is 32766.
+
+Each kind of rule has its own: to the kernel one that says less is the same as one that says more.
+"""
+
+_OWN, _FROM, _ALL = 0, 1, 2
 
 _PREFER_MAIN_PRIORITY: Final = 4600
-_PREFER_MAIN_SLOTS: Final = 10000
+_PREFER_MAIN_SLOTS: Final = 5000
+_SLOT: Final = 4
+"""Priorities for one device with `prefer_main`: its three, and in front of them that for the main table."""
 
 _TABLES: Final = 0x4E45_0000
 """A device's table is this plus the index of its interface."""
@@ -78,6 +87,17 @@ def refuse_loop(network: IPNetwork | str, peers: Iterable[IPAddress | str]) -> N
             )
 
 
+class _Route(NamedTuple):
+    """Who takes a route into the device."""
+
+    preferred: IPAddress | None
+    """This host's address there."""
+    sources: frozenset[IPNetwork] | None
+    """Networks behind this host; None: everybody."""
+    own: bool
+    """Whether this host does."""
+
+
 class DeviceRoutes:
     """The routes into one device, and the rules that lead there. Not thread-safe.
 
@@ -92,7 +112,8 @@ class DeviceRoutes:
         self._device = device
         self._prefer_main = prefer_main
         self._rules: list[Rule] = []
-        self._sources: dict[IPNetwork, IPAddress | str | None] = {}
+        self._routes: dict[IPNetwork, _Route] = {}
+        self._followed: tuple[object, ...] | None = None  # what `follow` has done last
         self._thrown: set[IPNetwork] = set()
         self._netlink = Rtnetlink()
         try:
@@ -123,67 +144,103 @@ class DeviceRoutes:
         network: IPNetwork | str,
         source: IPAddress | str | None = None,
         *,
+        behind: Iterable[IPNetwork | str] | None = None,
         peers: Iterable[IPAddress | str] = (),
     ) -> None:
         """Lead `network` into the device, with `source` as the preferred address of this host.
 
-        `peers`: whom the route must not cover where they cannot be exempted: ELOOP. EEXIST: it is there.
+        `behind`: networks behind this host whose packets take the route, besides its own; None: all, also
+        what comes out of the device. `peers`: whom the route must not cover where they cannot be
+        exempted: ELOOP. EEXIST: it is there.
         """
         network = ip_network(network)
+        if network in self._routes:
+            raise NatCompatError(errno.EEXIST, f"the route to {network} is there already", "Remove it first")
+        sources = None if behind is None else frozenset(ip_network(each) for each in behind)
+        route = _Route(None if source is None else ip_address(source), sources, True)
         if self.refusal:
             refuse_loop(network, peers)
-        self._device.add_route(network, source, table=self.table)
-        try:
-            if not self.refusal:
-                self._lead_here(family_of(network.version))
-        except BaseException:
-            self._device.remove_route(network, table=self.table)
-            raise
-        self._sources[network] = source
+        self._change({**self._routes, network: route}, self._thrown)
 
     def remove(self, network: IPNetwork | str) -> None:
-        """Undo `add`."""
+        """Undo `add`. ESRCH: there is none."""
         network = ip_network(network)
-        self._device.remove_route(network, table=self.table)
-        del self._sources[network]
+        if network not in self._routes:
+            raise NatCompatError(errno.ESRCH, f"there is no route to {network}")
+        rest = {each: route for each, route in self._routes.items() if each != network}
+        self._change(rest, self._thrown)
 
     def follow(self, policies: Iterable[Policy]) -> None:
         """Make the routes those that `policies` want, and no others; whole or not at all.
 
-        What outbound policies protect or discard goes into the device, with that address of the device,
-        or of this host, as its source which the policy is for, if there is one. What they bypass goes
-        past it where routes can say so (see `_goes_past`); else it goes into the device, and ESP drops it.
+        What outbound policies protect or discard goes into the device, if it is from a network that one
+        of them is for; of this host itself if the device or this host has such an address, which is then
+        preferred. What they bypass goes past it where routes can say so; else it goes into the device,
+        and ESP drops it (see `natcompat.esp.policy_routes`).
         """
         caught, thrown = routes_for(policies)
         if self.refusal:
             thrown.clear()
-        peers = [each.destination for each in caught.values() if each.destination is not None]
-        new = caught.keys() - self._sources.keys()
-        own = [*self._device.addresses, *(self._netlink.addresses() if new else ())]
-        with contextlib.ExitStack() as undo:
-            for network in self._thrown & caught.keys():
-                self._catch(network)
-                undo.callback(self._throw, network)
-            for network in new:
-                addresses = (each for each in own if each in caught[network].selector.source)
-                self.add(network, next(addresses, None), peers=peers)
-                undo.callback(self.remove, network)
-            for network in self._sources.keys() & thrown:
-                source = self._sources[network]
-                self.remove(network)
-                undo.callback(self.add, network, source)
-            for network in thrown - self._thrown:
-                self._throw(network)
-                undo.callback(self._catch, network)
-            undo.pop_all()
-        for network in self._sources.keys() - caught.keys():
-            self.remove(network)
+            peers = [each.destination for found in caught.values() for each in found if each.destination]
+            for network in caught:
+                refuse_loop(network, peers)
+        users = {network: [each.selector.source for each in found] for network, found in caught.items()}
+        followed = users, thrown, tuple(self._device.addresses)
+        if followed == self._followed:
+            return
+        addresses = [*self._device.addresses, *self._netlink.addresses()]
+        wanted = {}
+        for network, sources in users.items():
+            own = (each for each in addresses if any(each in source for source in sources))
+            preferred = next(own, None)
+            wanted[network] = _Route(preferred, frozenset(sources), preferred is not None)
+        self._change(wanted, thrown)
+        self._followed = followed
+
+    def _change(self, routes: dict[IPNetwork, _Route], thrown: set[IPNetwork]) -> None:
+        """Make the routes these, whole or not at all."""
+        self._followed = None
+        before = dict(self._routes), set(self._thrown)
+        try:
+            self._become(routes, thrown)
+        except BaseException:
+            for network in self._routes.keys() - before[0].keys():
+                with contextlib.suppress(OSError):
+                    self._remove(network)
+            with contextlib.suppress(OSError):
+                self._become(*before)
+            raise
+
+    def _become(self, routes: dict[IPNetwork, _Route], thrown: set[IPNetwork]) -> None:
+        """Make the routes these. What is new comes before what is old goes, lest packets go in the clear."""
+        for network in self._thrown & routes.keys():
+            self._catch(network)
+        for network, route in routes.items():
+            before = self._routes.get(network)
+            if before is None or before.preferred != route.preferred:
+                self._netlink.add_route(
+                    self._device.index,
+                    network,
+                    table=self.table,
+                    source=route.preferred,
+                    replace=before is not None,
+                )
+            self._routes[network] = route
+        for network in self._routes.keys() & thrown:
+            self._remove(network)
+        for network in thrown - self._thrown:
+            self._netlink.add_throw(network, table=self.table)
+            self._thrown.add(network)
+        self._set_rules()
+        for network in self._routes.keys() - routes.keys():
+            self._remove(network)
         for network in self._thrown - thrown:
             self._catch(network)
+        self._set_rules()
 
-    def _throw(self, network: IPNetwork) -> None:
-        self._netlink.add_throw(network, table=self.table)
-        self._thrown.add(network)
+    def _remove(self, network: IPNetwork) -> None:
+        self._netlink.delete_route(self._device.index, network, table=self.table)
+        del self._routes[network]
 
     def _catch(self, network: IPNetwork) -> None:
         self._netlink.delete_route(0, network, table=self.table)
@@ -192,7 +249,7 @@ class DeviceRoutes:
     def covers(self, address: IPAddress | str) -> bool:
         """Tell whether a route leads to `address` through the device."""
         found = ip_address(address)
-        return any(found in network for network in self._sources)
+        return any(found in network for network in self._routes)
 
     def check_peer(self, peer: IPAddress | str) -> None:
         """Raise unless outer packets can go to `peer` and come from there, by the system's own word.
@@ -231,10 +288,10 @@ class DeviceRoutes:
             with contextlib.suppress(OSError):  # somebody else did
                 self._netlink.delete_rule(rule)
         self._rules.clear()
-        for network in self._sources:
+        for network in self._routes:
             with contextlib.suppress(OSError):  # the device is gone
-                self._device.remove_route(network, table=self.table)
-        self._sources.clear()
+                self._netlink.delete_route(self._device.index, network, table=self.table)
+        self._routes.clear()
         for network in self._thrown:
             with contextlib.suppress(OSError):
                 self._netlink.delete_route(0, network, table=self.table)
@@ -247,29 +304,51 @@ class DeviceRoutes:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lead_here(self, family: socket.AddressFamily) -> None:
-        """Make the rules of `family`, unless they are there."""
-        wanted = [Rule(family, PRIORITY, self.table, not_mark=MARK)]
-        if self._prefer_main:
-            priority = _PREFER_MAIN_PRIORITY + 2 * (self._device.index % _PREFER_MAIN_SLOTS)
-            wanted = [  # in this order: without the other the rule of the main table is stale
-                Rule(family, priority + 1, self.table, not_mark=MARK),
-                Rule(family, priority, MAIN_TABLE, not_default=True),
+    def _set_rules(self) -> None:
+        """Make the rules those that the routes need."""
+        wanted = []
+        for family in (socket.AF_INET, socket.AF_INET6):
+            routes = [
+                route for network, route in self._routes.items() if family_of(network.version) == family
             ]
+            if routes and not self.refusal:
+                wanted += self._rules_for(family, routes)
         for rule in wanted:
             if rule not in self._rules:
                 self._netlink.add_rule(rule)
                 self._rules.append(rule)
+        for rule in reversed(self._rules.copy()):
+            if rule not in wanted:
+                self._netlink.delete_rule(rule)
+                self._rules.remove(rule)
+
+    def _rules_for(self, family: socket.AddressFamily, routes: list[_Route]) -> list[Rule]:
+        priority = PRIORITY
+        if self._prefer_main:
+            priority = _PREFER_MAIN_PRIORITY + _SLOT * (self._device.index % _PREFER_MAIN_SLOTS) + 1
+        here = Rule(family, priority, self.table, without_mark=MARK)
+        sources = {source for route in routes for source in route.sources or ()}
+        if any(route.sources is None for route in routes) or any(not each.prefixlen for each in sources):
+            rules = [here._replace(priority=priority + _ALL)]
+        else:
+            own = any(route.own for route in routes)
+            rules = [here._replace(priority=priority + _OWN, own=True)] if own else []
+            rules += [
+                here._replace(priority=priority + _FROM, source=each) for each in sorted(sources, key=str)
+            ]
+        if self._prefer_main:  # behind the others, without which it is stale
+            rules.append(Rule(family, priority - 1, MAIN_TABLE, not_default=True))
+        return rules
 
     def _remove_stale(self) -> None:
         """Remove the rules of devices that are gone: their processes were killed."""
         rules = self._netlink.rules()
         present = {_TABLES + index for index, _ in socket.if_nameindex()}
-        slots = {(each.family, each.priority - 1) for each in rules if each.table in present}
+        slots = {(each.family, each.priority // _SLOT) for each in rules if each.table in present}
         with contextlib.ExitStack() as each_of_them:
             each_of_them.enter_context(contextlib.suppress(OSError))  # another process was faster
             for rule in rules:
-                partner = rule.not_default and (rule.family, rule.priority) in slots
+                partner = rule.not_default and (rule.family, rule.priority // _SLOT) in slots
                 if rule.table not in present and not partner:
                     each_of_them.callback(self._netlink.delete_rule, rule)
             for network, table in self._netlink.throws():
@@ -278,7 +357,7 @@ class DeviceRoutes:
 
     def _why_not(self) -> str:
         """Return why there can be no rules or marks; empty: there can."""
-        rule = Rule(socket.AF_INET, PRIORITY, self.table, not_mark=MARK)
+        rule = Rule(socket.AF_INET, PRIORITY, self.table, without_mark=MARK)
         try:
             self._netlink.add_rule(rule)
         except OSError as error:
@@ -287,48 +366,6 @@ class DeviceRoutes:
             raise
         self._netlink.delete_rule(rule)
         return ""
-
-
-def routes_for(policies: Iterable[Policy]) -> tuple[dict[IPNetwork, Policy], set[IPNetwork]]:
-    """Return the networks that go into the device, with a policy for each, and those that go past it."""
-    outbound = [each for each in policies if each.direction is Direction.OUT]
-    closed = [each for each in outbound if each.action is not Action.BYPASS]
-    caught = {each.selector.destination: each for each in closed}
-    thrown = {each.selector.destination for each in outbound if _goes_past(each, closed)}
-    return caught, thrown - caught.keys()
-
-
-def _goes_past(policy: Policy, closed: Iterable[Policy]) -> bool:
-    """Tell whether what goes where `policy` says may pass by the device, because of its destination alone.
-
-    Only what no policy of `closed`, which protect or discard, wants: none that overlaps comes first by its
-    priority, or has sources that `policy` is not for. One whose destination is more specific has a route
-    that is, too.
-    """
-    mine = policy.selector
-    if policy.action is not Action.BYPASS or mine.protocol or mine.source_port or mine.destination_port:
-        return False
-    for each in closed:
-        other = each.selector
-        if not _overlap(mine.destination, other.destination):
-            continue
-        if other.destination.prefixlen > mine.destination.prefixlen:
-            continue
-        if not _contains(mine.source, other.source) or _priority(policy) >= _priority(each):
-            return False
-    return True
-
-
-def _overlap(one: IPNetwork, other: IPNetwork) -> bool:
-    return _contains(one, other) or _contains(other, one)
-
-
-def _contains(wide: IPNetwork, narrow: IPNetwork) -> bool:
-    return narrow.network_address in wide and narrow.prefixlen >= wide.prefixlen
-
-
-def _priority(policy: Policy) -> int:
-    return default_priority(policy.selector) if policy.priority is None else policy.priority
 
 
 def _rp_filter(name: str) -> int:

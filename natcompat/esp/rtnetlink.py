@@ -33,10 +33,10 @@ _RTM_NEWRULE, _RTM_DELRULE, _RTM_GETRULE = 32, 33, 34
 _RTN_UNICAST, _RTN_THROW = 1, 9
 _RT_SCOPE_LINK = 253
 _RT_SCOPE_NOWHERE = 255
-_FR_ACT_TO_TBL = 1  # linux/fib_rules.h, as all FRA_* and FIB_RULE_*
-_FIB_RULE_INVERT = 0x2
+_FR_ACT_TO_TBL = 1  # linux/fib_rules.h, as all FRA_*
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
 _IFF_UP = 0x1  # linux/if.h
+_NLM_F_REPLACE = 0x100  # linux/netlink.h
 _CREATE = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
 
 _PRIVILEGE = "Run as root, or grant CAP_NET_ADMIN (docker run --cap-add NET_ADMIN)"
@@ -57,8 +57,12 @@ class Rule(NamedTuple):
     family: socket.AddressFamily
     priority: int
     table: int
-    not_mark: int | None = None
-    """Only packets that lack this bit of the mark; None: all."""
+    without_mark: int = 0
+    """Only packets that lack this bit of the mark; 0: all."""
+    own: bool = False
+    """Only what this host sends itself, from whatever address."""
+    source: IPNetwork | None = None
+    """Only packets from there."""
     not_default: bool = False
     """What the table says of default routes does not count (suppress_prefixlength 0)."""
 
@@ -102,14 +106,17 @@ class Rtnetlink:
             message["attrs"].append(["IFA_FLAGS", _IFA_F_NODAD])
         self._request(f"Giving the interface the address {address}", message, _RTM_NEWADDR, _CREATE)
 
-    def add_route(self, index: int, network: IPNetwork, *, table: int, source: IPAddress | None) -> None:
+    def add_route(
+        self, index: int, network: IPNetwork, *, table: int, source: IPAddress | None, replace: bool = False
+    ) -> None:
         """Lead `network` into an interface. `source`: the address that this host prefers as its own there."""
         message = _route(index, network, table)
         message["proto"], message["type"] = PROTOCOL, _RTN_UNICAST
         message["scope"] = _RT_SCOPE_LINK if network.version == 4 else 0
         if source is not None:
             message["attrs"].append(["RTA_PREFSRC", str(source)])
-        self._request(f"Adding the route to {network}", message, _RTM_NEWROUTE, _CREATE)
+        flags = NLM_F_ACK | NLM_F_CREATE | (_NLM_F_REPLACE if replace else NLM_F_EXCL)
+        self._request(f"Adding the route to {network}", message, _RTM_NEWROUTE, flags)
 
     def add_throw(self, network: IPNetwork, *, table: int) -> None:
         """Let what looks up `network` in `table` go on with the next rule."""
@@ -225,19 +232,26 @@ def _encoded(rule: Rule) -> Any:
         ["FRA_TABLE", rule.table],
         ["FRA_PROTOCOL", PROTOCOL],
     ]
-    if rule.not_mark is not None:
-        message["flags"] = _FIB_RULE_INVERT
-        message["attrs"] += [["FRA_FWMARK", rule.not_mark], ["FRA_FWMASK", rule.not_mark]]
+    if rule.without_mark:
+        message["attrs"] += [["FRA_FWMARK", 0], ["FRA_FWMASK", rule.without_mark]]
+    if rule.own:
+        message["attrs"].append(["FRA_IIFNAME", "lo"])
+    if rule.source is not None:
+        message["src_len"] = rule.source.prefixlen
+        message["attrs"].append(["FRA_SRC", str(rule.source.network_address)])
     if rule.not_default:
         message["attrs"].append(["FRA_SUPPRESS_PREFIXLEN", 0])
     return message
 
 
 def _decoded(message: Any) -> Rule:
+    source = message.get_attr("FRA_SRC")
     return Rule(
         socket.AddressFamily(message["family"]),
         message.get_attr("FRA_PRIORITY") or 0,
         message.get_attr("FRA_TABLE") or message["table"],
-        message.get_attr("FRA_FWMARK") if message["flags"] & _FIB_RULE_INVERT else None,
+        message.get_attr("FRA_FWMASK") or 0,
+        message.get_attr("FRA_IIFNAME") == "lo",
+        source and ip_network(f"{source}/{message['src_len']}"),
         message.get_attr("FRA_SUPPRESS_PREFIXLEN") == 0,
     )

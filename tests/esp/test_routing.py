@@ -21,7 +21,8 @@ from natcompat.errors import NatCompatError
 from natcompat.esp.databases import PolicyDatabase
 from natcompat.esp.discovery import kernel_path_mtu
 from natcompat.esp.packet import Flow
-from natcompat.esp.routing import MARK, DeviceRoutes, refuse_loop, routes_for
+from natcompat.esp.policy_routes import routes_for
+from natcompat.esp.routing import MARK, DeviceRoutes, refuse_loop
 from natcompat.esp.rtnetlink import MAIN_TABLE, Rtnetlink
 from natcompat.esp.tun import TunDevice
 from natcompat.ipsec import Action, Direction, IPNetwork, Policy, TrafficSelector
@@ -281,6 +282,69 @@ def test_routes_follow_the_policies() -> None:
     assert rules() == before
 
 
+def forwarded(source: str, destination: str, interface: str) -> str:
+    """Return the name of the interface that packets take which came in by another."""
+    command = ["ip", "-oneline", "route", "get", destination, "from", source, "iif", interface]
+    line = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return line.partition(" dev ")[2].split()[0]
+
+
+@isolated(network=True)
+def test_policies_are_for_the_hosts_that_they_name() -> None:
+    before = rules()
+    with open("/proc/sys/net/ipv4/ip_forward", "w") as file:
+        file.write("1")
+    with uplink(), TunDevice() as device, DeviceRoutes(device) as routes:
+
+        def ways() -> dict[str, str]:
+            return {
+                "this host": goes_to(ANYONE[4]),
+                "a host behind": forwarded("10.1.7.1", ANYONE[4], "uplink0"),
+                "another": forwarded("10.9.9.9", ANYONE[4], "uplink0"),
+                "back": forwarded(ANYONE[4], "10.1.7.1", device.name),
+            }
+
+        routes.follow([policy(ANY)])
+        assert ways() == {
+            "this host": "uplink0",
+            "a host behind": device.name,
+            "another": "uplink0",
+            "back": "uplink0",
+        }
+        device.add_address(INNER[4])
+        routes.follow([policy(ANY)])
+        with_address = {
+            "this host": device.name,
+            "a host behind": device.name,
+            "another": "uplink0",
+            "back": "uplink0",
+        }
+        assert ways() == with_address
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.connect((ANYONE[4], 7))
+            assert sock.getsockname()[0] == INNER[4]
+        routes.follow([policy(ANY, source="10.9.0.0/16")])
+        assert ways() == {
+            "this host": "uplink0",
+            "a host behind": "uplink0",
+            "another": device.name,
+            "back": "uplink0",
+        }
+        routes.follow([policy(ANY, source="10.9.0.0/16"), policy(ANY)])
+        assert ways() == {**dict.fromkeys(with_address, device.name), "back": "uplink0"}
+        routes.follow([policy(ANY, source=ANY)])
+        assert ways() == dict.fromkeys(with_address, device.name)
+        routes.follow([])
+        assert rules() == before
+        routes.add(ANY, INNER[4], behind=["10.1.0.0/16"])
+        assert ways() == with_address
+        routes.remove(ANY)
+        routes.add(ANY)
+        assert ways() == dict.fromkeys(with_address, device.name)
+        with pytest.raises(NatCompatError, match="no route"):
+            routes.remove(LAN)
+
+
 ANY = "0.0.0.0/0"
 INTO_THE_DEVICE = {
     "a bypass comes first": ([policy(ANY), policy(LAN, Action.BYPASS)], False),
@@ -314,6 +378,7 @@ INTO_THE_DEVICE = {
 @isolated(network=True)
 def test_what_a_policy_may_want_never_passes_by_the_device() -> None:
     with uplink(), TunDevice() as device, DeviceRoutes(device) as routes:
+        device.add_address(INNER[4])
         for case, (policies, expected) in INTO_THE_DEVICE.items():
             for order in (policies, policies[::-1]):
                 routes.follow(order)
@@ -349,6 +414,7 @@ def test_what_passes_by_the_device_the_policies_bypass(policies: list[Policy]) -
         database.add(each, 0)
     caught, thrown = routes_for(policies)
     assert not caught.keys() & thrown
+    sources = {each.selector.source for found in caught.values() for each in found}
     for destination in ADDRESSES:
         networks = [each for each in (*caught, *thrown) if ip_address(destination) in each]
         chosen = max(networks, key=lambda network: network.prefixlen, default=None)
@@ -357,6 +423,7 @@ def test_what_passes_by_the_device_the_policies_bypass(policies: list[Policy]) -
                 found = database.look_up(Direction.OUT, Flow(4, protocol, source, destination, 0, 0))
                 if found is not None and found.policy.action is not Action.BYPASS:
                     assert chosen in caught, f"{found.policy} wants what goes past"
+                    assert any(ip_address(source) in each for each in sources)
 
 
 def _set(name: str, value: int) -> None:
@@ -400,7 +467,7 @@ for device, prefer_main in zip(devices, (False, True)):
     routes = DeviceRoutes(device, prefer_main=prefer_main)
     routes.add("0.0.0.0/0")
     routes.add("::/0")
-    routes._throw(ip_network("192.0.2.0/24"))
+    routes._change(routes._routes, {ip_network("192.0.2.0/24")})
 print("ready", flush=True)
 time.sleep(99)
 """
