@@ -30,6 +30,11 @@ versions of natcompat may add some, and raise the number if one changes its mean
     ``user`` (effective user id), ``capabilities`` (name to true or false; null where there are none)
 ``tun``
     ``usable`` (null: cannot be told), ``reason``, ``remedy``
+``userspace_esp``
+    ESP in this process: ``datapath`` (what carries its packets; null: none of those that were asked for
+    works, and ``error`` says why), ``requested`` (what NATCOMPAT_DATAPATH asks for, or null), ``datapaths``
+    (a list in the order of preference: ``name``, ``viable``, ``reason``), ``device`` (``tun`` or ``queue``:
+    where inner packets go unless the program says)
 ``ports``
     who holds UDP 500 and 4500: ``port``, ``family``, ``address``, ``user``, ``owners`` (a list of
     ``pid`` and ``command``; empty when this process may not see them)
@@ -114,7 +119,8 @@ def examine() -> dict[str, Any]:
             "user": os.geteuid() if hasattr(os, "geteuid") else None,
             "capabilities": _capabilities(),
         },
-        "tun": _tun(),
+        "tun": (tun := _tun()),
+        "userspace_esp": _userspace_esp(tun),
         "ports": [*_owners(IKE_PORT), *_owners(NAT_T_PORT)],
         "system": _system(),
         "beyond_solaris": ["AF_INET6 sockets are served; Solaris answers EAFNOSUPPORT."],
@@ -188,6 +194,27 @@ def _xfrm() -> dict[str, Any]:
         reason, remedy = _sentence(error.strerror or ""), _sentence(error.remedy)
         return {**found, "bypass": False, "reason": reason, "remedy": remedy}
     return {**found, "bypass": True, "reason": "", "remedy": ""}
+
+
+def _userspace_esp(tun: dict[str, Any]) -> dict[str, Any]:
+    from natcompat.errors import NatCompatError
+    from natcompat.esp import datapaths
+
+    found: dict[str, Any] = {
+        "requested": os.environ.get(datapaths.ENVIRONMENT_VARIABLE) or None,
+        "datapath": None,
+        "error": None,
+        "datapaths": [
+            {"name": each.name, "viable": each.viable, "reason": _sentence(each.reason)}
+            for each in datapaths.probe()
+        ],
+        "device": "tun" if tun["usable"] else "queue",
+    }
+    try:
+        found["datapath"] = datapaths.select().name
+    except NatCompatError as error:
+        found["error"] = f"{_sentence(error.strerror or '')} {_sentence(error.remedy)}"
+    return found
 
 
 def _status() -> dict[str, str]:

@@ -91,6 +91,24 @@ def show(report: dict[str, Any]) -> None:
     rows.append(["TUN", usable, " ".join(filter(None, (tun["reason"], tun["remedy"])))])
     out.table(["", "", ""], rows)
 
+    esp = report["userspace_esp"]
+    out.heading("ESP in this process", 'open_ipsec("userspace")')
+    out.table(
+        ["data path", "works", ""],
+        [
+            [each["name"], good("yes") if each["viable"] else doubtful("no"), each["reason"]]
+            for each in esp["datapaths"]
+        ],
+    )
+    asked = f" (NATCOMPAT_DATAPATH={esp['requested']})" if esp["requested"] else ""
+    device = {"tun": "a TUN interface", "queue": "a queue of the program's"}[esp["device"]]
+    if esp["datapath"] is None:
+        out.line(bad("None: "), esp["error"])
+    else:
+        out.line(
+            "  Packets go by ", Words(esp["datapath"], "bold green"), f"{asked}, inner ones by {device}."
+        )
+
     out.heading("UDP ports of IKE", "in this network namespace")
     out.table(["", "", ""], list(_port_rows(report["ports"])))
 

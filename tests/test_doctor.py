@@ -48,6 +48,13 @@ SHAPE = {
     },
     "privileges": {"user": int, "capabilities": dict},
     "tun": {"usable": (bool, type(None)), "reason": str, "remedy": str},
+    "userspace_esp": {
+        "datapath": (str, type(None)),
+        "requested": (str, type(None)),
+        "error": (str, type(None)),
+        "datapaths": [{"name": str, "viable": bool, "reason": str}],
+        "device": str,
+    },
     "ports": [{"port": int, "family": str, "address": str, "user": int, "owners": list}],
     "system": {
         "kernel": str,
@@ -95,6 +102,18 @@ def test_json_has_the_documented_keys() -> None:
     assert doctor.__doc__ is not None
     for key in SHAPE.keys() - {"schema"}:
         assert f"``{key}``" in doctor.__doc__
+
+
+def test_the_data_path_is_named() -> None:
+    found = report(env={"NATCOMPAT_DATAPATH": "python"})["userspace_esp"]
+    assert (found["datapath"], found["requested"], found["error"]) == ("python", "python", None)
+    assert found["datapaths"][-1]["name"] == "python"
+    assert found["datapaths"][-1]["viable"]
+    found = report(env={"NATCOMPAT_DATAPATH": "fastest"})["userspace_esp"]
+    assert found["datapath"] is None
+    assert "fastest" in found["error"]
+    assert "python" in found["error"]
+    assert "fastest" in run("doctor", env={"NATCOMPAT_DATAPATH": "fastest"}).stdout
 
 
 def test_agrees_with_the_registry() -> None:
@@ -218,7 +237,15 @@ def test_a_port_of_somebody_else() -> None:
 def test_fits_on_a_terminal(width: int) -> None:
     status, shown = run_on_terminal("doctor", width=width)
     assert status == 0
-    for words in ("Backends", "ESP in the kernel", "Privileges", "UDP ports of IKE", "System", "auto takes"):
+    for words in (
+        "Backends",
+        "ESP in the kernel",
+        "Privileges",
+        "ESP in this process",
+        "UDP ports of IKE",
+        "System",
+        "auto takes",
+    ):
         assert words in shown
 
 

@@ -239,7 +239,7 @@ def _default_device(undo: contextlib.ExitStack) -> tuple[PacketDevice, DeviceRou
     from natcompat.esp.tun import TunDevice
 
     try:
-        device = undo.enter_context(TunDevice())
+        device = undo.enter_context(TunDevice(vnet_header=datapaths.select().name == "c"))
         return device, undo.enter_context(DeviceRoutes(device))
     except NatCompatError as error:
         undo.close()
