@@ -28,6 +28,13 @@ BURST: Final = 64
 """Inner packets that are sealed and sent before something else has its turn."""
 
 
+QUEUE: Final = 1 << 20
+"""Bytes of each queue of a socket of ESP's: some hundred packets, so that a burst finds room."""
+
+_SO_SNDBUFFORCE: Final = 32  # include/uapi/asm-generic/socket.h
+_SO_RCVBUFFORCE: Final = 33
+
+
 class Carrier(Protocol):
     """Moves packets: ESP sockets -> engine -> device, device -> engine -> ESP sockets, until closed."""
 
@@ -63,6 +70,18 @@ class Carrier(Protocol):
         ...
 
 
+def widen(sock: socket.socket) -> None:
+    """Give a socket of ESP's queues for the bursts that go through them, as far as the system permits."""
+    for option, forced in ((socket.SO_RCVBUF, _SO_RCVBUFFORCE), (socket.SO_SNDBUF, _SO_SNDBUFFORCE)):
+        with contextlib.suppress(OSError):
+            if sock.getsockopt(socket.SOL_SOCKET, option) >= 2 * QUEUE:  # Linux tells the double
+                continue
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, forced, QUEUE)
+            except OSError:  # without CAP_NET_ADMIN, or elsewhere than on Linux
+                sock.setsockopt(socket.SOL_SOCKET, option, QUEUE)
+
+
 class PortableCarrier:
     """A `Carrier` in Python. What comes in is opened in the thread that read it; one more sends.
 
@@ -88,6 +107,8 @@ class PortableCarrier:
 
     def attached(self, outlet: EspOutlet) -> None:
         """Let ESP leave by `outlet`."""
+        if outlet.own:
+            widen(outlet.sock)
         self._ways.add(outlet)
 
     def detached(self, outlet: EspOutlet) -> None:

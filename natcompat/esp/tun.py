@@ -154,6 +154,8 @@ class TunDevice:
             raise NatCompatError(
                 errno.EINVAL, "without a header nothing says what is to be done", "Use vnet_header=True"
             )
+        if self._descriptor < 0:
+            raise NatCompatError(errno.EBADF, "the TUN device is closed")
         try:
             fcntl.ioctl(self._descriptor, _TUNSETOFFLOAD, flags)
         except OSError as error:
