@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from importlib import resources
 from pathlib import Path
@@ -100,10 +102,12 @@ def command(
     from natcompat.tunnel.display import reporter
     from natcompat.tunnel.run import run
 
-    return run(
-        tunnel,
-        create_state=create_state,
-        interval=interval,
-        count=count,
-        reporter=reporter(sys.stdout, as_json=as_json),
-    )
+    with contextlib.ExitStack() as stack:
+        output = sys.stdout or stack.enter_context(open(os.devnull, "w"))
+        return run(
+            tunnel,
+            create_state=create_state,
+            interval=interval,
+            count=count,
+            reporter=reporter(output, as_json=as_json),
+        )

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -39,7 +38,7 @@ _REMEMBERED = 6
 
 
 class Reporter(Protocol):
-    """Takes what happens. Calls may come from any thread."""
+    """Takes what happens, in one thread. A method may wait as long as nobody reads what it writes."""
 
     def up(self, tunnel: Tunnel, device: str | None, mtu: int | None) -> None:
         """The tunnel is up; `device` is the name of its TUN device."""
@@ -97,7 +96,6 @@ class JsonReporter:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._lock = threading.Lock()
 
     def up(self, tunnel: Tunnel, device: str | None, mtu: int | None) -> None:  # noqa: D102
         said = describe(tunnel)
@@ -122,9 +120,8 @@ class JsonReporter:
         pass
 
     def _print(self, event: str, said: Row) -> None:
-        with self._lock:
-            self._stream.write(json.dumps({"time": time.time(), "event": event, **said}) + "\n")
-            self._stream.flush()
+        self._stream.write(json.dumps({"time": time.time(), "event": event, **said}) + "\n")
+        self._stream.flush()
 
 
 class PlainReporter:
@@ -132,7 +129,6 @@ class PlainReporter:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._lock = threading.Lock()
 
     def up(self, tunnel: Tunnel, device: str | None, mtu: int | None) -> None:  # noqa: D102
         self._say(_up(tunnel, device, mtu))
@@ -147,8 +143,7 @@ class PlainReporter:
         self._say(_words(event))
 
     def warn(self, text: str) -> None:  # noqa: D102
-        with self._lock:
-            print(f"natcompat: {text.rstrip('.')}.", file=sys.stderr, flush=True)
+        print(f"natcompat: {text.rstrip('.')}.", file=sys.stderr, flush=True)
 
     def down(self, status: int) -> None:  # noqa: D102
         self._say(f"{time.strftime('%H:%M:%S')}  going down")
@@ -157,9 +152,8 @@ class PlainReporter:
         pass
 
     def _say(self, text: str) -> None:
-        with self._lock:
-            self._stream.write(f"{text}\n")
-            self._stream.flush()
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
 
 
 class LiveReporter:
@@ -170,7 +164,6 @@ class LiveReporter:
         from rich.live import Live
 
         self._live = Live(console=Console(file=stream, highlight=False, emoji=False), auto_refresh=False)
-        self._lock = threading.Lock()
         self._title = ""
         self._rows: list[Row] = []
         self._drops: Mapping[str, int] = {}
@@ -204,12 +197,11 @@ class LiveReporter:
         from rich.console import Group
         from rich.text import Text
 
-        with self._lock:
-            parts: list[Any] = [Text(self._title, style="bold"), table("SAs", self._rows)]
-            if self._drops:
-                parts.append(Text(_drops(self._drops)))
-            parts += map(Text, self._recent)
-            self._live.update(Group(*parts), refresh=True)
+        parts: list[Any] = [Text(self._title, style="bold"), table("SAs", self._rows)]
+        if self._drops:
+            parts.append(Text(_drops(self._drops)))
+        parts += map(Text, self._recent)
+        self._live.update(Group(*parts), refresh=True)
 
 
 def _up(tunnel: Tunnel, device: str | None, mtu: int | None) -> str:

@@ -21,7 +21,7 @@ class KernelSide:
     """SAs and policies in the kernel, until `close`. EPERM: it takes CAP_NET_ADMIN.
 
     What a tunnel of this file that was killed has left there is taken away first: since the port could be
-    bound, nobody uses it.
+    bound, nobody uses it. The kernel went on with it, so its SAs know better than the state file how far.
     """
 
     permit: Callable[[SaId, int], object] | None = None
@@ -35,11 +35,13 @@ class KernelSide:
 
         self._tunnel = tunnel
         self._ids: dict[Name, SaId] = {}
+        self._left: dict[Name, int] = {}
+        """Sequence numbers of the SAs that were there."""
         self._undo = contextlib.ExitStack()
         try:
             set_nat_t_endpoint(sock, backend="linux")
             self.ipsec: XfrmIPsec = self._undo.enter_context(XfrmIPsec())
-            self._inherited = self._take_away_what_was_left()
+            self._take_away_what_was_left()
             for policy in tunnel.policies:  # first, and gone last: nothing goes in the clear in between
                 self.ipsec.add_policy(policy)
                 self._undo.callback(_suppressed, self.ipsec.delete_policy, policy)
@@ -47,26 +49,24 @@ class KernelSide:
             self.close()
             raise
 
-    def _take_away_what_was_left(self) -> bool:
-        """Delete SAs that have our names and keys, and our policies; tell whether there were any."""
+    def _take_away_what_was_left(self) -> None:
+        """Delete SAs that have our names and keys, and if there are any our policies."""
         left = {each.sa_id: each.association for each in self.ipsec.list_sas()}
-        found = False
         for sa in self._tunnel.associations:
             other = left.get(sa.sa_id)
             if other is not None and hmac.compare_digest(
                 other.encryption_key + other.integrity_key, sa.encryption_key + sa.integrity_key
             ):
+                self._left[sa.direction, sa.spi] = self.ipsec.get_sa(sa.sa_id).sequence or 0
                 _suppressed(self.ipsec.delete_sa, sa.sa_id)
-                found = True
-        if found:
+        if self._left:
             for policy in self._tunnel.policies:
                 _suppressed(self.ipsec.delete_policy, policy)
-        return found
 
     def add_sa(self, sa: SecurityAssociation, sequence: int | None, permitted: int | None) -> None:
         """Install an SA."""
         name = sa.direction, sa.spi
-        self._ids[name] = self.ipsec.add_sa(sa, sequence=sequence)
+        self._ids[name] = self.ipsec.add_sa(sa, sequence=max(sequence or 0, self._left.get(name, 0)))
         self._undo.callback(self._delete, name)
 
     def _delete(self, name: Name) -> None:
@@ -113,7 +113,7 @@ class KernelSide:
         try:
             change("add", **arguments)
         except NetlinkError as error:
-            if error.code != errno.EEXIST or not self._inherited:
+            if error.code != errno.EEXIST or not self._left:
                 raise
 
     def _way(self, route: Any) -> dict[str, Any]:

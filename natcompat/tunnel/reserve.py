@@ -37,7 +37,7 @@ class Reservations:
     """Keeps the state file ahead of the SAs, in a thread of its own from `start` to `close`.
 
     `numbers` tells what the SAs have used; `permit` lets one use more (None: this IPsec takes no such
-    limit); `complain` is called with a sentence when numbers cannot be reserved, once until they can.
+    limit); `complain` is called with a sentence when numbers cannot be reserved, and when they can again.
     """
 
     def __init__(
@@ -116,14 +116,14 @@ class Reservations:
         except OSError as error:
             if not self._complained:
                 self._complained = True
-                self._say(
+                self._complain(
                     f"sequence numbers cannot be reserved: {error.strerror or error}. When those that are "
                     "reserved have been used, nothing more is sent"
                 )
             return
         if self._complained:
             self._complained = False
-            self._say("sequence numbers can be reserved again")
+            self._complain("sequence numbers can be reserved again")
         for name, permitted in self._permitted.items():
             if self._permit is not None and permitted < self._recorded[name] and name in numbers:
                 with contextlib.suppress(NatCompatError):  # it is just being moved: next time
@@ -154,10 +154,6 @@ class Reservations:
         self._state.record({self._identities[name]: number for name, number in numbers.items()})
         self._recorded.update(numbers)
         self._written = time.monotonic()
-
-    def _say(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it; go on
-            self._complain(text)
 
     def _run(self) -> None:
         while not self._ended.wait(ROUND):

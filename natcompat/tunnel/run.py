@@ -7,12 +7,15 @@ import errno
 import select
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
     Direction,
+    Event,
+    Events,
     Expire,
     InstalledSA,
     IPsec,
@@ -84,7 +87,8 @@ def run(tunnel: Tunnel, *, create_state: bool, interval: float, count: int | Non
             sock = stack.enter_context(open_socket(tunnel.endpoint))
             side = stack.enter_context(contextlib.closing(open_side(tunnel, sock)))
             unused.pop_all()
-        reservations = _install(tunnel, side, state, reporter)
+        foreground = _Foreground(tunnel, side, sock, signals, reporter)
+        reservations = _install(tunnel, side, state, foreground.complain)
         if reservations is not None:
             stack.callback(_finish, reservations, side)
             stack.callback(reservations.close)
@@ -92,14 +96,9 @@ def run(tunnel: Tunnel, *, create_state: bool, interval: float, count: int | Non
         events = stack.enter_context(side.ipsec.events())
         side.open_device()
         try:
-            with signals.writing():
-                reporter.up(tunnel, side.device, side.mtu)
-            status = _serve(tunnel, side, sock, events, signals, interval, count, reporter)
-            with signals.writing():
-                reporter.down(status)
+            return foreground.serve(events, interval, count)
         except Ended:
             return 128 + signals.number
-        return status
 
 
 def open_socket(endpoint: Endpoint) -> socket.socket:
@@ -136,13 +135,15 @@ def open_side(tunnel: Tunnel, sock: socket.socket) -> Side:
     return ProcessSide(tunnel, sock)
 
 
-def _install(tunnel: Tunnel, side: Side, state: StateFile | None, reporter: Reporter) -> Reservations | None:
+def _install(
+    tunnel: Tunnel, side: Side, state: StateFile | None, complain: Callable[[str], object]
+) -> Reservations | None:
     """Install the SAs, inbound ones first: nobody shall send before the other can receive."""
     reservations = None
     numbers = {}
     if state is not None:
         reservations = Reservations(
-            state, tunnel.associations, numbers=side.numbers, permit=side.permit, complain=reporter.warn
+            state, tunnel.associations, numbers=side.numbers, permit=side.permit, complain=complain
         )
         numbers = reservations.begin()
     for sa in sorted(tunnel.associations, key=lambda each: each.direction is Direction.OUT):
@@ -156,46 +157,72 @@ def _finish(reservations: Reservations, side: Side) -> None:
         reservations.finish(side.stop())
 
 
-def _serve(
-    tunnel: Tunnel,
-    side: Side,
-    sock: socket.socket,
-    events: Any,
-    signals: EndingSignals,
-    interval: float,
-    count: int | None,
-    reporter: Reporter,
-) -> int:
-    rates = Rates()
-    finished = 0
-    due = time.monotonic()
-    while not signals.number:
-        if time.monotonic() >= due:
-            installed = side.installed()
-            with signals.writing():
-                reporter.counters(rates.lines(installed), side.drops())
-            finished += 1
-            if finished == count:
-                return 0
-            if not installed:
-                reporter.warn("the last SA has expired")
-                return 1
-            due += interval * max(1, (time.monotonic() - due) // interval)
-        ready, _, _ = select.select([sock, events, signals], [], [], max(0.0, due - time.monotonic()))
-        if sock in ready:
-            _drain(sock)
-        if events in ready:
-            for event in events.read():
-                with signals.writing():
-                    reporter.event(event)
-                if isinstance(event, MappingChange) and tunnel.endpoint.follow_mapping:
-                    try:
-                        side.follow(event)
-                    except NatCompatError as error:
-                        reporter.warn(f"{error.strerror}. {error.remedy}")
+class _Foreground:
+    """The main thread of a tunnel that is up: it tells what happens, and waits for the end."""
+
+    def __init__(
+        self, tunnel: Tunnel, side: Side, sock: socket.socket, signals: EndingSignals, reporter: Reporter
+    ) -> None:
+        self._tunnel, self._side, self._sock = tunnel, side, sock
+        self._signals, self._reporter = signals, reporter
+        self._complaints: deque[str] = deque()
+        self._rates = Rates()
+
+    def complain(self, text: str) -> None:
+        """Have `text` written, by the main thread: a write may wait for its reader. From any thread."""
+        self._complaints.append(text)
+        self._signals.wake()
+
+    def serve(self, events: Events, interval: float, count: int | None) -> int:
+        """Return the exit status when it is over."""
+        with self._signals.writing():
+            self._reporter.up(self._tunnel, self._side.device, self._side.mtu)
+        status = self._serve(events, interval, count)
+        with self._signals.writing():
+            self._reporter.down(status)
+        return status
+
+    def _serve(self, events: Events, interval: float, count: int | None) -> int:
+        sources: list[Any] = [self._sock, events, self._signals]
+        finished, due = 0, time.monotonic()
+        while not self._signals.number:
+            if time.monotonic() >= due:
+                installed = self._side.installed()
+                with self._signals.writing():
+                    self._reporter.counters(self._rates.lines(installed), self._side.drops())
+                finished += 1
+                if finished == count:
+                    return 0
+                if not installed:
+                    self._warn("the last SA has expired")
+                    return 1
+                due += interval * max(1, (time.monotonic() - due) // interval)
+            wait = max(0.0, due - time.monotonic())
+            ready = select.select(sources, [], [], wait)[0]
+            if self._sock in ready:
+                _drain(self._sock)
+            if self._signals in ready:
+                self._signals.rest()
+            while self._complaints:
+                self._warn(self._complaints.popleft())
+            for event in events.read() if events in ready else ():
+                self._handle(event)
                 if isinstance(event, Expire) and event.hard:
                     due = min(due, time.monotonic())
-    return 128 + signals.number
+        return 128 + self._signals.number
+
+    def _handle(self, event: Event) -> None:
+        with self._signals.writing():
+            self._reporter.event(event)
+        if isinstance(event, MappingChange) and self._tunnel.endpoint.follow_mapping:
+            try:
+                self._side.follow(event)
+            except NatCompatError as error:
+                self._warn(f"{error.strerror}. {error.remedy}")
+
+    def _warn(self, text: str) -> None:
+        with self._signals.writing():
+            self._reporter.warn(text)
 
 
 def _drain(sock: socket.socket) -> None:

@@ -54,6 +54,16 @@ class EndingSignals:
         """Return the descriptor to wait on."""
         return self._reader.fileno()
 
+    def wake(self) -> None:
+        """Make `fileno` readable, until `rest`. From any thread."""
+        with contextlib.suppress(OSError):  # it is so already
+            self._writer.send(b"\0")
+
+    def rest(self) -> None:
+        """Wait for the next `wake`, or signal."""
+        with contextlib.suppress(OSError):
+            self._reader.recv(4096)
+
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Raise `Ended` out of a write that waits while the tunnel is to end."""
@@ -69,8 +79,7 @@ class EndingSignals:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.number = self.number or number
-        with contextlib.suppress(OSError):
-            self._writer.send(b"\0")
+        self.wake()
         if self._writing:
             self._set_timer(GRACE)
 

@@ -34,6 +34,12 @@ _WARNING: Final = (
 )
 _LARGEST_FILE: Final = 1 << 20
 _ATTEMPTS: Final = 16
+_REMEDIES: Final = {
+    errno.ENOENT: "Make its directory first",
+    errno.EACCES: "Choose a directory that this user may write to",
+    errno.EROFS: "Choose a directory on a disk that can be written to",
+    errno.ELOOP: "Name the file itself, and no link to it",
+}
 _LAST: Final = (1 << 64) - 1
 
 
@@ -73,7 +79,8 @@ class StateFile:
             raise
         except OSError as error:
             self.close()
-            raise self._error(error.errno or errno.EIO, error.strerror or "", "") from None
+            number = error.errno or errno.EIO
+            raise self._error(number, os.strerror(number), _REMEDIES.get(number, "")) from None
 
     def close(self) -> None:
         """Let go of the file and its lock."""

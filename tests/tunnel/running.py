@@ -62,7 +62,7 @@ def run(network: Topology, host: Namespace, *command: str) -> subprocess.Complet
 
 def ping(network: Topology, host: Namespace, address: str, *options: str, count: int = 3) -> int:
     """Return how many of `count` pings were answered."""
-    done = run(network, host, "ping", "-n", "-c", str(count), "-i", "0.05", "-W", "2", *options, address)
+    done = run(network, host, "ping", "-n", "-c", str(count), "-i", "0.05", "-W", "5", *options, address)
     return sum("bytes from" in line for line in done.stdout.splitlines())
 
 
