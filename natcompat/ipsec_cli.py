@@ -57,12 +57,15 @@ as_json: Callable[[_Command], _Command] = click.option(
 
 
 def open_ipsec() -> IPsec:
-    """Open the IPsec of this machine's kernel."""
-    if sys.platform != "linux":
-        raise click.ClickException(f"natcompat cannot read the IPsec databases of {sys.platform} yet")
-    from natcompat.xfrm.kernel import XfrmIPsec
+    """Open the IPsec of this machine's kernel: XFRM, or PF_KEY where that is what there is."""
+    from natcompat import pfkey
+    from natcompat.backends.linux import LinuxBackend
+    from natcompat.pfkey.examine import dialect_here
 
-    return XfrmIPsec()
+    dialect = dialect_here()
+    if dialect is None:
+        raise click.ClickException(f"natcompat knows no IPsec databases of {sys.platform}")
+    return LinuxBackend().open_ipsec() if dialect.name == "linux" else pfkey.open_ipsec(dialect.name)
 
 
 @contextmanager

@@ -281,6 +281,7 @@ SOLARIS = Dialect(
     policy_priority=True,
     limits=(
         "Keepalives go every 20 to 28 seconds (tunable ipsecesp_nat_keepalive_interval), for all SAs.",
+        "A changed port of the peer is followed for SAs in pairs only, and natcompat makes no pairs.",
         "A tunnel policy belongs to the tunnel interface ip.tunN, N being its interface_id.",
         "SAs and policies find each other by addresses; a reqid means nothing.",
         "Rules are shown without the addresses of their tunnel, unless by who has installed them.",

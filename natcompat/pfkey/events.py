@@ -8,7 +8,15 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol, Self
 
-from natcompat.associations import Direction, IPAddress, SaId, TrafficSelector, UDPEncapsulation, wire_ports
+from natcompat.associations import (
+    PROTOCOLS_WITH_PORTS,
+    Direction,
+    IPAddress,
+    SaId,
+    TrafficSelector,
+    UDPEncapsulation,
+    wire_ports,
+)
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import Acquire, Event, EventsLost, Expire, InstalledSA, MappingChange
 from natcompat.pfkey import numbers as n
@@ -22,7 +30,7 @@ from natcompat.pfkey.messages import (
     read_sa,
 )
 from natcompat.pfkey.readback import record_of, required
-from natcompat.pfkey.translate import network
+from natcompat.pfkey.spd import ANY_PROTOCOL
 from natcompat.pfkey.transport import LARGEST_MESSAGE, PfKeySocket
 
 RECEIVE_BUFFER = 4 << 20
@@ -77,7 +85,7 @@ class PfKeyEvents:
         self._dialect = dialect
         self._database = database
         self._buffer = Wire(LARGEST_MESSAGE)
-        self._reported: dict[tuple[SaId, IPAddress, int], float] = {}
+        self._reported: dict[tuple[int, IPAddress, int, IPAddress, int], float] = {}
         self._pfkey = PfKeySocket(dialect, receive_buffer=receive_buffer)
         try:
             self._pfkey.request("Listening to PF_KEY", Message(n.SADB_REGISTER, dialect.esp))
@@ -139,10 +147,15 @@ class PfKeyEvents:
         source = read_address(self._dialect, required(message, n.SADB_EXT_ADDRESS_SRC))
         destination = read_address(self._dialect, required(message, n.SADB_EXT_ADDRESS_DST))
         reqid, selector = self._database.wanted(message)
-        if selector is None:
+        if selector is None:  # whatever the prefix says: Solaris has 0 in it
+            protocol = 0 if source.protocol == ANY_PROTOCOL else source.protocol
+            ports = (source.port, destination.port) if protocol in PROTOCOLS_WITH_PORTS else (0, 0)
             selector = TrafficSelector(
-                source=network(source.address, source.prefix),
-                destination=network(destination.address, destination.prefix),
+                source=source.address,
+                destination=destination.address,
+                protocol=protocol,
+                source_port=ports[0],
+                destination_port=ports[1],
             )
         yield Acquire(
             source=source.address,
@@ -176,14 +189,14 @@ class PfKeyEvents:
         new = read_address(self._dialect, required(message, n.SADB_EXT_ADDRESS_DST)).address
         old_port = read_port(required(message, n.SADB_X_EXT_NAT_T_SPORT))
         new_port = read_port(required(message, n.SADB_X_EXT_NAT_T_DPORT))
+        key = spi, old, old_port, new, new_port
+        now = time.monotonic()
+        if now - self._reported.get(key, float("-inf")) < MAPPING_INTERVAL:
+            return
+        if len(self._reported) >= _MAPPINGS:
+            self._reported.clear()
+        self._reported[key] = now
         for sa_id, reqid in self._named(spi, old, old_port):
-            key = sa_id, new, new_port
-            now = time.monotonic()
-            if now - self._reported.get(key, float("-inf")) < MAPPING_INTERVAL:
-                continue
-            if len(self._reported) >= _MAPPINGS:
-                self._reported.clear()
-            self._reported[key] = now
             yield MappingChange(
                 sa_id=sa_id,
                 reqid=reqid,

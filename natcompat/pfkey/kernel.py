@@ -35,7 +35,7 @@ from natcompat.pfkey.events import RECEIVE_BUFFER, Known, PfKeyEvents
 from natcompat.pfkey.flows import Flows
 from natcompat.pfkey.messages import Extension, MalformedMessageError, Message, read_algorithms, read_sa
 from natcompat.pfkey.move import move_sa
-from natcompat.pfkey.readback import installed_sa, record_of, required, usage_of
+from natcompat.pfkey.readback import inner_selector, installed_sa, record_of, required, usage_of
 from natcompat.pfkey.rules import PF_POLICY, PF_POLICY_V1, Rules
 from natcompat.pfkey.spd import SpdPolicies
 from natcompat.pfkey.translate import check_sa, encode_allocate, encode_sa, encode_sa_id, nat_t, refusal
@@ -412,6 +412,8 @@ class PfKeyIPsec:
         """Return reqid and selector of the policy behind an acquire; 0 and None where it is not known."""
         if isinstance(self._policies, Flows):
             return 0, self._policies.asked(message.sequence)
+        if isinstance(self._policies, Rules):
+            return 0, inner_selector(self._dialect, message)
         number = message.find(n.SADB_X_EXT_POLICY)
         if isinstance(self._policies, SpdPolicies) and number is not None:
             policy = self._policies.by_id(int.from_bytes(number[8:12], byteorder))

@@ -34,7 +34,7 @@ from natcompat.pfkey.messages import (
     read_sa_ports,
     unpack,
 )
-from natcompat.pfkey.translate import network
+from natcompat.pfkey.translate import everything, network
 from natcompat.transforms import Integ, Key
 
 Found = TypeVar("Found")
@@ -177,7 +177,9 @@ def _association(
     encapsulation = encapsulation_in(dialect, message, direction)
     selectors: tuple[TrafficSelector, ...] = ()
     if dialect.modes is Modes.INNER:
-        selectors = _inner(dialect, message)
+        inner = inner_selector(dialect, message)
+        if inner is not None and inner != everything(inner.source.version):
+            selectors = (inner,)
     return SecurityAssociation(
         spi=sa_id.spi,
         source=source,
@@ -262,21 +264,17 @@ def encapsulation_in(dialect: Dialect, message: Message, direction: Direction) -
     )
 
 
-def _inner(dialect: Dialect, message: Message) -> tuple[TrafficSelector, ...]:
-    """Return the selector in the inner addresses of an SA (Solaris), unless it is everything."""
+def inner_selector(dialect: Dialect, message: Message) -> TrafficSelector | None:
+    """Return the selector in the inner addresses of an SA or an acquire (Solaris); None: there are none."""
     start = message.find(n.SADB_X_EXT_ADDRESS_INNER_SRC)
     end = message.find(n.SADB_X_EXT_ADDRESS_INNER_DST)
     if start is None or end is None:
-        return ()
+        return None
     source, destination = read_address(dialect, start), read_address(dialect, end)
-    if not source.prefix and not destination.prefix and not source.protocol:
-        return ()
-    return (
-        TrafficSelector(
-            source=network(source.address, source.prefix),
-            destination=network(destination.address, destination.prefix),
-            protocol=source.protocol,
-            source_port=source.port,
-            destination_port=destination.port,
-        ),
+    return TrafficSelector(
+        source=network(source.address, source.prefix),
+        destination=network(destination.address, destination.prefix),
+        protocol=source.protocol,
+        source_port=source.port,
+        destination_port=destination.port,
     )

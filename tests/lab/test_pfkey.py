@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import select
 import subprocess
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from natcompat import ipsec_cli
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
     Acquire,
@@ -102,7 +106,8 @@ def refused(what: Any, *arguments: Any, **options: Any) -> NatCompatError:
 
 def test_ip_xfrm_agrees(pfkey: PfKeyIPsec) -> None:
     pfkey.add_sa(make(1001, encapsulation=PORTS, lifetime=Lifetime(soft_seconds=100, hard_bytes=10**12)))
-    pfkey.add_sa(make(1002, direction=Direction.IN, encapsulation=PORTS, mode=Mode.TRANSPORT))
+    behind = UDPEncapsulation(local_port=4500, remote_port=34567, original_address=ip_address("10.9.9.9"))
+    pfkey.add_sa(make(1002, direction=Direction.IN, encapsulation=behind, mode=Mode.TRANSPORT))
     pfkey.add_sa(
         make(1003, copy_ecn=False, copy_df=False, integrity=Integ.AES_XCBC_96, integrity_key=bytes(16))
     )
@@ -669,3 +674,15 @@ def test_keepalives_come_from_the_process(network: Network) -> None:
         assert listener.recv(100) == b"\xff"
         ipsec.update_sa(sa_id, encapsulation=UDPEncapsulation(local_port=4500, remote_port=4600))
         assert elsewhere.recv(100) == b"\xff"
+
+
+def test_the_commands_show_it(pfkey: PfKeyIPsec, monkeypatch: pytest.MonkeyPatch) -> None:
+    pfkey.add_sa(make(encapsulation=PORTS))
+    pfkey.add_policy(protect(Direction.OUT))
+    monkeypatch.setenv("NATCOMPAT_IPSEC", "pfkey")
+    (row,) = json.loads(CliRunner().invoke(ipsec_cli.sad, ["--json"], catch_exceptions=False).output)
+    assert (row["encryption"], row["remote_port"], row["sequence"]) == ("AES_CBC", 34567, None)
+    shown = CliRunner().invoke(ipsec_cli.sad, [], catch_exceptions=False).output
+    assert "0xc0de0001" in shown
+    (row,) = json.loads(CliRunner().invoke(ipsec_cli.spd, ["--json"], catch_exceptions=False).output)
+    assert row["reqid"] == 7

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 
+import click
 import pytest
 
 from natcompat.errors import NatCompatError
@@ -106,3 +107,16 @@ def test_the_doctor_says_the_limits_to_whoever_asked() -> None:
     asked = run("doctor", env={"NATCOMPAT_IPSEC": "pfkey"}).stdout
     assert "96 bits" in asked
     assert "IPsec over PF_KEY" in run("doctor").stdout
+
+
+def test_the_commands_read_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from natcompat import ipsec_cli, pfkey
+
+    asked: list[str] = []
+    monkeypatch.setattr(pfkey, "open_ipsec", asked.append)
+    monkeypatch.setattr(sys, "platform", "freebsd14")
+    ipsec_cli.open_ipsec()
+    assert asked == ["freebsd"]
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(click.ClickException, match="win32"):
+        ipsec_cli.open_ipsec()

@@ -303,17 +303,19 @@ def test_acquires(system: layouts.System, start: Opener) -> None:
     changes = {"interface_id": 3} if system is layouts.SOLARIS else {}
     ipsec.add_policy(policy(Direction.OUT, **changes))
     number = extension(layouts.sadb_x_policy(0, 18, 2, 2, 0, 0))
-    more = () if system in (layouts.OPENBSD, layouts.SOLARIS) else (number,)
+    more: tuple[bytes, ...] = () if system is layouts.OPENBSD else (number,)
+    if system is layouts.SOLARIS:  # says the selector itself
+        more = (
+            system.address(7, "10.2.0.0", port=1000, proto=17, prefix=24),
+            system.address(22, "10.1.0.0", port=2000, proto=17, prefix=16),
+        )
     with ipsec.events() as events:
-        kernel.tell(6, system.address(5, OURS, prefix=32), system.address(6, PEER, prefix=32), *more, seq=77)
+        kernel.tell(6, system.address(5, OURS), system.address(6, PEER), *more, seq=77)
         (found,) = read(events)
     assert isinstance(found, Acquire)
     assert (str(found.source), str(found.destination), found.sequence) == (OURS, PEER, 77)
-    if system is layouts.SOLARIS:
-        assert (found.reqid, found.selector) == (0, TrafficSelector(source=OURS, destination=PEER))
-    else:
-        assert found.selector == policy(Direction.OUT).selector
-        assert found.reqid == (0 if system is layouts.OPENBSD else 7)
+    assert found.selector == policy(Direction.OUT).selector
+    assert found.reqid == (0 if system in (layouts.OPENBSD, layouts.SOLARIS) else 7)
 
 
 @EVERY
@@ -322,9 +324,13 @@ def test_acquires_of_policies_that_are_gone(system: layouts.System, start: Opene
     number = extension(layouts.sadb_x_policy(0, 18, 2, 2, 0, 5))
     more = () if system in (layouts.OPENBSD, layouts.SOLARIS) else (number,)
     with ipsec.events() as events:
-        kernel.tell(6, system.address(5, OURS, prefix=32), system.address(6, PEER, prefix=32), *more, seq=77)
+        ends = [system.address(kind, each, port=80, proto=6) for kind, each in ((5, OURS), (6, PEER))]
+        kernel.tell(6, *ends, *more, seq=77)
         (found,) = read(events)
-    assert (found.reqid, found.selector.source.network_address) == (0, ip_address(OURS))
+    assert found.reqid == 0
+    assert (str(found.selector.source), str(found.selector.destination)) == (f"{OURS}/32", f"{PEER}/32")
+    if system is not layouts.OPENBSD:  # whose addresses have no protocol
+        assert (found.selector.protocol, found.selector.source_port) == (6, 80)
 
 
 @EVERY
