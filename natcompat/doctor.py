@@ -123,7 +123,12 @@ def examine() -> dict[str, Any]:
         "userspace_esp": _userspace_esp(tun),
         "ports": [*_owners(IKE_PORT), *_owners(NAT_T_PORT)],
         "system": _system(),
-        "beyond_solaris": ["AF_INET6 sockets are served; Solaris answers EAFNOSUPPORT."],
+        "beyond_solaris": [
+            "AF_INET6 sockets are served by the backend userspace, if it is asked for; the kernel answers "
+            "EAFNOSUPPORT."
+            if backends.is_for_this_system("solaris")
+            else "AF_INET6 sockets are served; Solaris answers EAFNOSUPPORT."
+        ],
     }
 
 

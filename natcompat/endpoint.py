@@ -53,6 +53,7 @@ class NatTEndpoint:
         self._lock = threading.RLock()
         self._aliases: dict[int, weakref.finalize[[int], socket.socket]] = {}
         self._attachment: Attachment | None = None  # None also while it is being exchanged
+        self._left_alone = False  # whether the kernel does all of it, so that the object is not ours
         self._closed = False
         self._keepalives_sent = 0
         self._observers: dict[object, Callable[[Any], object]] = {}
@@ -163,7 +164,7 @@ class NatTEndpoint:
         attachment = self._attachment
         if self._half.unbound:
             bind_implicitly(sock, self._half)
-        if isinstance(attachment, WholeAttachment):
+        if self._left_alone and isinstance(attachment, WholeAttachment):
             attachment.send_keepalive(SystemCalls(sock, root), address)
         elif address is None:
             root.send(sock, NAT_KEEPALIVE)
@@ -300,6 +301,7 @@ class NatTEndpoint:
         half.diversion.consumer = self._consumer()  # the backend asks whether there is one
         attachment = self._backend.attach(SystemCalls(sock, half.root), half.diversion)
         self._attachment = attachment
+        self._left_alone = isinstance(attachment, WholeAttachment)
         half.sensitive, half.hidden = attachment.sensitive, attachment.hidden
         half.unbound = attachment.mode == "unbound"
         kept = {attachment.duties[duty] for duty in (Duty.DROP_RUNTS, Duty.DIVERT_ESP)}
@@ -310,7 +312,7 @@ class NatTEndpoint:
 
     def _dress(self, sock: socket.socket) -> None:
         """Give `sock` the class of an endpoint's, unless the kernel does all there is to do."""
-        if isinstance(self._attachment, WholeAttachment):
+        if self._left_alone:
             change_class(sock, self._half.original)
             _left_alone[id(sock)] = self
             return
@@ -320,7 +322,7 @@ class NatTEndpoint:
     def _current(self) -> Attachment | None:
         """Return the hold on the socket; find out first what happened to one whose methods are not ours."""
         attachment = self._attachment
-        if isinstance(attachment, WholeAttachment):
+        if self._left_alone and isinstance(attachment, WholeAttachment):
             sock = self._any_alias()
             if sock is None or sock.fileno() < 0 or not attachment.is_on(SystemCalls(sock, self._half.root)):
                 for alias in self._living_aliases():
@@ -370,6 +372,7 @@ class NatTEndpoint:
 
             self._half.diversion.error(f"attaching again failed: {error}")
             self._attachment = InLineAttachment(f"attaching again failed: {error}")
+            self._left_alone = False
             self._half.sensitive, self._half.hidden = frozenset(), {}
             self._change_consumer(sock)
         for alias in self._living_aliases():

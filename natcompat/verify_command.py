@@ -110,7 +110,7 @@ def verify(names: tuple[str, ...], *, nat: bool, progress: Callable[[str], objec
         for each in backends.probe():
             if each.viable:
                 chosen.append(each.backend)
-            else:
+            elif backends.is_for_this_system(each.backend):
                 found.skip(f"backend {each.backend}", each.reason, each.remedy)
     versions = [version for version in (4, 6) if _has_loopback(found, version)]
     with contextlib.ExitStack() as stack:

@@ -202,7 +202,7 @@ def test_an_unknown_backend_is_named_with_those_that_there_are(sock: socket.sock
     with pytest.raises(BackendUnavailableError, match="there is no backend called 'nonesuch'") as caught:
         set_nat_t_endpoint(sock, backend="nonesuch")
     assert caught.value.errno == errno.EINVAL
-    for name in backends.names():
+    for name in filter(backends.is_for_this_system, backends.names()):
         assert name in caught.value.remedy
     assert type(sock) is socket.socket
     assert options(sock) == before

@@ -300,13 +300,11 @@ def _duties(half: SocketHalf, kernel: frozenset[Duty]) -> Mapping[Duty, Performe
 def _limits(half: SocketHalf) -> Iterator[str]:
     """Yield what has to be known of this kernel, each in a few words."""
     if half.port is not None:
-        if half.port_is_ours:
-            yield f"ESP of one UDP port goes to the kernel, on every socket of the system ({half.port.name})"
-        else:
-            yield (
-                f"ESP of UDP port {half.port.read()} goes to the kernel, on every socket of the system "
-                f"({half.port.name})"
-            )
+        which = "one UDP port" if half.port_is_ours else f"UDP port {half.port.read()}"
+        yield f"ESP of {which} goes to the kernel, on every socket of the system"
+    for setting in (half.port if half.port_is_ours else None, half.enabled):
+        if setting is not None and not setting.read():
+            yield f"endpoints set {setting.name} meanwhile, which takes root"
     if half.asleep is not None:
         yield "it takes ESP once there is an SA or a policy"
     if half.families != {_INET, _INET6}:

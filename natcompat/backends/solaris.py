@@ -191,10 +191,12 @@ def _exempt(sock: socket.socket) -> bool:
     """
     option, size = _security_option(sock), sunos.numbers().ipsec_request_size
     request = sunos.security_request(sunos.numbers().ipsec_pref_never)
-    try:
+    before = b""
+    with contextlib.suppress(OSError):  # if it does not say, there is nothing
         before = sock.getsockopt(*option, size)
-        if any(before):
-            return before == request
+    if any(before):
+        return before == request
+    try:
         sock.setsockopt(*option, request)
     except OSError:
         return False

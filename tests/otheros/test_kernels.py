@@ -111,3 +111,43 @@ def test_a_model_that_leaks_is_found_out(make_model: MakeModel) -> None:
     done = make_model("solaris").pytest("conformance.py", kernel="no-demultiplexing")
     assert done.returncode == 1
     assert "test_inbound[solaris-IPv4-SPI alone]" in done.stdout
+
+
+ON_A_LOOP = """
+import asyncio, os, socket
+from natcompat import set_nat_t_endpoint
+
+class Protocol(asyncio.DatagramProtocol):
+    def __init__(self, received):
+        self.received = received
+    def datagram_received(self, data, source):
+        self.received.put_nowait((data, source))
+
+async def main():
+    received = asyncio.Queue()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        for each, port in ((sock, int(os.environ["NATCOMPAT_MODEL_PORT"])), (peer, 0)):
+            each.bind(("127.0.0.1", port))
+            each.settimeout(5)
+        endpoint = set_nat_t_endpoint(sock)
+        assert endpoint.backend == os.environ["NATCOMPAT_MODEL"]
+        loop = asyncio.get_running_loop()
+        transport, _ = await loop.create_datagram_endpoint(lambda: Protocol(received), sock=sock)
+        address = sock.getsockname()
+        for payload in (b"\\xff", b"", b"ESP packet", bytes(4) + b"IKE"):
+            peer.sendto(payload, address)
+        assert await asyncio.wait_for(received.get(), 5) == (b"IKE", peer.getsockname())
+        transport.sendto(b"answer", peer.getsockname())
+        assert await asyncio.to_thread(peer.recv, 64) == bytes(4) + b"answer"
+        assert received.empty()
+        transport.close()
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("system", KERNELS)
+def test_on_an_event_loop(make_model: MakeModel, system: str) -> None:
+    done = make_model(system).run(ON_A_LOOP, port=free_port() if system == "openbsd" else 0)
+    assert done.returncode == 0, done.stderr
