@@ -17,7 +17,7 @@ WORKERS ?= 2
 # per cent of natcompat/, by branches; held where no test may skip
 COVERED := $(if $(filter true-0,$(CI)-$(UID)),--cov-fail-under=95)
 
-.PHONY: help verify test check pytest conformance lab-newer fuzz sanitize bench nox format clean
+.PHONY: help verify test check pytest conformance lab-newer fuzz sanitize bench bench-datapath nox format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ sanitize: .venv/.test ## the C data path under ASan, UBSan, TSan and valgrind (m
 bench: .venv/.test ## what natcompat costs, beside bare sockets (ARGS="--json")
 	@$(BIN)/python -m tests.bench $(ARGS)
 
+bench-datapath: .venv/.bench ## ESP in user space beside strongSwan and wireguard-go, as root (ARGS="--write")
+	@$(BIN)/python tests/bench/bench_datapath.py $(ARGS)
+
 nox: .venv/.test ## the tests on every Python from 3.11, with the lowest versions, without options
 	@$(BIN)/nox $(ARGS)
 
@@ -82,6 +85,10 @@ clean: ## remove everything that was made
 .venv/.fuzz: pyproject.toml .ci/setup | .venv/.test
 	@.ci/setup python test,check,fuzz
 	@touch $@
+
+.venv/.bench: pyproject.toml .ci/setup | .venv/.system-test-$(UID)
+	@.ci/setup python test,check,bench
+	@touch $@ .venv/.main .venv/.test
 
 .venv/.system-%-$(UID): .ci/setup
 	@mkdir -p .venv

@@ -8,6 +8,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 /* cffi: begin */
 /* Return `sum` plus the words of `data`; an odd byte at the end counts as if a zero followed. */
@@ -19,5 +20,15 @@ uint64_t checksum_copy(uint64_t sum, uint8_t *to, const uint8_t *data, size_t le
 /* Return `sum` in 16 bits, not complemented, as it would be stored in memory. */
 uint16_t checksum_fold(uint64_t sum);
 /* cffi: end */
+
+/* checksum_add for headers: `length` is a multiple of four. */
+static inline uint64_t checksum_header(uint64_t sum, const uint8_t *data, size_t length)
+{
+    for (uint32_t words; length; data += 4, length -= 4) {
+        memcpy(&words, data, 4);
+        sum += words;
+    }
+    return sum;
+}
 
 #endif

@@ -47,8 +47,16 @@ size_t crypto_associated(uint8_t associated[12], const uint8_t *packet, const ui
 
 bool crypto_equal(const uint8_t *one, const uint8_t *other, size_t length)
 {
-    volatile uint8_t difference = 0;
-    for (size_t each = 0; each < length; ++each)
-        difference |= one[each] ^ other[each];
+    uint64_t difference = 0;
+    for (; length >= 8; one += 8, other += 8, length -= 8) {
+        uint64_t a, b;
+        memcpy(&a, one, 8);
+        memcpy(&b, other, 8);
+        difference |= a ^ b;
+        __asm__("" : "+r"(difference));   /* the compiler does not see that more cannot make it zero again */
+    }
+    for (; length; ++one, ++other, --length)
+        difference |= *one ^ *other;
+    __asm__("" : "+r"(difference));
     return difference == 0;
 }

@@ -219,7 +219,7 @@ static void report_too_big(struct worker *worker, uint32_t number)
 static void send_each(struct worker *worker, struct loop_socket *socket, uint32_t first, uint32_t count)
 {
     struct sender *sender = worker->sender;
-    int reported = 0;
+    int reported = 0, invalid = count > 1 && errno == EINVAL && sender->packets[first].dont_fragment;
 
     for (uint32_t number = first; number < first + count; number++) {
         int sent;
@@ -234,6 +234,7 @@ static void send_each(struct worker *worker, struct loop_socket *socket, uint32_
             COUNT(socket->counters.sent, 1);
             continue;
         }
+        invalid = 0;
         if (errno == EMSGSIZE) {
             COUNT(worker->counters.too_big, 1);
             if (!reported++) /* one answer for a flight is enough */
@@ -242,6 +243,8 @@ static void send_each(struct worker *worker, struct loop_socket *socket, uint32_
             COUNT(socket->counters.unsent, 1);
         }
     }
+    if (invalid) /* each was good, so it was not their size: as where SO_NO_CHECK is set */
+        socket->segments = 0;
 }
 
 /* Send a series of messages by one socket. */

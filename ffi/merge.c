@@ -60,7 +60,7 @@ static int verify(const uint8_t *packet, uint32_t length, uint16_t transport, ui
     uint32_t rest = length - transport;
     uint64_t sum;
 
-    if (packet[0] == 0x45 && checksum_fold(checksum_add(0, packet, 20)) != 0xFFFF)
+    if (packet[0] == 0x45 && checksum_fold(checksum_header(0, packet, 20)) != 0xFFFF)
         return 0;
     sum = checksum_add(pseudo(packet, protocol) + word(rest), packet + transport, rest);
     return checksum_fold(sum) == 0xFFFF;

@@ -60,7 +60,7 @@ static inline void store(uint8_t *at, uint16_t sum)
 static inline void checksum_ip4(uint8_t *packet, size_t header)
 {
     put16(packet + 10, 0);
-    store(packet + 10, (uint16_t)~checksum_fold(checksum_add(0, packet, header)));
+    store(packet + 10, (uint16_t)~checksum_fold(checksum_header(0, packet, header)));
 }
 
 /* The sum of the pseudo-header without the length (RFC 9293, 3.1; RFC 8200, 8.1). */
@@ -68,7 +68,7 @@ static inline uint64_t pseudo(const uint8_t *packet, uint8_t protocol)
 {
     uint64_t sum = word(protocol);
 
-    return packet[0] >> 4 == 4 ? checksum_add(sum, packet + 12, 8) : checksum_add(sum, packet + 8, 32);
+    return packet[0] >> 4 == 4 ? checksum_header(sum, packet + 12, 8) : checksum_header(sum, packet + 8, 32);
 }
 
 /* Return whether `packet` says itself that it has `length` bytes. */

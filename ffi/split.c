@@ -195,7 +195,7 @@ uint32_t split_next(struct split *split, uint8_t *to)
             transport[TCP_FLAGS] &= (uint8_t)~CWR;
         if (!last)
             transport[TCP_FLAGS] &= (uint8_t) ~(FIN | PSH);
-        sum = checksum_add(sum, transport + TCP_SEQUENCE, 4) + word(transport[TCP_FLAGS]);
+        sum = checksum_header(sum, transport + TCP_SEQUENCE, 4) + word(transport[TCP_FLAGS]);
     } else {
         put16(transport + UDP_LENGTH, length - split->transport);
         sum += word(length - split->transport);
