@@ -89,6 +89,8 @@ def _is_lab_item(item: pytest.Item) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if RESULTS not in os.environ:
         items.sort(key=_is_lab_item)
+        for item in filter(_is_lab_item, items):  # the first waits for all; how long, LIMIT says
+            item.add_marker(pytest.mark.timeout(0), append=False)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
