@@ -21,7 +21,8 @@ from natcompat.ipsec import Usage
 from natcompat.namespaces import INITIATOR, RESPONDER, Topology
 from natcompat.transforms import Encr, Integ, Key
 from tests.esp.making import ip_packet
-from tests.strongswan import Charon, Side, lacking, namespace, negotiated
+from tests.linux_support import wait_until
+from tests.strongswan import Charon, Side, found, lacking, namespace, negotiated
 
 REASON = lacking(libipsec=True)
 pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
@@ -155,12 +156,12 @@ class Substitute:
 
     def usage(self, direction: Direction) -> Usage:
         """Return what the SA of one direction has done."""
-        (found,) = [
+        (usage,) = [
             each.usage
             for each in self.engine.list_sas()
             if each.association is not None and each.association.direction is direction
         ]
-        return found
+        return usage
 
     def close(self) -> None:
         self.sock.close()
@@ -205,18 +206,20 @@ def test_the_engine_takes_the_place_of_one_strongswan(
     ends = sides(network)
     with negotiated(*ends, f"{proposal}-x25519", libipsec=True) as daemons:
         first, other = daemons if replaced == "initiator" else daemons[::-1]
-        first.run("ping", "-c", "2", "-i", "0.05", "-W", "10", INNER[other.side.name][0])
+        first.run("ping", "-c", "2", "-i", "0.05", "-w", "10", INNER[other.side.name][0])
         here = Substitute(first, network, TRANSFORMS[proposal])
         with contextlib.closing(here):
             _, sent = other.packets()
             for version, number, size in ((4, 1, 56), (6, 2, 56), (4, 3, 1300), (6, 4, 1), (4, 5, 0)):
                 here.ping(version, number, size or 3)
             for address in here.inner:
-                said = here.answer_until_end_of(
-                    other.start("ping", "-c", "3", "-i", "0.05", "-s", "1200", "-W", "10", address)
-                )
-                assert " 3 received" in said, said
+                # by -w it waits for the answers, and asks again as long as one is missing
+                command = ["ping", "-c", "3", "-i", "0.05", "-w", "10", "-s", "1200", address]
+                said = here.answer_until_end_of(other.start(*command))
+                assert int(found("([0-9]+) received", said)) >= 3, said
+            while here.usage(Direction.IN).packets < other.packets()[1] - sent:
+                here.receive()
             assert not here.engine.counters(), "strongSwan has sent nothing that had to be dropped"
-            inbound, outbound = here.usage(Direction.IN), here.usage(Direction.OUT)
-            assert inbound.packets == other.packets()[1] - sent
-            assert outbound.sequence == other.packets()[0], "it has taken all there were"
+            wait_until(
+                lambda: other.packets()[0] == here.usage(Direction.OUT).sequence, "it takes all there are"
+            )
