@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import select
@@ -17,16 +18,18 @@ import pytest
 
 from natcompat import open_ipsec, set_nat_t_endpoint
 from natcompat.errors import NatCompatError
+from natcompat.esp import datapaths
 from natcompat.esp.device import QueueDevice
+from natcompat.esp.results import Reason
 from natcompat.esp.routing import MARK
 from natcompat.esp.tun import TunDevice
 from natcompat.ipsec import Acquire, Direction, MappingChange
 from natcompat.namespaces import INITIATOR, RESPONDER, Topology
 from tests.esp.ends import End, install
-from tests.esp.making import INNER, policy
+from tests.esp.making import INNER, native_providers, policy
 from tests.esp.tunnelling import TUN, interfaces, mtu_of
 from tests.linux_support import LINUX, isolated, nothing_left
-from tests.pairs import until
+from tests.pairs import in_thread, until
 
 pytestmark = [LINUX, TUN]
 
@@ -113,6 +116,19 @@ def transfer(size: int) -> tuple[bool, bool]:
     return answer[:32] == hashlib.sha256(data).digest(), answer[32:] == bytes(range(256)) * (size // 256)
 
 
+def start_transfer(size: int) -> None:
+    _here["transfer"] = in_thread(functools.partial(transfer, size))
+
+
+def finish_transfer() -> tuple[bool, bool]:
+    result: tuple[bool, bool] = _here.pop("transfer")()
+    return result
+
+
+def choose_datapath(name: str) -> None:
+    os.environ[datapaths.ENVIRONMENT_VARIABLE] = name
+
+
 def ping() -> int:
     version = _here["version"]
     command = ["ping", f"-{version}", "-c", "3", "-i", "0.2", "-W", "5", INNER[version][1]]
@@ -157,6 +173,29 @@ def close_end() -> set[str]:
     _here.clear()
     rules = subprocess.run(["ip", "rule"], check=True, capture_output=True, text=True).stdout
     return left | interfaces() | {line for line in rules.splitlines() if "fwmark" in line}
+
+
+def set_mtu(name: str, mtu: int) -> None:
+    """Of a link; what is longer is answered with ICMP."""
+    subprocess.run(["ip", "link", "set", name, "mtu", str(mtu)], check=True)
+
+
+def answers(size: int, *more: str) -> bool:
+    """Tell whether a ping of an IP packet of `size` bytes is answered."""
+    version = _here["version"]
+    length = size - (28 if version == 4 else 48)
+    command = ["ping", f"-{version}", "-c", "1", "-W", "1", "-s", str(length), *more, INNER[version][1]]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+def forget_paths() -> None:
+    for family in ("-4", "-6"):
+        subprocess.run(["ip", family, "route", "flush", "cache"], check=True)
+
+
+def refuses_what_is_too_long() -> bool:
+    assert not answers(1400, "-M", "do")
+    return bool(_here["end"].ipsec.counters().get(Reason.PATH_MTU))
 
 
 def forget_mappings() -> None:
@@ -212,6 +251,34 @@ def test_tcp_goes_through_the_tunnel(network: Topology, version: int) -> None:
             assert told["device"].startswith("natcompat")
             # of IPv6's own there are packets that no policy wants
             assert set(told["drops"]) <= {"no_policy", "device"}, told
+
+
+@VERSIONS
+@pytest.mark.parametrize("datapath", ["python", "c"])
+def test_a_path_that_becomes_narrower_stops_nobody(network: Topology, datapath: str, version: int) -> None:
+    """The router answers the outer packets with ICMP; the ends then tell who sends the inner ones."""
+    if datapath == "c" and not native_providers():
+        pytest.skip("the C data path is not built: python ffi/build_datapath.py")
+    for side in (network.initiator, network.responder):
+        side.call(choose_datapath, datapath)
+    try:
+        with tunnel(network, version):
+            network.responder.call(serve)
+            network.initiator.call(start_transfer, 2 << 20)
+            network.router.call(set_mtu, "outside", 1340)
+            network.responder.call(set_mtu, "uplink", 1340)
+            assert network.initiator.call(finish_transfer) == (True, True)
+            # with DF what is too long teaches, and what fits then passes
+            until(functools.partial(network.initiator.call, refuses_what_is_too_long), 30)
+            assert network.initiator.call(answers, 1270, "-M", "do")
+            if version == 4:  # without it the outer packet is fragmented
+                assert network.initiator.call(answers, 1390, "-M", "dont")
+    finally:
+        network.responder.call(set_mtu, "uplink", 1500)
+        network.router.call(set_mtu, "outside", 1500)
+        for side in (network.initiator, network.responder):
+            side.call(choose_datapath, "auto")
+            side.call(forget_paths)
 
 
 def test_a_mapping_that_the_nat_forgets_is_reported(network: Topology) -> None:
