@@ -332,6 +332,15 @@ def test_counter_modes_on_the_kernel(tmp_path: Path, encryption: Encr) -> None:
     assert "AES_CBC" in error.remedy
 
 
+def test_a_transform_that_this_engine_lacks(tmp_path: Path) -> None:
+    text = TUNNEL.replace(
+        '"AES_GCM_16"\nencryption_key', '"NULL"\nintegrity = "AES_XCBC_96"\nintegrity_key', 1
+    )
+    path = write(tmp_path, text)
+    put(tmp_path / "out.key", "5" * 32)
+    assert "line 13, [[sa]] 1, encryption" in str(refused(path))
+
+
 def test_a_file_that_is_none(tmp_path: Path) -> None:
     missing = tmp_path / "missing"
     assert refused(missing).errno == errno.ENOENT

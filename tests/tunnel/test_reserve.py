@@ -7,16 +7,18 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from natcompat.errors import NatCompatError
+from natcompat.esp import datapaths
+from natcompat.esp.datapath import DataPath, PortableDataPath
 from natcompat.esp.engine import EspEngine
 from natcompat.esp.results import Dropped, Reason
 from natcompat.ipsec import Direction, SecurityAssociation
@@ -32,11 +34,13 @@ if not hasattr(os, "fork"):
 class Run:
     """One life of a tunnel: an engine that goes by a state file."""
 
+    make_path: ClassVar[Callable[..., DataPath]] = PortableDataPath
+
     def __init__(self, path: Path, associations: list[SecurityAssociation]) -> None:
         self.complaints: list[str] = []
         self.associations = associations
         self.state = StateFile(path, create=not path.exists())
-        self.engine = EspEngine(timer=False)
+        self.engine = EspEngine(timer=False, datapath=Run.make_path)
         try:
             self.reservations = Reservations(
                 self.state,
@@ -73,6 +77,14 @@ class Run:
         self.reservations.close()
         self.reservations.finish(self.last_numbers())
         self.crash()
+
+
+@pytest.fixture(autouse=True, params=[each.name for each in datapaths.probe() if each.viable])
+def datapath(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every data path that works here."""
+    make_path = datapaths.select(request.param).make_path
+    assert make_path is not None
+    monkeypatch.setattr(Run, "make_path", staticmethod(make_path))
 
 
 @pytest.fixture

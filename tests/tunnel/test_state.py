@@ -169,9 +169,9 @@ def test_no_links(path: Path, state: StateFile) -> None:
     assert refused_without_remedy(path).errno in (errno.EACCES, errno.EISDIR)
 
 
-def refused_without_remedy(path: Path) -> NatCompatError:
+def refused_without_remedy(path: Path, **options: Any) -> NatCompatError:
     with pytest.raises(NatCompatError) as caught:
-        StateFile(path)
+        StateFile(path, **options)
     return caught.value
 
 
@@ -260,6 +260,17 @@ def test_a_write_that_the_kernel_refuses(path: Path, state: StateFile) -> None:
     state.close()
     with StateFile(path) as again:
         assert again.last(identity) == 30
+
+
+def test_one_that_cannot_be_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        assert refused_without_remedy(path, create=True).errno == errno.ENOSPC
+    assert os.listdir(path.parent) == []
+    StateFile(path, create=True).close()
 
 
 def test_the_file_of_one_that_was_killed_while_writing(path: Path, state: StateFile) -> None:
