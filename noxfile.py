@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from pathlib import Path
 
 import nox
@@ -60,23 +59,3 @@ def free_threaded(session: nox.Session) -> None:
     """Run the tests on a Python without the interpreter lock, without packages that would bring it back."""
     session.install("-e", ".", *NEEDED)
     pytest(session, CI="", PYTHON_GIL="0")
-
-
-@nox.session(python="3.11")
-def sanitized(session: nox.Session) -> None:
-    """Run the tests of packets on a C data path in which sanitizers look at every access to memory."""
-    tree = Path(session.create_tmp()).resolve() / "tree"
-    shutil.rmtree(tree, ignore_errors=True)
-    shutil.copytree(Path.cwd(), tree, ignore=shutil.ignore_patterns(".*", "build", "__pycache__", "*.so"))
-    session.chdir(tree)
-    compiler = "gcc -g -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-    session.install("-e", ".[test]", env={"CC": compiler, "LDSHARED": f"{compiler} -shared"})
-    libraries = [
-        str(session.run("gcc", f"-print-file-name={name}", external=True, silent=True)).strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    environment = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}  # Python frees late
-    session.run("python", "-c", "import natcompat.esp._datapath", env=environment)
-    session.run(
-        "python", "-m", "pytest", *(session.posargs or ["tests/esp", "tests/test_fuzz.py"]), env=environment
-    )
