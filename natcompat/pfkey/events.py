@@ -23,7 +23,6 @@ from natcompat.pfkey import numbers as n
 from natcompat.pfkey.dialects import Dialect
 from natcompat.pfkey.messages import (
     Message,
-    Wire,
     decode,
     read_address,
     read_port,
@@ -31,7 +30,7 @@ from natcompat.pfkey.messages import (
 )
 from natcompat.pfkey.readback import record_of, required
 from natcompat.pfkey.spd import ANY_PROTOCOL
-from natcompat.pfkey.transport import LARGEST_MESSAGE, PfKeySocket
+from natcompat.pfkey.transport import PfKeySocket
 
 RECEIVE_BUFFER = 4 << 20
 """Bytes of queue that are asked for."""
@@ -84,7 +83,6 @@ class PfKeyEvents:
         """Listen."""
         self._dialect = dialect
         self._database = database
-        self._buffer = Wire(LARGEST_MESSAGE)
         self._reported: dict[tuple[int, IPAddress, int, IPAddress, int], float] = {}
         self._pfkey = PfKeySocket(dialect, receive_buffer=receive_buffer)
         try:
@@ -114,18 +112,18 @@ class PfKeyEvents:
         queued = 0
         for _ in range(_BURST):
             try:
-                size = self._pfkey.socket.recv_into(self._buffer)
+                size = self._pfkey.socket.recv_into(self._pfkey.buffer)
             except BlockingIOError:
                 break
             queued += size + _OVERHEAD
             try:
-                message = decode(memoryview(self._buffer)[:size])
+                message = decode(memoryview(self._pfkey.buffer)[:size])
                 if not message.errno:
                     found.extend(self._events(message))
             except ValueError:
                 continue
             finally:
-                self._buffer[:size] = bytes(size)  # it may have been an SA of somebody's, with its keys
+                self._pfkey.buffer[:size] = bytes(size)  # it may have been an SA of somebody's, with its keys
         if queued > self._room // 2:
             found.append(EventsLost())
             found.extend(self._find_out())

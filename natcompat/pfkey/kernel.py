@@ -30,17 +30,17 @@ from natcompat.ipsec import (
     Usage,
 )
 from natcompat.pfkey import numbers as n
+from natcompat.pfkey.algorithms import check_algorithms
 from natcompat.pfkey.dialects import Dialect, NatT, Policies
 from natcompat.pfkey.events import RECEIVE_BUFFER, Known, PfKeyEvents
 from natcompat.pfkey.flows import Flows
-from natcompat.pfkey.messages import Extension, MalformedMessageError, Message, read_algorithms, read_sa
+from natcompat.pfkey.messages import Extension, MalformedMessageError, Message, read_sa
 from natcompat.pfkey.move import move_sa
 from natcompat.pfkey.readback import inner_selector, installed_sa, record_of, required, usage_of
 from natcompat.pfkey.rules import PF_POLICY, PF_POLICY_V1, Rules
 from natcompat.pfkey.spd import SpdPolicies
-from natcompat.pfkey.translate import check_sa, encode_allocate, encode_sa, encode_sa_id, nat_t, refusal
+from natcompat.pfkey.translate import check_sa, encode_allocate, encode_sa, encode_sa_id, nat_t
 from natcompat.pfkey.transport import PfKeySocket, failure
-from natcompat.transforms import Integ
 
 if TYPE_CHECKING:
     from natcompat.xfrm.keepalive import KeepaliveSender
@@ -209,30 +209,8 @@ class PfKeyIPsec:
             self._socket.request(f"Adding {sa.sa_id}", encode_sa(self._dialect, sa, kind), sequence=sequence)
         except NatCompatError as error:
             if error.errno in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-                self._blame_algorithms(sa)
+                check_algorithms(self._dialect, sa)
             raise
-
-    def _blame_algorithms(self, sa: SecurityAssociation) -> None:
-        """Raise ENOSYS if the kernel does not list a transform of `sa`, for which it refused it."""
-        asked = [(n.SADB_EXT_SUPPORTED_ENCRYPT, self._dialect.encryption[sa.encryption], sa.encryption.name)]
-        if sa.integrity is not Integ.NONE:
-            number = self._dialect.integrity[sa.integrity]
-            asked.append((n.SADB_EXT_SUPPORTED_AUTH, number, sa.integrity.name))
-        # Not on the socket that stays: it would be sent acquires from then on.
-        sock = PfKeySocket(self._dialect)
-        try:
-            answer = sock.request("Listing algorithms", Message(n.SADB_REGISTER, self._dialect.esp))
-        finally:
-            sock.close()
-        for kind, number, name in asked:
-            listed = answer.find(kind)
-            if listed is not None and number not in [each for each, _, _ in read_algorithms(listed)]:
-                raise refusal(
-                    self._dialect,
-                    f"has a number for {name}, but this kernel does not have it",
-                    "Load its module, or negotiate another transform",
-                    errno.ENOSYS,
-                )
 
     def _request(self, kind: int, what: str, sa_id: SaId) -> Message:
         """Send what names an SA. ESRCH: there is none."""

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from natcompat.associations import IPAddress
 from natcompat.pfkey.dialects import Dialect
-from natcompat.pfkey.numbers import PF_KEY_V2
+from natcompat.pfkey.numbers import PF_KEY_V2, SADB_EXT_SA
 
 HEADER = struct.Struct("=BBBBHHII")
 """struct sadb_msg: version, type, errno, SA type, words, reserved, sequence number, process."""
@@ -236,7 +236,7 @@ class SaFields(NamedTuple):
     flags: int = 0
 
 
-def sa_extension(kind: int, fields: SaFields, ports: tuple[int, int, int] | None = None) -> Extension:
+def sa_extension(fields: SaFields, ports: tuple[int, int, int] | None = None) -> Extension:
     """Return a struct sadb_sa; with `ports`, the struct sadb_sa_2 of macOS.
 
     `ports`: the peer's port (host byte order there), the keepalive interval, our port (network order).
@@ -246,7 +246,7 @@ def sa_extension(kind: int, fields: SaFields, ports: tuple[int, int, int] | None
     if ports is not None:
         remote, interval, local = ports
         body += _MACOS_SA.pack(remote, interval, 0, int.from_bytes(local.to_bytes(2, "big"), byteorder))
-    return extension(kind, body)
+    return extension(SADB_EXT_SA, body)
 
 
 def read_sa(found: Extension) -> SaFields:

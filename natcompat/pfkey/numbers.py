@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Final
 
 PF_KEY_V2: Final = 2
-SADB_SATYPE_UNSPEC: Final = 0
 
 # messages (RFC 2367, 3.1)
 SADB_GETSPI: Final = 1
@@ -78,7 +77,6 @@ SADB_X_EXT_ADDRESS_INNER_SRC: Final = 7
 SADB_X_EXT_ADDRESS_NATT_LOC: Final = 20
 SADB_X_EXT_ADDRESS_NATT_REM: Final = 21
 SADB_X_EXT_ADDRESS_INNER_DST: Final = 22
-SADB_X_EXT_PAIR: Final = 23
 SADB_X_EXT_REPLAY_VALUE: Final = 24
 
 # sadb_sa_state

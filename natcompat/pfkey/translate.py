@@ -165,7 +165,7 @@ def _extensions(dialect: Dialect, sa: SecurityAssociation) -> Iterator[Extension
     if dialect.nat_t is NatT.SA and sa.encapsulation is not None:
         encapsulation = sa.encapsulation
         ports = (encapsulation.remote_port, sa.nat_keepalive or 0, encapsulation.local_port)
-    yield sa_extension(n.SADB_EXT_SA, _sa_fields(dialect, sa), ports)
+    yield sa_extension(_sa_fields(dialect, sa), ports)
     yield from lifetimes(dialect, sa.lifetime)
     protocol = None
     inner = sa.selectors[0] if sa.selectors else everything(sa.source.version)
@@ -349,7 +349,7 @@ def encode_sa_id(
         kind,
         dialect.esp,
         [
-            sa_extension(n.SADB_EXT_SA, SaFields(sa_id.spi, state=n.SADB_SASTATE_MATURE, flags=flags)),
+            sa_extension(SaFields(sa_id.spi, state=n.SADB_SASTATE_MATURE, flags=flags)),
             address_extension(dialect, n.SADB_EXT_ADDRESS_SRC, source),
             address_extension(dialect, n.SADB_EXT_ADDRESS_DST, sa_id.destination),
             *more,

@@ -85,7 +85,8 @@ class PfKeySocket:
         self._lock = threading.RLock()
         self._sequence = random.getrandbits(28)
         self._forks = _forks
-        self._buffer = Wire(LARGEST_MESSAGE)
+        self.buffer: Wire = Wire(LARGEST_MESSAGE)
+        """For whoever reads the socket; what was in it is wiped afterwards."""
         self.socket: socket.socket = open_socket(
             dialect, dialect.family if family is None else family, protocol, receive_buffer
         )
@@ -194,19 +195,19 @@ class PfKeySocket:
         """Forget what is in the queue."""
         for _ in range(DRAIN_LIMIT):
             try:
-                size = self.socket.recv_into(self._buffer)
+                size = self.socket.recv_into(self.buffer)
             except BlockingIOError:
                 return
             except OSError as error:
                 raise failure(what, error.errno or errno.EIO) from None
-            self._buffer[:size] = bytes(size)
+            self.buffer[:size] = bytes(size)
 
     def _receive(self, what: str, message: Message, fence: Message | None = None) -> Message:
         """Return the next message that answers `message` or `fence`."""
         while True:
             try:
                 size = self._patiently(
-                    select.POLLIN, self._patience, lambda: self.socket.recv_into(self._buffer)
+                    select.POLLIN, self._patience, lambda: self.socket.recv_into(self.buffer)
                 )
             except TimeoutError:
                 raise NatCompatError(
@@ -217,11 +218,11 @@ class PfKeySocket:
             except OSError as error:
                 raise failure(what, error.errno or errno.EIO) from None
             try:
-                answer = decode(memoryview(self._buffer)[:size], self._protocol)
+                answer = decode(memoryview(self.buffer)[:size], self._protocol)
             except MalformedMessageError:
                 continue
             finally:
-                self._buffer[:size] = bytes(size)
+                self.buffer[:size] = bytes(size)
             if answer.process != message.process:
                 continue
             for asked in (message, fence):

@@ -469,7 +469,7 @@ def test_keys_are_not_in_the_locals_of_our_frames(pfkey: PfKeyIPsec) -> None:
         shown = "".join(str(frame.locals) for frame in stack if "natcompat/pfkey" in frame.filename)
         assert shown
         assert "swordfish" not in shown
-    assert b"swordfish" not in bytes(pfkey._socket._buffer)
+    assert b"swordfish" not in bytes(pfkey._socket.buffer)
 
 
 # -- events
