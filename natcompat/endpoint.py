@@ -314,10 +314,10 @@ class NatTEndpoint:
         """Give `sock` the class of an endpoint's, unless the kernel does all there is to do."""
         if self._left_alone:
             change_class(sock, self._half.original)
-            _left_alone[id(sock)] = self
+            _plain_sockets[id(sock)] = self
             return
         change_class(sock, self._class)
-        _left_alone.pop(id(sock), None)
+        _plain_sockets.pop(id(sock), None)
 
     def _current(self) -> Attachment | None:
         """Return the hold on the socket; find out first what happened to one whose methods are not ours."""
@@ -401,7 +401,7 @@ class NatTEndpoint:
     def _alias_gone(self, key: int) -> None:
         # a finalizer, in whatever thread: takes no lock, and touches no descriptor of the application's
         self._aliases.pop(key, None)
-        _left_alone.pop(key, None)
+        _plain_sockets.pop(key, None)
         if not self._aliases:
             self._release()
 
@@ -416,7 +416,7 @@ class NatTEndpoint:
     def _forget(self, sock: socket.socket) -> None:
         """Make `sock` the plain object that it was."""
         end = self._aliases.pop(id(sock), None)
-        _left_alone.pop(id(sock), None)
+        _plain_sockets.pop(id(sock), None)
         if end is not None:
             end.detach()
             change_class(sock, self._half.original)
@@ -526,7 +526,7 @@ def get_nat_t_endpoint(sock: socket.socket) -> NatTEndpoint | None:
 
 def _of_plain_socket(sock: Any) -> NatTEndpoint | None:
     """Return the endpoint that `sock` is by the kernel alone, one that the application made included."""
-    existing = _left_alone.get(id(sock))
+    existing = _plain_sockets.get(id(sock))
     if existing is not None and existing._serves(sock) and not existing.closed:
         return existing
     if not backends.is_for_this_system("solaris"):
@@ -593,7 +593,7 @@ def _arrive(
 
 
 _endpoints: weakref.WeakSet[NatTEndpoint] = weakref.WeakSet()
-_left_alone: dict[int, NatTEndpoint] = {}  # by the identity of the socket object, which has its own class
+_plain_sockets: dict[int, NatTEndpoint] = {}  # by the identity of the socket object, which has its own class
 
 
 def _after_fork() -> None:

@@ -138,10 +138,13 @@ class Attachment(Protocol):
     which ESP may leave, or None.
     """
 
-    mode: str
-    """How this socket is served, in a word or two: ``filter``, ``steering``, ``in line``, ``unbound``."""
-    reason: str
-    """Why this mode and not a stronger one; empty for the strongest."""
+    @property
+    def mode(self) -> str:
+        """How this socket is served now: ``kernel``, ``filter``, ``steering``, ``in line``, ``unbound``."""
+
+    @property
+    def reason(self) -> str:
+        """Why this mode and not a stronger one; empty for the strongest."""
 
     @property
     def duties(self) -> Mapping[Duty, Performer]:

@@ -59,7 +59,7 @@ class SocketHalf:
     leaks: frozenset[str] = frozenset()
     """Rows of `natcompat.contract.TABLE` that come to the process although it has their duty."""
     comes: str
-    """What else comes, which the process drops; for `reason`."""
+    """What else it delivers, which the process drops; for `reason`."""
     without_ipsec: str
     """What to do about a kernel without IPsec."""
 
@@ -183,22 +183,36 @@ class BsdBackend:
 class _Attachment:
     """What both ways have in common: the exemption from policies."""
 
-    mode = "in line"
+    sensitive: frozenset[str | tuple[int, int]] = frozenset()
 
     def __init__(self, half: SocketHalf, sock: socket.socket) -> None:
         self._half = half
         self._served = sock.family in half.families
         self.hidden: dict[tuple[int, int], int] = {}
         self.leaks: frozenset[str] = half.leaks if self._served else frozenset()
-        self.reason = (
-            f"there come {half.comes}" if self._served else f"{half.system} takes ESP over IPv4 alone"
-        )
         self._exemption = _exempt(half, sock)
+
+    @property
+    def mode(self) -> str:
+        """In line, unless the kernel delivers nothing but IKE."""
+        return "in line" if Performer.PROCESS in self._keepers() else "kernel"
+
+    @property
+    def reason(self) -> str:
+        """Why it is in line."""
+        if not self._served:
+            return f"{self._half.system} takes ESP over IPv4 alone"
+        return f"the kernel delivers {self._half.comes}" if self._half.comes else ""
 
     @property
     def duties(self) -> Mapping[Duty, Performer]:
         """Who does what now."""
         return _duties(self._half, self._half.duties if self._served else frozenset())
+
+    def _keepers(self) -> list[Performer]:
+        """Return who keeps runts and ESP from the application."""
+        duties = self.duties
+        return [duties[Duty.DROP_RUNTS], duties[Duty.DIVERT_ESP]]
 
     def counters(self) -> Mapping[str, int]:
         """Return whether policies leave the socket alone; the kernel counts ESP by SA."""
@@ -218,16 +232,19 @@ class _OptionAttachment(_Attachment):
 
     def __init__(self, half: SocketHalf, sock: socket.socket) -> None:
         self._option = (socket.IPPROTO_UDP, half.option)
-        self.sensitive: frozenset[str | tuple[int, int]] = frozenset({self._option})
-        try:
-            # an application that set it itself shall find it again, where it can be asked
-            self._before = sock.getsockopt(*self._option) if half.readable else 0
-            sock.setsockopt(*self._option, half.value)
-        except OSError as error:
-            raise NatCompatError(
-                error.errno or 0, f"UDP_ENCAP was refused: {error.strerror}", half.without_ipsec
-            ) from error
-        super().__init__(half, sock)
+        self.sensitive = frozenset({self._option})
+        with contextlib.ExitStack() as undo:
+            try:
+                # an application that set it itself shall find it again, where it can be asked
+                self._before = sock.getsockopt(*self._option) if half.readable else 0
+                sock.setsockopt(*self._option, half.value)
+            except OSError as error:
+                raise NatCompatError(
+                    error.errno or 0, f"UDP_ENCAP was refused: {error.strerror}", half.without_ipsec
+                ) from error
+            undo.callback(sock.setsockopt, socket.IPPROTO_UDP, half.option, self._before)
+            super().__init__(half, sock)
+            undo.pop_all()
 
     def detach(self, sock: socket.socket) -> None:
         """Give UDP_ENCAP back."""
@@ -239,32 +256,49 @@ class _OptionAttachment(_Attachment):
 
 
 class _PortAttachment(_Attachment):
-    """OpenBSD, macOS: the port of this socket is the one of the system."""
+    """OpenBSD, macOS: the port of this socket is the one of the system, as long as nobody changes that."""
 
     def __init__(self, half: SocketHalf, sock: socket.socket) -> None:
         self._claimed: list[Sysctl] = []
-        self.sensitive: frozenset[str | tuple[int, int]] = frozenset()
-        port = sock.getsockname()[1]
-        try:
-            if port:
-                self._claim(half, port)
+        self._port = sock.getsockname()[1]
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.release)
+            if self._port:
+                self._claim(half, self._port)
+            else:
+                self.sensitive = frozenset({"bind", "connect"})
             super().__init__(half, sock)
-        except BaseException:
-            self.release()
-            raise
-        if not port:
-            self._served = False
-            self.sensitive = frozenset({"bind", "connect"})
-            self.mode, self.reason = "unbound", "the socket is not bound yet"
-        elif not half.comes:
-            self.mode, self.reason = "kernel", ""
+            undo.pop_all()
+
+    @property
+    def mode(self) -> str:
+        """It may change with the system's settings."""
+        return super().mode if self._port else "unbound"
+
+    @property
+    def reason(self) -> str:
+        """Why it is not the kernel alone."""
+        return self._asleep() or super().reason
 
     @property
     def duties(self) -> Mapping[Duty, Performer]:
         """Who does what now: a kernel that sleeps takes nothing."""
-        if self._half.asleep is not None and self._half.asleep.read():
-            return _IN_PROCESS
-        return super().duties
+        return _IN_PROCESS if self._asleep() else super().duties
+
+    def _asleep(self) -> str:
+        """Return why the kernel takes nothing from this socket now."""
+        half = self._half
+        assert half.port is not None, "a kernel has an option or a port"  # noqa: S101
+        if not self._port:
+            return "the socket is not bound yet"
+        port = half.port.read()
+        if port != self._port:
+            return f"{half.port.name} is {port}, and this is port {self._port}"
+        if half.enabled is not None and not half.enabled.read():
+            return f"{half.enabled.name} is 0"
+        if half.asleep is not None and half.asleep.read():
+            return "the kernel takes ESP once there is an SA or a policy"
+        return ""
 
     def _claim(self, half: SocketHalf, port: int) -> None:
         assert half.port is not None, "a kernel has an option or a port"  # noqa: S101
@@ -310,7 +344,7 @@ def _limits(half: SocketHalf) -> Iterator[str]:
     if half.families != {_INET, _INET6}:
         yield "the kernel takes ESP over IPv4 alone"
     if half.comes:
-        yield f"in line, since there come {half.comes}"
+        yield f"in line, since the kernel delivers {half.comes}"
 
 
 def _try_option(half: SocketHalf) -> str:

@@ -282,6 +282,7 @@ with udp() as sock:
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     HALF.port.write(1)  # another daemon
+    assert endpoint.duties[Duty.DIVERT_ESP] is PROCESS and "esp_port is 1" in endpoint.reason
     endpoint.close()
     assert HALF.port.read() == 1
     HALF.port.write(0)
@@ -317,7 +318,8 @@ with udp(bound=False) as sock:
     assert endpoint.mode == "unbound"
     logging.getLogger("natcompat").setLevel(logging.CRITICAL)
     sock.bind(("127.0.0.1", 0))
-    assert endpoint.mode == "in line" and "whole system" in endpoint.reason and endpoint.stats().errors == 1
+    assert endpoint.mode == "in line" and "whole system" in endpoint.reason
+    assert endpoint.stats().errors == 1
 PRINTED.append(HALF.port)
 """,
         port=port,
@@ -349,7 +351,7 @@ def test_macos_sleeps_before_the_first_sa(run: Callable[..., str]) -> None:
         """
 with udp() as sock, udp() as peer:
     endpoint = set_nat_t_endpoint(sock)
-    assert set(endpoint.duties.values()) == {PROCESS}
+    assert set(endpoint.duties.values()) == {PROCESS} and "once there is an SA" in endpoint.reason
     peer.sendto(b"ESP packet", sock.getsockname())
     peer.sendto(bytes(4) + b"IKE", sock.getsockname())
     assert sock.recv(64) == b"IKE" and endpoint.stats().esp == 1
@@ -387,6 +389,9 @@ assert HALF.enabled.read() == 0
 with udp(port=PORT) as sock:
     endpoint = set_nat_t_endpoint(sock)
     assert HALF.enabled.read() == 1 and endpoint.mode == "kernel"
+    HALF.enabled.write(0)  # the administrator again
+    assert endpoint.mode == "in line" and "udpencap is 0" in endpoint.reason
+    HALF.enabled.write(1)
     endpoint.close()
     assert HALF.enabled.read() == 0
     endpoint = set_nat_t_endpoint(sock)

@@ -129,7 +129,7 @@ for odd in (None, 7, object()):
 del sock
 gc.collect()
 from natcompat import endpoint as module
-assert module._left_alone == {}
+assert module._plain_sockets == {}
 """)
 
 
