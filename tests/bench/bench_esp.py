@@ -1,10 +1,10 @@
-"""How fast ESP in user space is, against scapy, against itself with many SAs, and what an SA weighs.
+"""How fast ESP in user space is: both data paths, scapy, many SAs; and what an SA weighs.
 
     python tests/bench/bench_esp.py [--json] [--rounds N]
 
 Contenders alternate within each round, and medians of the rounds are compared, so a machine whose
 speed changes changes both; seconds are of CPU time. One thread, no sockets:
-AES-128-GCM-16, tunnel mode, inner packets of 1400 bytes.
+AES-128-GCM-16, tunnel mode, inner packets of 1400 bytes, which go in and come out as Python's bytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from natcompat.esp.datapath import DataPathFactory, PortableDataPath
 from natcompat.esp.engine import EspEngine
 from natcompat.esp.results import Dropped, Opened
 from natcompat.ipsec import (
@@ -34,6 +36,7 @@ from natcompat.ipsec import (
     TrafficSelector,
     UDPEncapsulation,
 )
+from tests.esp.making import native_providers
 
 SIZE = 1400
 BURST = 64
@@ -85,9 +88,20 @@ def install(engine: EspEngine, number: int, direction: Direction, *, sender: boo
     )
 
 
-def pair(count: int) -> tuple[EspEngine, EspEngine]:
+def paths() -> dict[str, DataPathFactory]:
+    """Return the data paths that there are here, by name."""
+    found: dict[str, DataPathFactory] = {"python": PortableDataPath}
+    providers = native_providers()
+    if providers:
+        from natcompat.esp.native import NativeDataPath
+
+        found |= {f"c, {provider}": partial(NativeDataPath, provider=provider) for provider in providers}
+    return found
+
+
+def pair(count: int, path: DataPathFactory) -> tuple[EspEngine, EspEngine]:
     """Return a sender and a receiver with `count` pairs of SAs each."""
-    sender, receiver = EspEngine(), EspEngine()
+    sender, receiver = EspEngine(datapath=path), EspEngine(datapath=path)
     for number in range(count):
         for direction in Direction:
             install(sender, number, direction, sender=True)
@@ -180,7 +194,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def weigh(count: int, *, policies: bool) -> tuple[float, EspEngine]:
+def weigh(count: int, path: DataPathFactory, *, policies: bool) -> tuple[float, EspEngine]:
     """Return the bytes that a pair of SAs takes that has carried traffic, keys and ciphers included.
 
     With `policies`: also its two policies, each with a selector of its own. The engine is returned
@@ -188,7 +202,7 @@ def weigh(count: int, *, policies: bool) -> tuple[float, EspEngine]:
     """
     packet = inner_packet(0)
     wide = TrafficSelector(source="10.0.0.0/8", destination="0.0.0.0/0")
-    engine = EspEngine()
+    engine = EspEngine(datapath=path)
     if not policies:
         engine.add_policy(
             Policy(direction=Direction.OUT, selector=wide, source=LOCAL, destination=REMOTE, reqid=1)
@@ -215,15 +229,22 @@ def weigh(count: int, *, policies: bool) -> tuple[float, EspEngine]:
 
 def run(rounds: int, many: int, seconds: float) -> dict[str, float]:
     """Measure, and return the figures by name."""
-    pairs, with_policies = weigh(10_000, policies=False), weigh(10_000, policies=True)
-    results = {"bytes per SA pair": pairs[0], "bytes per SA pair and policies": with_policies[0]}
-    few, crowd = pair(64), pair(many)
-    contenders = {
-        "natcompat": {**natcompat_both(*few, 1), **garbage(*few)},
-        "64 SAs": natcompat_both(*few, 64),
-        f"{many} SAs": natcompat_both(*crowd, 64),
-        "scapy": scapy_both(),
-    }
+    found = paths()
+    kept = []
+    results = {}
+    for name, path in found.items():
+        for policies in (False, True):
+            size, engine = weigh(10_000, path, policies=policies)
+            kept.append(engine)
+            results[f"{name}: bytes per SA pair{' and policies' * policies}"] = size
+    contenders = {"scapy": scapy_both()}
+    for name, path in found.items():
+        few, crowd = pair(64, path), pair(many, path)
+        contenders |= {
+            name: {**natcompat_both(*few, 1), **garbage(*few)},
+            f"{name}, 64 SAs": natcompat_both(*few, 64),
+            f"{name}, {many} SAs": natcompat_both(*crowd, 64),
+        }
     gc.collect()
     gc.freeze()
     samples: dict[str, list[float]] = {}
@@ -233,15 +254,17 @@ def run(rounds: int, many: int, seconds: float) -> dict[str, float]:
                 samples.setdefault(f"{name} {what}", []).append(function(seconds))
     medians = {name: statistics.median(values) for name, values in samples.items()}
     results |= {f"{name} pps": value for name, value in medians.items()}
-    for what in ("seal", "open"):
-        results[f"{what} / scapy"] = medians[f"natcompat {what}"] / medians[f"scapy {what}"]
-        results[f"{what}, {many} SAs / 64 SAs"] = medians[f"{many} SAs {what}"] / medians[f"64 SAs {what}"]
-    for what in ("unknown", "forged"):
-        results[f"{what} / open"] = medians[f"natcompat {what}"] / medians["natcompat open"]
     both_ways = {
         name: 1 / sum(1 / medians[f"{name} {what}"] for what in ("seal", "open")) for name in contenders
     }
-    results["seal and open / scapy"] = both_ways["natcompat"] / both_ways["scapy"]
+    for name in found:
+        for what in ("seal", "open"):
+            ratio = medians[f"{name}, {many} SAs {what}"] / medians[f"{name}, 64 SAs {what}"]
+            results[f"{name}: {what}, {many} SAs / 64 SAs"] = ratio
+        for what in ("unknown", "forged"):
+            results[f"{name}: {what} / open"] = medians[f"{name} {what}"] / medians[f"{name} open"]
+        results[f"{name}: seal and open / scapy"] = both_ways[name] / both_ways["scapy"]
+        results[f"{name}: seal and open / python"] = both_ways[name] / both_ways["python"]
     return results
 
 
@@ -258,7 +281,7 @@ def main() -> None:
         print(json.dumps(results))
     else:
         for name, value in results.items():
-            print(f"{name:32} {value:12,.2f}")
+            print(f"{name:44} {value:12,.2f}")
 
 
 if __name__ == "__main__":
