@@ -3,23 +3,43 @@
 
 #include <string.h>
 
-static const struct crypto_transform transforms[] = {
-    {.encryption = ENCR_AES_GCM_8, .iv_length = 8, .icv_length = 8, .block_length = 1, .salt_length = 4, .counts = true},
-    {.encryption = ENCR_AES_GCM_12, .iv_length = 8, .icv_length = 12, .block_length = 1, .salt_length = 4, .counts = true},
-    {.encryption = ENCR_AES_GCM_16, .iv_length = 8, .icv_length = 16, .block_length = 1, .salt_length = 4, .counts = true},
-    {.encryption = ENCR_CHACHA20_POLY1305, .iv_length = 8, .icv_length = 16, .block_length = 1, .salt_length = 4, .counts = true},
+/* The integrity check value is that of the integrity transform where there is one. */
+static const struct crypto_transform encryptions[] = {
+    {.encryption = ENCR_NULL, .block_length = 1},
+    {.encryption = ENCR_AES_CBC, .iv_length = 16, .block_length = 16},
+    {.encryption = ENCR_AES_CTR, .iv_length = 8, .block_length = 1, .salt_length = 4},
+    {.encryption = ENCR_AES_GCM_8, .iv_length = 8, .icv_length = 8, .block_length = 1, .salt_length = 4},
+    {.encryption = ENCR_AES_GCM_12, .iv_length = 8, .icv_length = 12, .block_length = 1, .salt_length = 4},
+    {.encryption = ENCR_AES_GCM_16, .iv_length = 8, .icv_length = 16, .block_length = 1, .salt_length = 4},
+    {.encryption = ENCR_CHACHA20_POLY1305, .iv_length = 8, .icv_length = 16, .block_length = 1, .salt_length = 4},
 };
+
+static uint8_t icv_length(int integrity)
+{
+    switch (integrity) {
+    case AUTH_HMAC_SHA1_96:
+    case AUTH_AES_CMAC_96: return 12;
+    case AUTH_HMAC_SHA2_256_128: return 16;
+    case AUTH_HMAC_SHA2_384_192: return 24;
+    case AUTH_HMAC_SHA2_512_256: return 32;
+    }
+    return 0;
+}
 
 bool crypto_describe(struct crypto_transform *transform, int encryption, int integrity, size_t key_length)
 {
-    for (size_t each = 0; each < sizeof transforms / sizeof *transforms; ++each) {
-        if (transforms[each].encryption != encryption || transforms[each].integrity != integrity)
+    for (size_t each = 0; each < sizeof encryptions / sizeof *encryptions; ++each) {
+        if (encryptions[each].encryption != encryption)
             continue;
-        *transform = transforms[each];
+        *transform = encryptions[each];
         if (key_length < transform->salt_length || key_length > 255)
             return false;
         transform->key_length = (uint8_t)(key_length - transform->salt_length);
-        return true;
+        if (transform->icv_length)
+            return integrity == AUTH_NONE;
+        transform->integrity = (uint8_t)integrity;
+        transform->icv_length = icv_length(integrity);
+        return transform->icv_length;   /* nothing goes without integrity (RFC 8221, 4) */
     }
     return false;
 }

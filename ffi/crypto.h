@@ -14,18 +14,31 @@
 
 /* Encryption transforms (IANA, IKEv2 transform type 1), as in natcompat.transforms. */
 enum {
+    ENCR_NULL = 11,
+    ENCR_AES_CBC = 12,
+    ENCR_AES_CTR = 13,
     ENCR_AES_GCM_8 = 18,
     ENCR_AES_GCM_12 = 19,
     ENCR_AES_GCM_16 = 20,
     ENCR_CHACHA20_POLY1305 = 28,
 };
 
+/* Integrity transforms (IANA, IKEv2 transform type 3). */
+enum {
+    AUTH_NONE = 0,
+    AUTH_HMAC_SHA1_96 = 2,
+    AUTH_AES_CMAC_96 = 8,
+    AUTH_HMAC_SHA2_256_128 = 12,
+    AUTH_HMAC_SHA2_384_192 = 13,
+    AUTH_HMAC_SHA2_512_256 = 14,
+};
+
 /* What a transform looks like on the wire. */
 struct crypto_transform {
     uint8_t encryption, integrity;   /* IKEv2's numbers */
     uint8_t iv_length, icv_length, block_length, salt_length;
-    bool counts;          /* the IV is a counter */
     uint8_t key_length;   /* without the salt */
+    bool sealing;         /* which way the key is for */
 };
 
 /* How one library does one transform. `key`: the keys of one SA, used by one thread at a time. */
@@ -47,6 +60,8 @@ struct crypto_cipher {
 /* NULL: this library does not do this transform here (NULL: any). */
 const struct crypto_cipher *crypto_ipsec_mb(const struct crypto_transform *transform);
 const struct crypto_cipher *crypto_libcrypto(const struct crypto_transform *transform);
+
+extern const struct crypto_cipher crypto_encrypt_then_mac;   /* by libcrypto, in a file of its own */
 
 /* Fills in the transform of a key of `key_length` bytes, salt included; false: it is not one of these. */
 bool crypto_describe(struct crypto_transform *transform, int encryption, int integrity, size_t key_length);

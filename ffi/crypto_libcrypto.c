@@ -104,6 +104,8 @@ static const struct crypto_cipher aead = {"libcrypto", sizeof(struct aead_key), 
 
 const struct crypto_cipher *crypto_libcrypto(const struct crypto_transform *transform)
 {
+    if (transform && transform->integrity)
+        return &crypto_encrypt_then_mac;
     return !transform || fetched(transform) ? &aead : NULL;
 }
 #else

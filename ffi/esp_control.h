@@ -22,6 +22,8 @@ struct esp_parameters {
     uint64_t soft_packets, hard_packets, soft_bytes, hard_bytes;
     const uint8_t *key;        /* with its salt */
     size_t key_length;
+    const uint8_t *mac_key;    /* of the integrity transform, if there is one */
+    size_t mac_key_length;
     double added;              /* seconds since the epoch */
 };
 

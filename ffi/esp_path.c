@@ -70,17 +70,6 @@ const char *esp_provider(struct esp_path *path, int encryption, int integrity, s
     return cipher ? cipher->provider : NULL;
 }
 
-int esp_crypt_once(struct esp_path *path, const struct esp_parameters *parameters, uint8_t *packet, size_t length,
-                   const uint8_t *high, int sealing)
-{
-    struct esp_sa *sa = esp_inbound_new(path, parameters);
-    if (!sa)
-        return -1;
-    int done = (sealing ? sa->cipher->seal : sa->cipher->open)(sa->key, packet, length, high);
-    esp_sa_free(sa);
-    return done;
-}
-
 /* SAs */
 
 pthread_mutex_t *sa_lock(const struct esp_sa *sa)
@@ -107,6 +96,7 @@ static struct esp_sa *sa_new(struct esp_path *path, const struct esp_parameters 
     struct crypto_transform transform;
     if (!crypto_describe(&transform, parameters->encryption, parameters->integrity, parameters->key_length))
         return NULL;
+    transform.sealing = outbound;
     const struct crypto_cipher *cipher = crypto_find(path->provider, &transform);
     if (!cipher)
         return NULL;
@@ -123,7 +113,8 @@ static struct esp_sa *sa_new(struct esp_path *path, const struct esp_parameters 
         return NULL;
     memset(memory, 0, size);
     struct esp_sa *sa = (struct esp_sa *)((uint8_t *)memory + key_size);
-    if (!limits_new(&sa->limits, parameters) || !cipher->expand(memory, &transform, parameters->key, NULL, 0)) {
+    if (!limits_new(&sa->limits, parameters) || !cipher->expand(memory, &transform, parameters->key, parameters->mac_key,
+                        parameters->mac_key_length)) {
         free(sa->limits);
         cipher->wipe(memory);
         free(memory);
@@ -159,6 +150,17 @@ static struct esp_sa *sa_new(struct esp_path *path, const struct esp_parameters 
     sa->added = parameters->added;
     esp_path_hold(path);
     return sa;
+}
+
+int esp_crypt_once(struct esp_path *path, const struct esp_parameters *parameters, uint8_t *packet, size_t length,
+                   const uint8_t *high, int sealing)
+{
+    struct esp_sa *sa = sa_new(path, parameters, sealing);
+    if (!sa)
+        return -1;
+    int done = (sealing ? sa->cipher->seal : sa->cipher->open)(sa->key, packet, length, high);
+    esp_sa_free(sa);
+    return done;
 }
 
 struct esp_sa *esp_inbound_new(struct esp_path *path, const struct esp_parameters *parameters)

@@ -168,7 +168,8 @@ class NativeDataPath(PortableDataPath):
     ) -> _N | None:
         if self.providers(sa) is None or sa.encapsulation is None:
             return None
-        lifetime, key = sa.lifetime, ffi.from_buffer("uint8_t[]", sa.encryption_key)
+        lifetime = sa.lifetime
+        key, mac_key = (ffi.from_buffer("uint8_t[]", each) for each in (sa.encryption_key, sa.integrity_key))
         serial = self._register.take()
         parameters = ffi.new(
             "struct esp_parameters *",
@@ -191,6 +192,8 @@ class NativeDataPath(PortableDataPath):
                 "hard_bytes": lifetime.hard_bytes or 0,
                 "key": key,
                 "key_length": len(key),
+                "mac_key": mac_key,
+                "mac_key_length": len(mac_key),
                 "added": time.time(),
             },
         )
