@@ -20,6 +20,7 @@ from natcompat.backends.own_esp import PROCESS_ESP
 from natcompat.contract import NAT_KEEPALIVE
 from natcompat.esp import datapaths
 from natcompat.esp.device import CallbackDevice, QueueDevice
+from natcompat.esp.engine import EspEngine
 from natcompat.esp.results import Reason
 from natcompat.esp.userspace import UserspaceIPsec
 from natcompat.ipsec import Acquire, Direction, UDPEncapsulation
@@ -384,6 +385,31 @@ def test_a_daemon_opens_its_own_after_the_fork(stack: contextlib.ExitStack) -> N
             os._exit(code)
     assert peer.recvfrom(2000)[1][1] == port
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_whoever_takes_packets_may_close_it(stack: contextlib.ExitStack) -> None:
+    """In the thread that opened them."""
+    closed = threading.Event()
+
+    def deliver(packets: list[bytes]) -> None:
+        ipsec.close()
+        closed.set()
+
+    ipsec = stack.enter_context(open_ipsec("userspace", device=CallbackDevice(deliver)))
+    sock, peer = udp_socket(stack, "127.0.0.2"), udp_socket(stack, "127.0.0.1")
+    endpoint = set_nat_t_endpoint(sock, backend="userspace")
+    ports = sock.getsockname()[1], peer.getsockname()[1]
+    addresses = ("127.0.0.2", "127.0.0.1")
+    install(ipsec, near=False, addresses=addresses, local_port=ports[0], remote_port=ports[1])
+    near = stack.enter_context(EspEngine())
+    install(near, near=True, addresses=addresses[::-1], local_port=ports[1], remote_port=ports[0])
+    sealed = near.seal(question())
+    assert isinstance(sealed, list)
+    peer.sendto(sealed[0][0], sock.getsockname())
+    assert closed.wait(10)
+    until(lambda: endpoint.mode == "filter")
+    peer.sendto(MARKER + b"IKE", sock.getsockname())
+    assert sock.recv(100) == b"IKE"
 
 
 def test_closing_the_device_ends_sealing(stack: contextlib.ExitStack) -> None:
