@@ -60,9 +60,9 @@ def opened() -> PfKeyIPsec:
 
 @pytest.fixture
 def pfkey() -> Iterator[PfKeyIPsec]:
-    subprocess.run(["ip", "xfrm", "state", "flush"], check=True)
     with opened() as ipsec:
         ipsec.flush_policies()
+        ipsec.flush_sas()
         yield ipsec
         ipsec.flush_policies()
         ipsec.flush_sas()

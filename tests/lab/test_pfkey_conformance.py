@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -43,7 +42,6 @@ class OverAfKey(IPsecHarness):
         monkeypatch.setenv(MAPPING_VARIABLE, "pfkey")
 
     def open_ipsec(self) -> IPsec:
-        subprocess.run(["ip", "xfrm", "state", "flush"], check=True)
         ipsec = LinuxBackend().open_ipsec()
         assert isinstance(ipsec, PfKeyIPsec)
         ipsec.flush_policies()
