@@ -47,9 +47,9 @@ typedef struct { ...; } sadb_msg_t;
 typedef struct { ...; } sadb_sa_t;
 typedef struct { ...; } sadb_address_t;
 
-static char *const PRIV_SYS_IP_CONFIG;
-static char *const PRIV_SYS_NET_CONFIG;
-static char *const PRIV_NET_RAWACCESS;
+static const char *const PRIV_SYS_IP_CONFIG;
+static const char *const PRIV_SYS_NET_CONFIG;
+static const char *const PRIV_NET_RAWACCESS;
 
 int priv_ineffect(const char *privilege);
 int natcompat_kstat(const char *module, const char *name, const char *statistic, uint64_t *value);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import platform
 import runpy
 import socket
 import struct
@@ -17,6 +18,7 @@ import pytest
 from natcompat.backends import sunos
 from natcompat.backends.solaris import send_raw_keepalive
 from natcompat.contract import NAT_KEEPALIVE
+from natcompat.pfkey import numbers as pf_key
 from tests.otheros.conftest import MakeModel
 from tests.otheros.running import COMPILER, HERE
 from tests.running import ROOT
@@ -45,21 +47,23 @@ def error(function, *arguments, **keywords):
 
 @pytest.fixture(scope="session")
 def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a directory with `natcompat.backends._solaris`, built with the headers of the model."""
+    """Return a directory with ``_solaris``, built as on SunOS, with the headers of the model."""
     if COMPILER is None or importlib.util.find_spec("cffi") is None:
         pytest.skip("it is built by cffi with a C compiler")
     from setuptools import Distribution, Extension
-    from setuptools.command.build_ext import build_ext
 
     directory = tmp_path_factory.mktemp("extension")
-    builder = runpy.run_path(str(ROOT / "ffi/build_solaris.py"))
-    made = Extension("_solaris", sources=[], include_dirs=[str(HERE / "include")])
-    builder["prepare"](made, str(directory))
-    command = build_ext(Distribution({"name": "model", "ext_modules": [made]}))
-    command.build_temp = command.build_lib = str(directory)
-    command.ensure_finalized()
-    command.run()
-    return directory
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(platform, "system", lambda: "SunOS")
+        build = runpy.run_path(str(ROOT / "ffi/build_datapath.py"))["BuildDatapath"]
+        # as pyproject.toml has it, without the libraries
+        made = Extension("natcompat.backends._solaris", ["ffi/build_solaris.py"])
+        made.include_dirs = [str(HERE / "include")]
+        command = build(Distribution({"name": "natcompat", "ext_modules": [made]}))
+        command.build_temp = command.build_lib = str(directory)
+        command.ensure_finalized()
+        command.run()
+    return directory / "natcompat" / "backends"
 
 
 @pytest.fixture(params=["ctypes", "extension"])
@@ -314,8 +318,15 @@ def test_the_numbers_and_layouts_of_the_extension(extension: Path) -> None:
     assert [ffi.sizeof(each) for each in ("sadb_msg_t", "sadb_sa_t", "sadb_address_t")] == [16, 16, 8]
     lib = made.lib
     assert (lib.UDP_NAT_T_ENDPOINT, lib.IP_SEC_OPT, lib.IPV6_SEC_OPT) == (0x0103, 0x22, 0x22)
-    assert (lib.SADB_X_EXT_ADDRESS_NATT_LOC, lib.SADB_X_EXT_ADDRESS_NATT_REM) == (20, 21)
-    assert (lib.SADB_X_SAFLAGS_NATT_LOC, lib.SADB_X_SAFLAGS_NATT_REM) == (0x100000, 0x80000)
+    assert (lib.SADB_X_EXT_ADDRESS_NATT_LOC, lib.SADB_X_EXT_ADDRESS_NATT_REM) == (
+        pf_key.SADB_X_EXT_ADDRESS_NATT_LOC,
+        pf_key.SADB_X_EXT_ADDRESS_NATT_REM,
+    )
+    assert (lib.SADB_X_SAFLAGS_NATT_LOC, lib.SADB_X_SAFLAGS_NATT_REM, lib.SADB_X_SAFLAGS_TUNNEL) == (
+        pf_key.SOLARIS_NATT_LOC,
+        pf_key.SOLARIS_NATT_REM,
+        pf_key.SOLARIS_TUNNEL,
+    )
     assert ffi.string(lib.PRIV_SYS_IP_CONFIG) == sunos.SYS_IP_CONFIG.encode()
     assert ffi.string(lib.PRIV_SYS_NET_CONFIG) == sunos.SYS_NET_CONFIG.encode()
     assert ffi.string(lib.PRIV_NET_RAWACCESS) == sunos.NET_RAWACCESS.encode()
