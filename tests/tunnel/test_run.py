@@ -8,8 +8,10 @@ import os
 import random
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
+import termios
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -216,8 +218,14 @@ def test_a_reader_that_does_not_read(network: Topology, tmp_path: Path) -> None:
         assert running.process.stdout is not None
         fcntl.fcntl(running.process.stdout, 1031, 4096)  # F_SETPIPE_SZ
         running.until("up")
-        look = Path(f"/proc/{running.process.pid}/wchan")
-        wait_until(lambda: not look.exists() or "pipe" in look.read_text(), seconds=30)
+        round_ = len(running.process.stdout.readline())
+        pipe = running.process.stdout.fileno()
+
+        def is_full() -> bool:
+            waiting = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]
+            return bool(waiting > 4096 - round_)
+
+        wait_until(is_full, seconds=30)
         assert running.end() == 128 + signal.SIGTERM
     assert left(network, network.initiator) == before
 
