@@ -74,11 +74,11 @@ clean: ## remove everything that was made
 
 # --- set-up, done once ------------------------------------------------------------------------------
 
-.venv/.main: pyproject.toml .ci/setup $(wildcard ffi/*) | .venv/.system-main-$(UID)
+.venv/.main: pyproject.toml .ci/setup $(wildcard ffi/*.[ch] ffi/*.py) | .venv/.system-main-$(UID)
 	@.ci/setup python
 	@touch $@
 
-.venv/.test: pyproject.toml .ci/setup $(wildcard ffi/*) | .venv/.system-test-$(UID)
+.venv/.test: pyproject.toml .ci/setup $(wildcard ffi/*.[ch] ffi/*.py) | .venv/.system-test-$(UID)
 	@.ci/setup python test,check
 	@touch $@ .venv/.main
 

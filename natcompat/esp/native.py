@@ -7,7 +7,6 @@ transport mode, an SPI that several SAs share. What comes out is what the portab
 from __future__ import annotations
 
 import errno
-import threading
 import time
 from array import array
 from collections import Counter
@@ -26,6 +25,7 @@ from natcompat.esp.native_association import (
     NativeAssociation,
     NativeInbound,
     NativeOutbound,
+    Register,
     endpoint_of,
     unzeroed,
 )
@@ -49,44 +49,6 @@ _MOST_REMEMBERED: Final = 4096
 
 _new = tuple.__new__
 _N = TypeVar("_N", bound=NativeAssociation)
-
-
-class _Register:
-    """SAs by the serials that C marks packets with: a slot, and how often it has been taken."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._slots: list[Association | None] = []
-        self._taken = array("I")
-        self._free: list[int] = []
-
-    def take(self) -> int:
-        """Return a serial that nobody has."""
-        with self._lock:
-            if not self._free:
-                self._free.append(len(self._slots))
-                self._slots.append(None)
-                self._taken.append(0)
-            slot = self._free.pop()
-            self._taken[slot] = (self._taken[slot] + 1) & 0x7FFF_FFFF
-            return slot + 1 << 32 | self._taken[slot]
-
-    def put(self, serial: int, association: Association) -> None:
-        """Give `serial` to `association`."""
-        self._slots[(serial >> 32) - 1] = association
-
-    def give_back(self, serial: int) -> None:
-        """The SA is over."""
-        with self._lock:
-            slot = (serial >> 32) - 1
-            if self._taken[slot] == serial & 0xFFFF_FFFF and self._slots[slot] is not None:
-                self._slots[slot] = None
-                self._free.append(slot)
-
-    def get(self, serial: int) -> Association | None:
-        """Return the SA with `serial`, if it is not over."""
-        slot = (serial >> 32) - 1
-        return self._slots[slot] if self._taken[slot] == serial & 0xFFFF_FFFF else None
 
 
 class _PortableOutbound(PortableOutbound):
@@ -124,7 +86,7 @@ class NativeDataPath(PortableDataPath):
         if not path:
             raise NatCompatError(errno.ENOSYS, f"the C data path has no {provider or 'ciphers'} here")
         self._path = ffi.gc(path, lib.esp_path_release)
-        self._register = _Register()
+        self._register = Register()
         self._spare = 0
         self._others: Callable[[], Mapping[Reason, int]] = dict
         self._metered: dict[PolicyEntry, None] = {}

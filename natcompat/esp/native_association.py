@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from array import array
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from struct import Struct, error
@@ -185,3 +187,42 @@ class NativeOutbound(NativeAssociation, Outbound):
             return RESULTS[result]
         sealed = bytes(ffi.buffer(one.data, one.length))
         return sealed, self.destination(one.traffic_class, bool(one.dont_fragment))
+
+
+class Register:
+    """SAs by the serials that C marks packets with: a slot, and how often it has been taken."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._slots: list[Association | None] = []
+        self._taken = array("I")
+        self._free: list[int] = []
+
+    def take(self) -> int:
+        """Return a serial that nobody has."""
+        with self._lock:
+            if not self._free:
+                self._free.append(len(self._slots))
+                self._slots.append(None)
+                self._taken.append(0)
+            slot = self._free.pop()
+            self._taken[slot] = (self._taken[slot] + 1) & 0x7FFF_FFFF
+            return slot + 1 << 32 | self._taken[slot]
+
+    def put(self, serial: int, association: Association) -> None:
+        """Give `serial` to `association`."""
+        self._slots[(serial >> 32) - 1] = association
+
+    def give_back(self, serial: int) -> None:
+        """The SA is over."""
+        with self._lock:
+            slot = (serial >> 32) - 1
+            if self._taken[slot] == serial & 0xFFFF_FFFF:
+                self._slots[slot] = None
+                self._taken[slot] = (self._taken[slot] + 1) & 0x7FFF_FFFF
+                self._free.append(slot)
+
+    def get(self, serial: int) -> Association | None:
+        """Return the SA with `serial`, if it is not over."""
+        slot = (serial >> 32) - 1
+        return self._slots[slot] if self._taken[slot] == serial & 0xFFFF_FFFF else None
