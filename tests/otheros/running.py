@@ -22,7 +22,9 @@ _CHILD: Final = """
 import asyncio, concurrent.futures, ctypes, multiprocessing, pytest, select, selectors, socket
 import subprocess, sys, sysconfig
 import _pytest.assertion.rewrite, _pytest.main, _pytest.python
+import os
 sysconfig.get_config_vars()
+os.geteuid = lambda: 0 if "root" in os.environ["NATCOMPAT_MODEL_PRIVILEGES"] else 1000
 sys.platform = {platform!r}
 """
 

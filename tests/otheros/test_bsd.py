@@ -331,7 +331,6 @@ def test_macos_without_root(run: Callable[..., str]) -> None:
     run(
         "macos",
         """
-os.geteuid = lambda: 501
 found = backends.viability(NAME)
 assert not found.viable and found.code == errno.EPERM, found
 assert "esp_port" in found.reason and "root" in found.remedy
@@ -399,7 +398,6 @@ with udp() as sock:
     error(set_nat_t_endpoint, sock)  # of another port: nothing is left of it
     assert HALF.enabled.read() == 0
 os.environ["NATCOMPAT_MODEL_PRIVILEGES"] = ""
-os.geteuid = lambda: 1000
 found = backends.viability(NAME)
 assert not found.viable and found.code == errno.EPERM and "udpencap" in found.reason
 PRINTED.append(HALF.enabled)
