@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
@@ -66,6 +67,8 @@ def select(requested: str | None = None) -> DataPathChoice:
 
 
 def _find_c() -> DataPathChoice:
+    if sys.platform != "linux":
+        return DataPathChoice("c", False, "it is made of system calls of Linux")
     try:
         from natcompat.esp.native import NativeDataPath, best_provider
         from natcompat.esp.native_carrier import NativeCarrier

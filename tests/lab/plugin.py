@@ -32,7 +32,7 @@ from tests.lab import guest, newer
 RESULTS = "NATCOMPAT_LAB_RESULTS"
 """Environment variable of the second pytest: the file for its reports, one JSON object a line."""
 
-LIMIT = 540
+LIMIT = 1200
 SLOW_LIMIT = 3600
 """Seconds for all tests of the lab together; the second where the kernel is emulated."""
 
