@@ -13,6 +13,7 @@ import errno
 import importlib
 import multiprocessing
 import os
+import platform
 import selectors
 import socket
 import subprocess
@@ -64,6 +65,7 @@ def _socketpair(*_: int) -> tuple[socket.socket, socket.socket]:
 def become() -> None:
     """Take away what is not there."""
     sysconfig.get_config_vars()
+    platform.processor()  # of which the module remembers all that it would run a command for
     section: Any = None
     for line in (Path(__file__).parent / "absent-on-windows.txt").read_text().splitlines():
         if line.startswith("["):
