@@ -126,7 +126,7 @@ class Natcompat(Design):
             options = json.dumps({**self._options, "number": number})
             process = self.start(
                 number, sys.executable, "-m", "tests.bench.tunnel_end", options,
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, cwd=Path(__file__).parents[2],
             )  # fmt: skip
             self._pipes.append(process)
         for process in self._pipes:
