@@ -5,9 +5,9 @@
     python tests/bench/bench_datapath.py --write            also writes docs/datapath.md and its plot
 
 Designs take turns within each round, and medians of the rounds are compared: a machine whose speed changes
-changes all of them. All run with the priority -20. Both ends, the load and its receiver share the processors. AES-128-GCM-16
-(ChaCha20-Poly1305 of WireGuard), inner MTU 1400. All traffic stays in namespaces of its own, which go when
-it ends, however that is.
+changes all of them. All run with the priority -20; both ends, the load and its receiver share the processors.
+AES-128-GCM-16 (ChaCha20-Poly1305 of WireGuard), inner MTU 1400. All traffic stays in namespaces of its own,
+which go when it ends, however that is.
 """
 
 from __future__ import annotations

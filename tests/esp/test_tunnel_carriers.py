@@ -298,10 +298,12 @@ def example(near: End, far: End) -> bytes:
 @PATHS
 @isolated(network=True)
 def test_what_c_does_not_do_python_does(path: str) -> None:
-    """A cipher that only the portable path has: all goes up, and comes out just the same."""
-    with tunnel(path, install=False) as (near, far):
-        for end, peer in ((near, far), (far, near)):
-            end.install(peer, encryption=Encr.NULL, encryption_key=b"", integrity=12, integrity_key=bytes(32))
+    """SAs that only the portable path has: all goes up, and comes out just the same."""
+    if path == "c":
+        from natcompat.esp.native import NativeDataPath
+
+        NativeDataPath.providers = lambda *_: None  # type: ignore[method-assign]
+    with tunnel(path) as (near, far):
         transfer(near, far, os.urandom(1 << 18))
 
 
@@ -390,3 +392,27 @@ def test_a_tun_that_vanishes_ends_nothing_else(path: str) -> None:
         wait_until(lambda: passes() or far.endpoint.stats().esp > before + 3)
         near.sock.sendto(b"IKE", far.sock.getsockname())
         assert far.sock.recvfrom(100)[0] == b"IKE"
+
+
+@isolated(network=True)
+def test_several_threads_share_the_sas() -> None:
+    if "c" not in {each.name for each in datapaths.probe() if each.viable}:
+        pytest.skip("the C data path is not built here")
+    from natcompat.esp import native_carrier
+
+    native_carrier._engines = lambda: 2
+    with tunnel("c") as (near, far), datagrams(near, far) as (passes, _):
+        assert near.ipsec.engines == 2
+        wait_until(passes)
+        for number in range(1, 4):  # the program sends their SPIs to either socket
+            for end, peer in ((far, near), (near, far)):
+                for direction in Direction:
+                    end.add_sa(peer, direction, spi=0xC0DE0000 + 3 * number)
+            wait_until(passes, "the newest SA does not work")
+            transfer(near, far, os.urandom(1 << 16) * 4)
+        stats = far.endpoint.stats()
+        packets = [
+            far.ipsec.get_sa(sa_id).packets for sa_id in far.ids.values() if sa_id.spi % 3 == 0xC0DE0000 % 3
+        ]
+        assert sum(packets) == stats.esp
+        assert all(packets)
