@@ -150,20 +150,24 @@ class Bench:
     def lossless(self, design: Design, name: str, size: int) -> float:
         """Find the highest rate at which almost nothing is lost, and note it."""
         low, high = 0.0, 8000.0
-        while high < 2e6:  # upwards until something is lost, or the load cannot offer more
-            sent, received = self.udp(design, size, high)
-            if sent < 0.9 * high or received < (1 - LOSSLESS) * sent:
-                break
+        while high < 2e6 and self._passes(design, size, high):
             low, high = high, high * 2
         for _ in range(4):
             middle = (low + high) / 2
-            sent, received = self.udp(design, size, middle)
-            if sent >= 0.9 * middle and received >= (1 - LOSSLESS) * sent:
+            if self._passes(design, size, middle):
                 low = middle
             else:
                 high = middle
         self.note(f"{name}, lossless pps, {size} B", low)
         return low
+
+    def _passes(self, design: Design, size: int, rate: float) -> bool:
+        """Tell whether nothing is lost; what else runs here may spoil a try, not three."""
+        for _ in range(3):
+            sent, received = self.udp(design, size, rate)
+            if sent >= 0.9 * rate and received >= (1 - LOSSLESS) * sent:
+                return True
+        return False
 
     def overload(self, design: Design, name: str, size: int, lossless: float) -> None:
         """Note what arrives of twice as much as is lossless."""
@@ -173,7 +177,8 @@ class Bench:
 
     def ike(self, design: Natcompat, lossless: float) -> None:
         """Send IKE among twice as much ESP as is lossless, with GRO on the veth; note how much is lost."""
-        # so that IKE is glued to ESP whatever socket the flow hashes to
+        # GRO leaves alone what comes in one piece, and looks at one socket of the port only
+        run(*design.command(0, "ethtool", "-K", "wire", "tx-udp-segmentation", "off"))
         run(*design.command(1, "ethtool", "-K", "wire", "gro", "on", "rx-udp-gro-forwarding", "on"))
         design.say(1)
         before, softnet = design.answer(1), dropped_in_softnet()
@@ -244,7 +249,7 @@ def bench_udp(bench: Bench, rounds: int) -> None:
                 for design, name in ((ours, "natcompat"), (peer, "kernel-libipsec")):
                     rate = bench.lossless(design, name, size)
                     bench.overload(design, name, size, rate)
-        bench.ike(ours, bench.median(f"natcompat, lossless pps, {LARGE} B"))
+        bench.ike(ours, max(bench.samples[f"natcompat, lossless pps, {LARGE} B"]))
 
 
 def bench_many(bench: Bench, rounds: int) -> None:
