@@ -417,3 +417,20 @@ def test_a_burst_whose_sa_ends_before_it_is_out_goes_by_the_other() -> None:
         results = engine.seal_burst([inner()] * 3)
         assert not any(isinstance(each, Dropped) for each in results), results
         assert not engine.counters()
+
+
+@pytest.mark.parametrize("window", [1, 31, 32, 63, 64, 65, 1024, 4096])
+@pytest.mark.parametrize("esn", [False, True])
+def test_edges_of_the_window(window: int, esn: bool) -> None:
+    twins = Twins(PROVIDERS[0])
+    with twins.running():
+        association = sa(Direction.IN, esn=esn, replay_window=window)
+        twins.do("add_sa", association)
+        twins.do("add_policy", policies(Direction.IN, 4, Mode.TUNNEL)[0])
+        forge = forger(association)
+        plaintext = ip_packet("10.2.0.1", "10.1.0.1", udp()) + bytes((0, IPV4))
+        for top in (9000, 9001, 9000 + window, 20000):
+            edge = top - window
+            numbers = [top, edge + 1, edge, edge - 1, edge + 1, edge + 2, top + 1]
+            burst = [(forge(number, plaintext), SOURCES[0]) for number in numbers if number > 0]
+            twins.do("open_burst", burst)
