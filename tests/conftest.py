@@ -67,6 +67,27 @@ def pair(kind: Kind, family: socket.AddressFamily) -> Iterator[Pair]:
         yield Pair(kind, family, stack)
 
 
+@pytest.fixture(scope="module", params=["python", "c"])
+def datapath(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Both data paths: every engine that a module makes as long as it has this fixture is of that one."""
+    from natcompat.esp.datapath import DataPathFactory, PortableDataPath
+    from natcompat.esp.engine import EspEngine
+    from tests.esp.making import native_providers
+
+    path: DataPathFactory = PortableDataPath
+    if request.param == "c":
+        if not native_providers():
+            pytest.skip("the C data path is not built: python ffi/build_datapath.py")
+        from natcompat.esp.native import NativeDataPath
+
+        path = NativeDataPath
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(EspEngine.__init__.__kwdefaults__ or {}, "datapath", path)
+        with EspEngine(timer=False) as engine:
+            assert type(engine.path) is path
+        yield request.param
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Turn a skip into a failure where nothing may skip."""

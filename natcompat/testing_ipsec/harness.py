@@ -112,6 +112,8 @@ class IPsecHarness:
     """Sizes of the replay window that are to be tried."""
     versions: ClassVar[Sequence[int]] = (4, 6)
     """The IP versions that are to be tried."""
+    modes: ClassVar[Sequence[Mode]] = tuple(Mode)
+    """The modes that are to be tried."""
     moves_ports: ClassVar[bool] = True
     """The UDP ports of an SA change; False: that is refused."""
     moves: ClassVar[bool] = True
@@ -164,7 +166,7 @@ class IPsecHarness:
                 lambda pair: "-".join(each.name for each in pair if each is not Integ.NONE),
             ),
             ("version", self.versions, lambda version: f"IPv{version}"),
-            ("mode", tuple(Mode), lambda mode: mode.value),
+            ("mode", self.modes, lambda mode: mode.value),
             ("esn", self.sequences, lambda esn: "64 bits" if esn else "32 bits"),
             ("window", self.windows, str),
             ("direction", tuple(Direction), lambda direction: direction.value),

@@ -40,6 +40,9 @@ TRANSFORMS: list[tuple[Encr, Integ]] = [
 ]
 """Every combination that the engine has."""
 
+IN_C = [each for each in TRANSFORMS if "CCM" not in each[0].name and each[0] is not Encr.NULL_AUTH_AES_GMAC]
+"""Those that the C data path has, in tunnel mode; the rest it leaves to Python."""
+
 
 def native_providers() -> list[str]:
     """Return the libraries that the C data path has for its ciphers here; none: there is no such path."""

@@ -35,6 +35,7 @@ from natcompat.ipsec import (
     UDPEncapsulation,
 )
 from tests.esp.making import (
+    IN_C,
     NETWORKS,
     OUTER,
     SPI,
@@ -392,6 +393,17 @@ def test_sealing(provider: str, data: st.DataObject) -> None:
                 case "large":
                     size = draw(st.sampled_from([1400, 9000, 65440, 65470, 65500, 65507]))
                     twins.do("seal_burst", [ip_packet("10.1.0.1", "10.2.0.1", udp(bytes(size - 28)))])
+
+
+def test_which_transforms_are_done_in_c() -> None:
+    from natcompat.esp.native import NativeDataPath
+
+    with EspEngine(timer=False, datapath=NativeDataPath) as engine:
+        assert isinstance(engine.path, NativeDataPath)
+        for transforms in TRANSFORMS:
+            for length in transforms[0].key_lengths:
+                association = sa(Direction.OUT, **keys(*transforms, length=length))
+                assert bool(engine.path.providers(association)) == (transforms in IN_C), transforms
 
 
 def test_a_burst_whose_sa_ends_before_it_is_out_goes_by_the_other() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from natcompat.ipsec import Direction, Encr, Integ, Mode, Policy, SecurityAssoci
 from natcompat.testing_ipsec.harness import HOSTS, OUTER, SPI, IPsecHarness, policy
 from natcompat.testing_ipsec.traffic import _comparable, udp_packet
 from natcompat.xfrm.kernel import XfrmIPsec
-from tests.esp.making import TRANSFORMS, keys, name
+from tests.esp.making import IN_C, TRANSFORMS, keys, name, native_providers
 from tests.lab.kernel_esp import KernelEsp
 from tests.lab.topology import inside
 
@@ -113,6 +115,33 @@ class Peer:
         yield self.seal(udp_packet(HOSTS[version][0], near, b"spoofed"), own)  # from elsewhere
 
 
+@contextlib.contextmanager
+def engines_in_c(sa: SecurityAssociation) -> Iterator[list[EspEngine]]:
+    """Yield an engine for each library that does the ciphers of `sa` in C."""
+    with contextlib.ExitStack() as stack:
+        engines = []
+        for provider in native_providers():
+            from natcompat.esp.native import NativeDataPath
+
+            by = partial(NativeDataPath, provider=provider)
+            engine = stack.enter_context(EspEngine(timer=False, datapath=by))
+            assert isinstance(engine.path, NativeDataPath)
+            if engine.path.providers(sa):
+                engines.append(engine)
+        yield engines
+
+
+def open_in_bursts(engine: EspEngine, packets: Sequence[bytes], source: tuple[str, int]) -> list[bytes]:
+    """Return what `engine` makes of `packets`, in bursts of any size."""
+    sizes, start, inner = random.Random(4303), 0, []
+    while start < len(packets):
+        size = sizes.randrange(1, 2 * WINDOW)
+        opened = engine.open_burst([(each, source) for each in packets[start : start + size]])
+        inner += [each.inner for each in opened if isinstance(each, Opened)]
+        start += size
+    return inner
+
+
 @pytest.mark.parametrize(
     ("transforms", "version", "mode", "sequence"),
     [
@@ -127,7 +156,10 @@ class Peer:
 def test_differences(
     kernel: KernelEsp, transforms: tuple[Encr, Integ], version: int, mode: Mode, sequence: int | None
 ) -> None:
-    """`sequence`: where extended sequence numbers begin; None: they have 32 bits."""
+    """Data paths in C have the packets in bursts.
+
+    `sequence`: where extended sequence numbers begin; None: they have 32 bits.
+    """
     changes: dict[str, Any] = {"mode": mode}
     sa = IPsecHarness().association(
         Direction.IN,
@@ -140,17 +172,27 @@ def test_differences(
     )
     wanted: Policy = policy(Direction.IN, version, **(changes if mode is Mode.TRANSPORT else {}))
     peer, source = Peer(sa, mode, version, sequence=sequence or 0), (OUTER[version][1], 4500)
-    with inside("here"), XfrmIPsec() as xfrm, EspEngine(timer=False) as engine:
+    arrived: list[bytes] = []
+    taken: list[bytes] = []
+    with (
+        inside("here"),
+        XfrmIPsec() as xfrm,
+        EspEngine(timer=False) as engine,
+        engines_in_c(sa) as in_c,
+    ):
+        assert bool(in_c) == (mode is Mode.TUNNEL and bool(native_providers()))
         xfrm.flush_policies()
         xfrm.flush_sas()
         try:
-            for ipsec in (xfrm, engine):
+            ipsecs: list[XfrmIPsec | EspEngine] = [xfrm, engine, *in_c]
+            for ipsec in ipsecs:
                 ipsec.add_sa(sa, sequence=sequence or None)
                 ipsec.add_policy(wanted)
 
             def both(*packets: bytes) -> None:
                 """Let packets arrive at both; the last is good where the kernel does not count all drops."""
                 opened = [engine.open(each, source) for each in packets]
+                arrived.extend(packets)
                 mine = [_comparable(each.inner, mode) for each in opened if isinstance(each, Opened)]
                 theirs = (
                     kernel.deliver(packets[0], source)
@@ -158,10 +200,20 @@ def test_differences(
                     else kernel.deliver_all(packets, source, last=mine[-1])
                 )
                 assert [_comparable(each, mode) for each in theirs] == mine
+                taken.extend(theirs)
+
+            def in_bursts() -> None:
+                """Let what has arrived since the last time arrive at those in C."""
+                for each in in_c:
+                    assert open_in_bursts(each, arrived, source) == taken
+                    assert each.counters() == engine.counters()
+                arrived.clear()
+                taken.clear()
 
             for _ in range(PACKETS):
                 both(peer.anything())
-            usages = [ipsec.get_sa(sa.sa_id) for ipsec in (xfrm, engine)]
+            in_bursts()
+            usages = [ipsec.get_sa(sa.sa_id) for ipsec in ipsecs]
             for what in ("packets", "sequence", "replay_drops", "window_drops", "integrity_drops"):
                 assert len({getattr(usage, what) for usage in usages}) == 1, (what, usages)
             assert usages[0].packets > PACKETS // 4
@@ -172,12 +224,19 @@ def test_differences(
             if mode is Mode.TUNNEL:
                 for packet in peer.odd():
                     both(packet, peer.good())
+                in_bursts()
         finally:
             xfrm.flush_policies()
             xfrm.flush_sas()
 
 
-@pytest.mark.parametrize("transforms", TRANSFORMS, ids=name)
+@pytest.mark.parametrize(
+    ("datapath", "transforms"),
+    [*(("python", each) for each in TRANSFORMS), *(("c", each) for each in IN_C)],
+    indirect=["datapath"],
+    ids=lambda value: value if isinstance(value, str) else name(value),
+)
+@pytest.mark.usefixtures("datapath")
 def test_extended_numbers_pass_32_bits(kernel: KernelEsp, transforms: tuple[Encr, Integ]) -> None:
     """Both ways: the upper half is not in the packet, and yet authenticated."""
     near, far = HOSTS[4]

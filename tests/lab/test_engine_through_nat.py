@@ -25,12 +25,14 @@ from natcompat.ipsec import (
     UDPEncapsulation,
 )
 from natcompat.testing_ipsec.traffic import udp_packet
-from tests.esp.making import TRANSFORMS, keys
+from tests.esp.making import IN_C, TRANSFORMS, keys
 from tests.lab.topology import Network, iptables
 
 pytestmark = pytest.mark.kernel_esp
 
 REQID = 7
+SIZES = (40, 41, 1200, 33, 64)
+"""Bytes in the datagrams of a burst."""
 
 
 class End(NamedTuple):
@@ -100,9 +102,14 @@ def datagram(packet: bytes) -> tuple[str, str, int, int, bytes]:
     return (*ends, source_port, port, udp[8:])
 
 
-@pytest.mark.parametrize("mode", list(Mode), ids=[mode.value for mode in Mode])
+@pytest.mark.parametrize(
+    ("datapath", "mode"),
+    [("python", Mode.TUNNEL), ("python", Mode.TRANSPORT), ("c", Mode.TUNNEL)],
+    indirect=["datapath"],
+    ids=["python-tunnel", "python-transport", "c-tunnel"],
+)
 @pytest.mark.parametrize("version", [4, 6], ids=["IPv4", "IPv6"])
-def test_every_transform_through_the_nat(network: Network, version: int, mode: Mode) -> None:
+def test_every_transform_through_the_nat(network: Network, version: int, datapath: str, mode: Mode) -> None:
     near, far = network.initiator, network.responder
     here, there = (near.address, far.address) if version == 4 else (near.address6, far.address6)
     inner = (near.inner, far.inner) if version == 4 else (near.inner6, far.inner6)
@@ -124,7 +131,8 @@ def test_every_transform_through_the_nat(network: Network, version: int, mode: M
         for end in (ours, theirs):
             end.add_policies(mode)
         application = stack.enter_context(far.udp(theirs.inner[0], 7002, encap=False))
-        cases = [(transforms, esn) for transforms in TRANSFORMS for esn in (False, True)]
+        tried = TRANSFORMS if datapath == "python" else IN_C
+        cases = [(transforms, esn) for transforms in tried for esn in (False, True)]
         for number, (transforms, esn) in enumerate(cases):
             ids = []
             for spi, way, opposite in (
@@ -136,18 +144,20 @@ def test_every_transform_through_the_nat(network: Network, version: int, mode: M
                     key["encryption_key"] = spi.to_bytes(4) + key["encryption_key"][4:]
                 for end, direction in ((ours, way), (theirs, opposite)):
                     ids.append((end.ipsec, end.add_sa(direction, spi, mode=mode, esn=esn, **key)))
-            for size in (40, 41, 1200):
-                question, answer = bytes((number,)) * size, bytes((255 - number,)) * size
-                sealed = engine.seal(udp_packet(*ours.inner, question))
+            questions = [bytes((number,)) * size for size in SIZES]
+            answers = [bytes((255 - number,)) * size for size in SIZES]
+            for sealed in engine.seal_burst(udp_packet(*ours.inner, each) for each in questions):
                 assert not isinstance(sealed, Dropped), sealed
-                sock.sendto(*sealed[0])
+                sock.sendto(*sealed)
+            for question, answer in zip(questions, answers, strict=True):
                 message, source = application.recvfrom(2048)
                 assert (message, source[:2]) == (question, (theirs.inner[1], 7001)), transforms
                 application.sendto(answer, source)
-                opened = engine.open(*sock.recvfrom(2048))
+            arrived = [sock.recvfrom(2048) for _ in answers]
+            for opened, answer in zip(engine.open_burst(arrived), answers, strict=True):
                 assert isinstance(opened, Opened), (opened, transforms, esn)
                 assert datagram(opened.inner) == (*ours.inner[::-1], 7002, 7001, answer)
-            assert {ipsec.get_sa(sa_id).packets for ipsec, sa_id in ids} == {3}, transforms
+            assert {ipsec.get_sa(sa_id).packets for ipsec, sa_id in ids} == {len(SIZES)}, transforms
             for ipsec, sa_id in ids:
                 ipsec.delete_sa(sa_id)
         assert not engine.counters()

@@ -8,10 +8,10 @@ from typing import ClassVar
 
 import pytest
 
-from natcompat.ipsec import IPsec
+from natcompat.ipsec import IPsec, Mode
 from natcompat.testing_ipsec import IPsecConformance, IPsecTrafficConformance
 from natcompat.xfrm.kernel import XfrmIPsec
-from tests.esp.making import TRANSFORMS
+from tests.esp.making import IN_C, TRANSFORMS
 from tests.lab.kernel_esp import KernelEsp
 from tests.lab.topology import inside
 
@@ -58,3 +58,13 @@ class TestXfrmTraffic(IPsecTrafficConformance):
 
     def deliver(self, ipsec: IPsec, packet: bytes, source: tuple[str, int]) -> list[bytes]:
         return self.kernel.deliver(packet, source)
+
+
+@pytest.mark.parametrize("datapath", ["c"], indirect=True)
+@pytest.mark.usefixtures("datapath")
+class TestXfrmTrafficWithTheDataPathInC(TestXfrmTraffic):
+    """The peer is the engine with the C data path. 32 bits: see tests/lab/test_engine_through_nat.py."""
+
+    transforms = IN_C
+    modes = (Mode.TUNNEL,)
+    sequences = (True,)
