@@ -69,7 +69,8 @@ def pair(kind: Kind, family: socket.AddressFamily) -> Iterator[Pair]:
 
 @pytest.fixture(scope="module", params=["python", "c"])
 def datapath(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Both data paths: every engine that a module makes as long as it has this fixture is of that one."""
+    """Both data paths: every engine that a module makes, or `open_ipsec`, while it has this fixture."""
+    from natcompat.esp import datapaths
     from natcompat.esp.datapath import DataPathFactory, PortableDataPath
     from natcompat.esp.engine import EspEngine
     from tests.esp.making import native_providers
@@ -83,6 +84,7 @@ def datapath(request: pytest.FixtureRequest) -> Iterator[str]:
         path = NativeDataPath
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(EspEngine.__init__.__kwdefaults__ or {}, "datapath", path)
+        patch.setenv(datapaths.ENVIRONMENT_VARIABLE, request.param)
         with EspEngine(timer=False) as engine:
             assert type(engine.path) is path
         yield request.param

@@ -8,6 +8,7 @@ from natcompat import open_ipsec
 from natcompat.esp.device import QueueDevice
 from natcompat.esp.engine import EspEngine
 from natcompat.esp.results import Dropped, Opened
+from natcompat.esp.userspace import UserspaceIPsec
 from natcompat.ipsec import IPsec
 from natcompat.testing_ipsec import IPsecConformance, IPsecTrafficConformance
 from tests.esp.making import TRANSFORMS
@@ -27,6 +28,11 @@ class TestTheEspOfTheProcess(TestEspEngine):
 
     def open_ipsec(self) -> IPsec:
         return open_ipsec("userspace", device=QueueDevice())
+
+    def test_its_data_path(self, datapath: str) -> None:
+        with self.opened() as ipsec:
+            assert isinstance(ipsec, UserspaceIPsec)
+            assert ipsec.datapath == datapath
 
 
 class TestEspEngineTraffic(IPsecTrafficConformance):
