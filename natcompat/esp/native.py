@@ -335,7 +335,8 @@ class NativeDataPath(PortableDataPath):
         now, packets = time.time(), list(burst)
         joined = b"".join(packets)
         lengths = array("I", map(len, packets))
-        room = len(joined) + len(packets) * (self._spare + lib.ESP_ROOM)
+        spare = self._spare  # it may grow while C works, and `room` does not
+        room = len(joined) + len(packets) * (spare + lib.ESP_ROOM)
         sealed, views = unzeroed("uint8_t[]", room or 1), unzeroed("struct esp_view[]", len(packets) or 1)
         data, sizes = ffi.from_buffer("uint8_t[]", joined), ffi.from_buffer("uint32_t[]", lengths)
         output, start, done = ffi.buffer(sealed), 0, 0
@@ -350,7 +351,7 @@ class NativeDataPath(PortableDataPath):
                 now,
                 sealed,
                 room,
-                self._spare,
+                spare,
                 views,
             )
             for serial, at, length, result, *outer in _VIEW.iter_unpack(ffi.buffer(views, step * _VIEW.size)):

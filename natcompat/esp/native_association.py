@@ -225,4 +225,5 @@ class Register:
     def get(self, serial: int) -> Association | None:
         """Return the SA with `serial`, if it is not over."""
         slot = (serial >> 32) - 1
-        return self._slots[slot] if self._taken[slot] == serial & 0xFFFF_FFFF else None
+        found = self._slots[slot]  # looked up first, else it might be the slot's next one
+        return found if self._taken[slot] == serial & 0xFFFF_FFFF else None

@@ -431,6 +431,48 @@ def test_a_burst_whose_sa_ends_before_it_is_out_goes_by_the_other() -> None:
         assert not engine.counters()
 
 
+def test_padding_of_an_sa_that_comes_in_the_middle_of_a_burst() -> None:
+    from natcompat.esp.native import NativeDataPath
+
+    class Interrupted(NativeDataPath):
+        def _find_way(self, key: Any) -> Any:
+            """Another thread adds an SA while this one asks where a flow goes."""
+            if self._spare == 0:
+                engine.add_sa(sa(Direction.OUT, spi=0x2000, encryption_key=bytes(20), reqid=99, tfc=4000))
+            return super()._find_way(key)
+
+    with EspEngine(timer=False, datapath=Interrupted) as engine:
+        engine.add_policy(policy(Direction.OUT))
+        engine.add_sa(sa(Direction.OUT))
+        results = engine.seal_burst([inner()] * 2)
+        assert not any(isinstance(each, Dropped) for each in results), results
+
+
+def test_a_serial_never_names_the_next_sa_of_its_slot() -> None:
+    from natcompat.esp.native_association import Register
+
+    register = Register()
+    first, second = mock.sentinel.first, mock.sentinel.second
+
+    class Taken(list[int]):
+        def __getitem__(self, slot: Any) -> Any:
+            """Another thread ends the SA right after it was looked at, and makes one."""
+            found = super().__getitem__(slot)
+            if busy:
+                busy.clear()
+                register.give_back(serial)
+                register.put(register.take(), second)
+            return found
+
+    busy: list[bool] = []
+    serial = register.take()
+    register.put(serial, first)
+    register._taken = Taken(register._taken)  # type: ignore[assignment]
+    busy.append(True)
+    assert register.get(serial) is not second
+    assert register.get(serial) is None
+
+
 @pytest.mark.parametrize("window", [1, 31, 32, 63, 64, 65, 1024, 4096])
 @pytest.mark.parametrize("esn", [False, True])
 def test_edges_of_the_window(window: int, esn: bool) -> None:
