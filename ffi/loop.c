@@ -2,6 +2,7 @@
 #include "loop.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <stdlib.h>
 #include <string.h>
@@ -177,10 +178,16 @@ struct loop *loop_new(struct esp_path *path, int threads)
     return loop;
 }
 
-void loop_set_tun(struct loop *loop, int tun, int udp)
+int loop_set_tun(struct loop *loop, int tun, int udp)
 {
-    loop->tun = tun;
+    int own = fcntl(tun, F_DUPFD_CLOEXEC, 0);
+
+    if (own < 0)
+        return errno;
+    close_if_open(loop->tun);
+    loop->tun = own;
     loop->tun_udp = udp;
+    return 0;
 }
 
 int loop_start(struct loop *loop)
@@ -231,6 +238,7 @@ int loop_stop(struct loop *loop)
 
 void loop_abandon(struct loop *loop)
 {
+    close_if_open(loop->tun);
     close_if_open(loop->event_fd);
     for (int number = 0; number < loop->threads; number++) {
         close_if_open(loop->workers[number].epoll);

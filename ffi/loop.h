@@ -1,7 +1,7 @@
 /* The loop: ESP sockets -> path -> TUN and back, in threads that never hold Python's lock.
  *
  * What it cannot do it hands up, as events in a bounded ring, and goes on. Sockets come and go while
- * it runs. All of them, and the TUN, belong to the caller, who closes them when they are out of it.
+ * it runs. All of them belong to the caller, who closes them when they are out of it.
  */
 #ifndef NATCOMPAT_LOOP_H
 #define NATCOMPAT_LOOP_H
@@ -60,8 +60,9 @@ struct loop;
 /* One thread at the least: the first serves the TUN. NULL and errno: no memory, no descriptors. */
 struct loop *loop_new(struct esp_path *path, int threads);
 
-/* `tun`: with IFF_VNET_HDR, not blocking. `udp`: whether it takes super-packets of UDP. Before loop_start. */
-void loop_set_tun(struct loop *loop, int tun, int udp);
+/* `tun`: with IFF_VNET_HDR, not blocking. `udp`: whether it takes super-packets of UDP. Before loop_start.
+ * The loop has a descriptor of its own of it, which stays good when the caller closes his. 0 or an errno. */
+int loop_set_tun(struct loop *loop, int tun, int udp);
 
 /* Start, and stop, the threads. Both return 0 or an errno; stopping takes milliseconds. */
 int loop_start(struct loop *loop);

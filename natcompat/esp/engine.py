@@ -333,9 +333,11 @@ class EspEngine(Control):
 
     def close(self) -> None:
         """Forget all SAs and policies, end the timer, close what listens. They lived in this object."""
-        if os.getpid() != self._pid or self._closed:
+        if os.getpid() != self._pid:
             return
         with self._lock:
+            if self._closed:
+                return
             self.flush_sas()
             self.flush_policies()
             self._closed = True

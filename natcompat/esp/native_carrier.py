@@ -11,6 +11,7 @@ import logging
 import os
 import select
 import socket
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -65,6 +66,8 @@ class NativeCarrier(PortableCarrier):
         self._path = engine.path
         self._readers: set[_LoopReader] = set()
         self._finished = {**dict.fromkeys(_REASONS, 0), **dict.fromkeys(_SOCKET_REASONS, 0)}
+        self._using = threading.RLock()
+        """Held by who calls the loop, so that it is not freed meanwhile; not by the thread of `_run`."""
         self._loop: Any = None
         if getattr(device, "vnet_header", False):
             self._loop = lib.loop_new(self._path.path, 1 + self.engines)
@@ -76,32 +79,43 @@ class NativeCarrier(PortableCarrier):
     def start(self) -> None:
         """Start the threads. Raises what `TunDevice.set_offload` raises, EAGAIN: too many threads."""
         if self._loop is not None:
-            device: Any = self._device
-            lib.loop_set_tun(self._loop, device.fileno(), _take_over_offload(device))
-            failed = lib.loop_start(self._loop)
-            if failed:
-                raise NatCompatError(failed, f"the loop in C cannot be started: {os.strerror(failed)}")
+            try:
+                self._start_loop()
+            except BaseException:
+                self.close()
+                raise
         super().start()
+
+    def _start_loop(self) -> None:
+        device: Any = self._device
+        failed = lib.loop_set_tun(self._loop, device.fileno(), _take_over_offload(device))
+        failed = failed or lib.loop_start(self._loop)
+        if failed:
+            raise NatCompatError(failed, f"the loop in C cannot be started: {os.strerror(failed)}")
 
     def close(self) -> None:
         """End the threads and wait for them; sockets that are still read are left to Python."""
-        if self._loop is not None:
-            for reader in list(self._readers):
-                reader.leave_to_python()
-            lib.loop_stop(self._loop)
+        with self._using:
+            if self._loop is not None:
+                self._ended = True
+                for reader in list(self._readers):
+                    reader.leave_to_python()
+                lib.loop_stop(self._loop)
         super().close()
-        if self._loop is not None:
+        with self._using:
             loop, self._loop = self._loop, None
-            self._note(loop)
-            lib.loop_free(loop)
-            with contextlib.suppress(OSError, AttributeError):
-                self._device.set_offload(0)  # type: ignore[attr-defined]
+            if loop is not None:
+                self._note(loop)
+                lib.loop_free(loop)
+                with contextlib.suppress(OSError, AttributeError):
+                    self._device.set_offload(0)  # type: ignore[attr-defined]
 
     def read_sockets(
         self, sockets: Sequence[socket.socket], diversion: Diversion, read: Callable[[], SocketReader]
     ) -> SocketReader | None:
         """Read `sockets`, to which ESP is steered, in C; None: Python has to. See `EspInbound`."""
-        return None if self._loop is None or self._ended else _LoopReader(self, sockets, diversion, read)
+        with self._using:
+            return None if self._loop is None or self._ended else _LoopReader(self, sockets, diversion, read)
 
     # --- what C hands up
 
@@ -116,10 +130,12 @@ class NativeCarrier(PortableCarrier):
         poller.register(self._awake.fileno(), select.POLLIN)
         while not self._ended:
             poller.poll()
-            with contextlib.suppress(NatCompatError):  # the engine was closed meanwhile
-                self._path.see_to_due()
-            while not self._ended and self._take_events(event, packet):
-                pass
+            more = True
+            while more and not self._ended:
+                more = self._take_events(event, packet)
+                # behind what makes the descriptor unreadable: what becomes due later wakes again
+                with contextlib.suppress(NatCompatError):  # the engine was closed meanwhile
+                    self._path.see_to_due()
 
     def _take_events(self, event: Any, packet: Any) -> bool:
         """See to what C has handed up; False: nothing."""
@@ -166,16 +182,17 @@ class NativeCarrier(PortableCarrier):
 
     def _drops(self) -> Mapping[Reason, int]:
         """Return what the loop had to drop."""
-        counted = dict(self._finished)
-        if self._loop is not None:
-            whole = ffi.new("struct loop_counters *")
-            lib.loop_read_counters(self._loop, whole)
-            for name in _REASONS:
-                counted[name] += getattr(whole, name)
-            for reader in list(self._readers):
-                for name, count in reader.counters().items():
-                    if name in _SOCKET_REASONS:
-                        counted[name] += count
+        with self._using:
+            counted = dict(self._finished)
+            if self._loop is not None:
+                whole = ffi.new("struct loop_counters *")
+                lib.loop_read_counters(self._loop, whole)
+                for name in _REASONS:
+                    counted[name] += getattr(whole, name)
+                for reader in list(self._readers):
+                    for name, count in reader.counters().items():
+                        if name in _SOCKET_REASONS:
+                            counted[name] += count
         result: dict[Reason, int] = {}
         for name, reason in {**_REASONS, **_SOCKET_REASONS}.items():
             result[reason] = result.get(reason, 0) + counted[name]
@@ -194,6 +211,7 @@ class NativeCarrier(PortableCarrier):
 
     def _after_fork(self) -> None:
         """In a forked child: the threads are the parent's, and so is what they share."""
+        self._using = threading.RLock()
         loop, self._loop = self._loop, None
         if loop is not None:
             lib.loop_abandon(loop)
@@ -241,7 +259,7 @@ class _LoopReader:
         return int(number)
 
     def counters(self) -> dict[str, int]:
-        """Return what C has counted of these sockets, while they are in the loop."""
+        """Return what C has counted of these sockets. They are in the loop, and its lock is held."""
         total: dict[str, int] = {}
         each = ffi.new("struct loop_socket_counters *")
         for number in self._numbers:
@@ -252,10 +270,12 @@ class _LoopReader:
 
     def count(self) -> None:
         """Bring the counters of the endpoint up to date."""
-        if self._python is not None:
-            self._python.count()
-        elif self._numbers and os.getpid() == self._pid:
-            self._tell(self.counters())
+        with self._carrier._using:
+            if self._python is None:
+                if self._numbers and os.getpid() == self._pid:
+                    self._tell(self.counters())
+                return
+        self._python.count()
 
     def _tell(self, counters: Mapping[str, int]) -> None:
         for name in _COUNTED:
@@ -263,25 +283,27 @@ class _LoopReader:
             setattr(self._diversion.counters, name, getattr(self._diversion.counters, name) + more)
 
     def leave_to_python(self) -> None:
-        """The loop ends, and these sockets are not closed yet."""
+        """The loop ends, and these sockets are not closed yet. The carrier's lock is held."""
         self._leave()
         self._python = self._read()
 
     def close(self) -> None:
         """Take the sockets out of the loop; no thread touches them any more."""
-        if self._python is not None:
-            self._python.close()
-        else:
-            self._leave()
+        with self._carrier._using:
+            if self._python is None:
+                self._leave()
+                return
+        self._python.close()
 
     def abandon(self) -> None:
         """Likewise, and close them. In a forked child nothing but the child's descriptors."""
-        if self._python is not None:
-            self._python.abandon()
-            return
-        self._leave()
-        for sock in self._sockets:
-            sock.close()
+        with self._carrier._using:
+            if self._python is None:
+                self._leave()
+                for sock in self._sockets:
+                    sock.close()
+                return
+        self._python.abandon()
 
     def _leave(self) -> None:
         if os.getpid() != self._pid or self._carrier._loop is None:

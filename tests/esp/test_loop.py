@@ -255,6 +255,22 @@ def test_a_tun_that_is_down_or_gone_does_not_stop_the_rest() -> None:
 
 
 @isolated(network=True)
+def test_nothing_goes_to_what_has_the_number_of_a_tun_that_was_closed() -> None:
+    set_up("lo")
+    with tunnel() as (one, two), one.udp_socket() as sender, two.udp_socket() as receiver:
+        sender.connect(receiver.getsockname())
+        wait_until(lambda: sender.send(b"x") and two.counters()["written"], "nothing came")
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        with mine, theirs:
+            os.dup2(theirs.fileno(), two.tun)
+            before = two.counters()["opened"]
+            wait_until(lambda: sender.send(b"x") and two.counters()["opened"] > before, "nothing came")
+            mine.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                mine.recv(100)
+
+
+@isolated(network=True)
 def test_sockets_come_and_go_under_load() -> None:
     set_up("lo")
     with tunnel() as (one, two), one.udp_socket() as sender, two.udp_socket() as receiver:

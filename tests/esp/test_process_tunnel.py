@@ -367,7 +367,8 @@ def test_a_child_does_not_keep_the_device() -> None:
             os.read(ours, 1)  # until its parent has closed it
             os._exit(0)
         assert name in interfaces()
-        os.close(ipsec.device.fileno())  # as if this process had been killed
+        ipsec.carrier.close()  # as if this process had been killed
+        os.close(ipsec.device.fileno())
         ipsec.device._descriptor = -1
         until(lambda: name not in interfaces())
     os.close(theirs)
