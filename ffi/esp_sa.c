@@ -280,6 +280,7 @@ void esp_sa_place(struct esp_sa *sa, const struct esp_endpoint *peer, const stru
     pthread_mutex_lock(sa_lock(sa));
     sa->peer = *peer;
     *(sa->outbound ? &sa->out.local : &sa->in.home) = *(sa->outbound ? local : peer);
+    sa->due &= (uint8_t)~ESP_MOVED;
     set_limits(sa);
     pthread_mutex_unlock(sa_lock(sa));
 }

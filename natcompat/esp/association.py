@@ -176,6 +176,7 @@ class PortableInbound(PortableAssociation, Inbound):
     def _placed(self) -> None:
         self._home: Address = (str(self.sa.source), self.encapsulation.remote_port)
         self.moved_to = ()
+        self.due &= ~MOVED
 
     @property
     def highest(self) -> int:  # type: ignore[override]

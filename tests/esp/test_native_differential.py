@@ -17,6 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from natcompat.esp.base import Inbound
 from natcompat.esp.crypto import make_cipher
 from natcompat.esp.datapath import PortableDataPath
 from natcompat.esp.engine import EspEngine
@@ -429,6 +430,23 @@ def test_a_burst_whose_sa_ends_before_it_is_out_goes_by_the_other() -> None:
         results = engine.seal_burst([inner()] * 3)
         assert not any(isinstance(each, Dropped) for each in results), results
         assert not engine.counters()
+
+
+def test_a_move_that_the_owner_makes_first_is_not_reported() -> None:
+    twins = Twins(PROVIDERS[0])
+    with twins.running():
+        association = sa(Direction.IN)
+        plaintext = ip_packet("10.2.0.1", "10.1.0.1", udp()) + bytes((0, IPV4))
+        packet = forger(association)(1, plaintext)
+        twins.do("add_sa", association)
+        for engine in twins.engines:
+            (mine,) = engine._associations.by_id.values()
+            assert isinstance(mine, Inbound)
+            # a thread that opens packets was here, when another moves the SA
+            mine.open(packet, 1, ("192.0.2.9", 4500), 0, twins.now)
+            engine.update_sa(association.sa_id, source="192.0.2.9")
+            engine._report(mine)
+        assert not any(listener.read() for listener in twins.listeners)
 
 
 def test_padding_of_an_sa_that_comes_in_the_middle_of_a_burst() -> None:
