@@ -67,9 +67,11 @@ def natcompat() -> None:
 
     \b
     Environment:
-      NATCOMPAT_BACKEND  the backend to use instead of the automatic choice, or a
-                         comma-separated order of preference (auto, linux, userspace, ...)
-      NO_COLOR           if set, no colours on a terminal
+      NATCOMPAT_BACKEND   the backend to use instead of the automatic choice, or a
+                          comma-separated order of preference (auto, linux, userspace, ...)
+      NATCOMPAT_DATAPATH  what carries ESP in this process: auto, c, python
+      NATCOMPAT_IPSEC     on Linux, how to reach the kernel's IPsec: auto, xfrm, pfkey
+      NO_COLOR            if set, no colours on a terminal
 
     \b
     Exit status:
@@ -97,8 +99,11 @@ def main() -> NoReturn:
         try:
             result = natcompat.main(prog_name="natcompat", standalone_mode=False)
             status = result if isinstance(result, int) else 0
-        except click.ClickException as error:
+        except click.UsageError as error:
             error.show()
+            status = error.exit_code
+        except click.ClickException as error:
+            _complain(error.message)
             status = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         status = _INTERRUPTED
@@ -106,8 +111,12 @@ def main() -> NoReturn:
         _forget_output()
         remedy = getattr(error, "remedy", "")  # of a NatCompatError
         sentences = [error.strerror or str(error), remedy] if remedy else [str(error)]
-        print(f"natcompat: {'. '.join(each.rstrip('.') for each in sentences)}.", file=sys.stderr)
+        _complain(". ".join(each.rstrip(".") for each in sentences))
     sys.exit(status)
+
+
+def _complain(text: str) -> None:
+    print(f"natcompat: {text.rstrip('.')}.", file=sys.stderr)
 
 
 def _end_by_sigterm() -> None:

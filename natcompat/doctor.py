@@ -150,7 +150,8 @@ def _requested() -> dict[str, str | None]:
     try:
         return {"value": asked, "backend": backends.select().name if asked else None, "error": None}
     except BackendUnavailableError as error:
-        return {"value": asked, "backend": None, "error": error.strerror}
+        text = f"{error.strerror}. {error.remedy}" if error.remedy else error.strerror
+        return {"value": asked, "backend": None, "error": text}
 
 
 def _sentence(text: str) -> str:

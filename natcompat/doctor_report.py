@@ -12,7 +12,7 @@ from natcompat.report import Printer, Words, bad, doubtful, good, quiet
 _WHAT_FOR: Final = {
     "CAP_NET_ADMIN": "to install SAs and policies, and for TUN",
     "CAP_NET_BIND_SERVICE": "to bind port 500; 4500 needs no privilege",
-    "CAP_NET_RAW": "to capture packets; natcompat does not need it",
+    "CAP_NET_RAW": "to send keepalives of SAs where the kernel does not; nothing else needs it",
 }
 
 
@@ -54,7 +54,7 @@ def show(report: dict[str, Any]) -> None:
             ".",
         )
     if requested["error"]:
-        out.line(bad(f"NATCOMPAT_BACKEND={requested['value']} cannot be had: "), requested["error"])
+        out.line(bad(f"NATCOMPAT_BACKEND={requested['value']} cannot be had: "), requested["error"], ".")
     elif requested["value"]:
         out.line(f"NATCOMPAT_BACKEND={requested['value']} takes {requested['backend']} instead.")
     else:
@@ -103,7 +103,7 @@ def show(report: dict[str, Any]) -> None:
     asked = f" (NATCOMPAT_DATAPATH={esp['requested']})" if esp["requested"] else ""
     device = {"tun": "a TUN interface", "queue": "a queue of the program's"}[esp["device"]]
     if esp["datapath"] is None:
-        out.line(bad("None: "), esp["error"])
+        out.line(bad(f"  NATCOMPAT_DATAPATH={esp['requested']} cannot be had: "), esp["error"])
     else:
         out.line(
             "  Packets go by ", Words(esp["datapath"], "bold green"), f"{asked}, inner ones by {device}."

@@ -137,13 +137,22 @@ class Topology:
         program += "from natcompat.namespaces import _populate; _populate(*map(int, sys.argv[2:]))"
         command = [sys.executable, "-c", program, json.dumps(sys.path), str(os.getpid()), *map(str, remote)]
         # a session of its own: Ctrl-C is for the process that made it, which then ends it in order
-        self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
-            command,
-            pass_fds=remote,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        try:
+            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
+                command,
+                pass_fds=remote,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            for channel in (each for pair in pairs for each in pair):
+                channel.close()
+            raise NatCompatError(
+                error.errno or errno.EACCES,
+                f"no process for the namespaces: {sys.executable or 'the interpreter'}: {error.strerror}",
+                "Use an interpreter that this user may run, or leave the namespaces out (--no-nat)",
+            ) from None
         try:
             for _, channel in pairs:
                 channel.close()

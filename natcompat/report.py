@@ -71,9 +71,12 @@ class Printer:
     def line(self, *pieces: str) -> None:
         """Print one line (or paragraph) of text."""
         if self._console is not None:
+            from rich.padding import Padding
             from rich.text import Text
 
-            self._console.print(Text.assemble(*[(str(each), _style(each)) for each in pieces]))
+            text = Text.assemble(*[(str(each), _style(each)) for each in pieces])
+            indent = len(text.plain) - len(text.plain.lstrip())
+            self._console.print(Padding(text[indent:], (0, 0, 0, indent), expand=False))
         else:
             self._write("".join(pieces))
 
@@ -101,9 +104,9 @@ class Printer:
             padding=(0, 1, 0, 0) if any(columns) else (0, 2, 0, 0),
         )
         for index, name in enumerate(columns):
-            # a row is found by its first cell, so that is folded last
-            longest = max((len(row[0]) for row in rows), default=0) if index == 0 else 0
-            table.add_column(name, overflow="fold", min_width=min(longest, 24) or None)
+            # a row is found by its first cell, so that is not folded; Rich loses text beside a min_width
+            short = index == 0 and max((len(row[0]) for row in rows), default=0) <= 24
+            table.add_column(name, overflow="fold", no_wrap=short)
         for row in rows:
             table.add_row(*[Text(cell, style=_style(cell)) for cell in row])
         self._console.print(table)

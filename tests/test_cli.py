@@ -118,3 +118,11 @@ def test_colours_on_a_terminal_only() -> None:
     assert status == 0
     assert "\x1b[" in shown
     assert "\x1b" not in run("doctor").stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the variable is for Linux")
+def test_errors_of_every_command_look_alike() -> None:
+    done = run("sad", env={"NATCOMPAT_IPSEC": "no-such"})
+    assert done.returncode == 1
+    assert done.stderr.startswith("natcompat: there is no mapping of IPsec called 'no-such'")
+    assert done.stderr.endswith("Choose among auto, xfrm, pfkey.\n")

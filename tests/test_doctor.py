@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -233,6 +234,25 @@ def test_a_port_of_somebody_else() -> None:
     assert "'user': 0" in done.stdout
 
 
+@pytest.mark.parametrize("width", [80, 90, 120])
+def test_loses_no_letter_on_a_terminal(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    found = doctor.examine()
+    terminal = Terminal()
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    doctor_report.show(found)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).splitlines()
+    header = next(line for line in lines if line.split()[-1:] == ["why"])
+    text = "".join("".join(line[header.index("why") :].split()) for line in lines)
+    for each in found["backends"]:
+        assert "".join(each["reason"].split()) in text
+
+
 @pytest.mark.parametrize("width", [80, 100, 160])
 def test_fits_on_a_terminal(width: int) -> None:
     status, shown = run_on_terminal("doctor", width=width)
@@ -261,7 +281,10 @@ def test_says_when_no_backend_is_viable(
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("no-such", "NATCOMPAT_BACKEND=no-such cannot be had: there is no backend called 'no-such'"),
+        (
+            "no-such",
+            "NATCOMPAT_BACKEND=no-such cannot be had: there is no backend called 'no-such'. Choose among ",
+        ),
         ("userspace:in-line", "NATCOMPAT_BACKEND=userspace:in-line takes userspace:in-line instead."),
     ],
     ids=["unknown", "viable"],
@@ -340,3 +363,8 @@ def _doctor_while_4500_is_taken() -> str:
         four.bind(("127.0.0.1", 4500))
         six.bind(("::1", 4500))
         return run("doctor").stdout
+
+
+def test_names_a_data_path_that_cannot_be_had() -> None:
+    shown = run("doctor", env={"NATCOMPAT_DATAPATH": "no-such"}).stdout
+    assert "NATCOMPAT_DATAPATH=no-such cannot be had: There is no data path called 'no-such'." in shown

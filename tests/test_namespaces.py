@@ -39,6 +39,14 @@ def topology(nat: str | None = None) -> Topology:
         pytest.skip(f"no network can be made here: {error}")
 
 
+def test_an_interpreter_that_cannot_be_run_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    with pytest.raises(NatCompatError, match="/nonexistent/python: No such file") as caught:
+        Topology()
+    assert caught.value.errno == errno.ENOENT
+    assert "--no-nat" in caught.value.remedy
+
+
 def bound(network: Topology, side: str, version: int, port: int = 0) -> socket.socket:
     namespace, address = {
         "initiator": (network.initiator, INITIATOR),

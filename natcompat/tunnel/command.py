@@ -20,7 +20,7 @@ def _example(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.command("tunnel", short_help="Run a tunnel with manual keys: ESP in UDP, described in a file.")
 @click.argument("file", metavar="FILE.toml", type=click.Path(path_type=Path))
 @click.option("--check", is_flag=True, help="Check the file and its keys, say what it asks for, do nothing.")
-@click.option("--create-state", is_flag=True, help="Make the state file: for keys that were never used.")
+@click.option("--create-state", is_flag=True, help="Make the state file, and run: for keys never used.")
 @click.option(
     "--backend", type=click.Choice(["userspace", "linux"]), help="In place of the one that the file names."
 )
