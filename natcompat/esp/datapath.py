@@ -79,7 +79,7 @@ DataPathFactory: TypeAlias = Callable[
         AssociationDatabase,
         PolicyDatabase,
         Callable[[Association], None],
-        Callable[[PolicyEntry, Flow], None],
+        Callable[[PolicyEntry, Flow], bool],
     ],
     DataPath,
 ]
@@ -94,6 +94,10 @@ class Way(NamedTuple):
     dropped: Dropped
 
 
+_ATTEMPTS: Final = 8
+"""How often a packet looks for its SA while that is moved or replaced."""
+
+
 class PortableDataPath:
     """A `DataPath` that works everywhere."""
 
@@ -102,7 +106,7 @@ class PortableDataPath:
         associations: AssociationDatabase,
         policies: PolicyDatabase,
         report: Callable[[Association], None],
-        acquire: Callable[[PolicyEntry, Flow], None],
+        acquire: Callable[[PolicyEntry, Flow], bool],
     ) -> None:
         self._associations = associations
         self._policies = policies
@@ -216,14 +220,17 @@ class PortableDataPath:
         key = flow_key(inner) if length and length == len(inner) else None
         if key is None:
             return DROPPED[Reason.MALFORMED]
-        for _ in range(2):
+        for _ in range(_ATTEMPTS):
             way = self._ways.get(key) or self._find_way(key)
             association, entry, dropped = way
             if entry is not None:
                 entry.last_used = now
             if association is None:
                 if dropped.reason is Reason.ACQUIRE and entry is not None:
-                    return self._ask(key, entry)
+                    if self._acquire(entry, expand(key)):
+                        self.forget()
+                        continue
+                    return DROPPED[Reason.BYPASS if entry.policy.optional else Reason.ACQUIRE]
                 return dropped
             result = association.seal(inner, now)
             if association.due:
@@ -251,10 +258,6 @@ class PortableDataPath:
         if policy.action is Action.BYPASS:
             return Way(None, entry, DROPPED[Reason.BYPASS])
         return Way(self._associations.outbound_for(entry, flow), entry, DROPPED[Reason.ACQUIRE])
-
-    def _ask(self, key: FlowKey, entry: PolicyEntry) -> Dropped:
-        self._acquire(entry, expand(key))
-        return DROPPED[Reason.BYPASS if entry.policy.optional else Reason.ACQUIRE]
 
 
 def _choose(found: tuple[Inbound, ...], source: Address) -> Inbound:

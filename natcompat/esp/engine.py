@@ -200,14 +200,17 @@ class EspEngine(Control):
                 if each.soft
             ]
 
-    def _acquire(self, entry: PolicyEntry, flow: Flow) -> None:
-        """Tell whoever listens that `flow` needs an SA, not too often for one policy."""
+    def _acquire(self, entry: PolicyEntry, flow: Flow) -> bool:
+        """Tell whoever listens that `flow` needs an SA, not too often for one policy.
+
+        Returns True, and tells nobody, if there is one after all: it was just being moved.
+        """
         policy, now = entry.policy, time.monotonic()
         with self._lock:
-            if not self._listeners or now - entry.acquired < ACQUIRE_INTERVAL:
-                return
             if self._associations.outbound_for(entry, flow) is not None:
-                return  # it was just being moved
+                return True
+            if not self._listeners or now - entry.acquired < ACQUIRE_INTERVAL:
+                return False
             entry.acquired = now
             self._acquires += 1
             sequence = self._acquires
@@ -230,6 +233,7 @@ class EspEngine(Control):
                 sequence=sequence,
             )
         )
+        return False
 
     def _report(self, association: Association) -> None:
         """Act on what is due of `association`. Called without its lock."""

@@ -77,7 +77,7 @@ class NativeDataPath(PortableDataPath):
         associations: AssociationDatabase,
         policies: PolicyDatabase,
         report: Callable[[Association], None],
-        acquire: Callable[[PolicyEntry, Flow], None],
+        acquire: Callable[[PolicyEntry, Flow], bool],
         *,
         provider: str | None = None,
     ) -> None:
