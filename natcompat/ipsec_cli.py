@@ -34,6 +34,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -286,13 +287,24 @@ def table(title: str, lines: list[Row]) -> Any:
 
     if not lines:
         return Text(f"{title}: none in this network namespace")
-    table = Table(title=f"{title}: {len(lines)}", title_justify="left", header_style="bold")
     names = list(dict.fromkeys(name for line in lines for name in line))
-    for name in names:
-        right = name in ("packets", "bytes", "drops", "reqid", "priority", "packets/s", "bytes/s")
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    needed = sum(max(len(str(line.get(name, ""))) for line in [{name: name}, *lines]) + 3 for name in names)
+    stacked = needed >= shutil.get_terminal_size().columns  # two values in a cell, one above the other
+    table = Table(
+        title=f"{title}: {len(lines)}",
+        title_justify="left",
+        header_style="bold",
+        show_lines=stacked,
+        padding=0 if stacked else (0, 1),
+    )
+    groups = (
+        [names[start : start + 2] for start in range(0, len(names), 2)] if stacked else [[n] for n in names]
+    )
+    for group in groups:
+        right = set(group) <= {"packets", "bytes", "drops", "reqid", "priority", "packets/s", "bytes/s"}
+        table.add_column("\n".join(group), justify="right" if right else "left", overflow="fold")
     for line in lines:
-        table.add_row(*(Text(str(line.get(name, ""))) for name in names))
+        table.add_row(*(Text("\n".join(str(line.get(name, "")) for name in group)) for group in groups))
     return table
 
 

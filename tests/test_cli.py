@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 
 import pytest
+from rich.console import Console
 
 import natcompat
+from natcompat import ipsec_cli
 from tests.running import COMMAND, environment, run, run_on_terminal
 
 
@@ -126,3 +129,15 @@ def test_errors_of_every_command_look_alike() -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("natcompat: there is no mapping of IPsec called 'no-such'")
     assert done.stderr.endswith("Choose among auto, xfrm, pfkey.\n")
+
+
+def test_values_stay_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    line = {"SPI": "0x00c0de01", "way": "out", "source": "192.168.100.200", "destination": "203.0.113.200"}
+    line |= {"UDP": "4500-4500", "mode": "tunnel", "transform": "AES_GCM_16 256", "reqid": "16383"}
+    line |= {"packets": "123456", "bytes": "12345678", "drops": "0", "age": "90 s"}
+    console = Console(file=io.StringIO(), width=80, color_system=None)
+    console.print(ipsec_cli.table("SAs", [line]))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    for text in (*line, *line.values()):
+        assert text in shown
