@@ -66,6 +66,10 @@ class BuildDatapath(build_ext):  # type: ignore[misc]
                 each for each in self.distribution.ext_modules or [] if each.name != _SOLARIS
             ]
 
+    def get_source_files(self) -> list[str]:
+        """Return what goes into the source distribution, which is for every system."""
+        return [*super().get_source_files(), "ffi/build_solaris.py"]
+
     def build_extension(self, ext: Extension) -> None:
         """Build the data path, or what Solaris has instead."""
         if ext.name == _SOLARIS:
