@@ -40,7 +40,7 @@ _UDP_HEADER: Final = 8  # what an empty datagram counts in the buffer
 _HIGH_WATER: Final = 64 * 1024
 
 
-# --- the warning ---------------------------------------------------------------------------------
+# --- the objection -------------------------------------------------------------------------------
 
 _own_use: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "natcompat's own use of a loop", default=False
@@ -48,35 +48,39 @@ _own_use: contextvars.ContextVar[bool] = contextvars.ContextVar(
 _warned: weakref.WeakSet[NatTEndpoint] = weakref.WeakSet()
 
 
-def warn_of_bypassing_loop(sock: socket.socket) -> None:
-    """Warn if the running event loop reads the descriptor of `sock` behind Python's back.
+def object_to_bypassing_loop(sock: socket.socket) -> None:
+    """Refuse or warn if the running event loop reads the descriptor of `sock` behind Python's back.
 
     Called for a socket that gets the option, which a transport may be reading already, and once more
-    when an endpoint's socket becomes non-blocking, as these loops' transports make it.
+    when an endpoint's socket becomes non-blocking, as these loops' transports make it. The Proactor
+    of Windows reads whatever non-blocking socket it is given: EOPNOTSUPP. Of uvloop's there may be
+    others, so it is a RuntimeWarning.
     """
     loop = asyncio._get_running_loop()
     if loop is None or _own_use.get():
         return
-    modules = {cls.__module__.partition(".")[0] for cls in type(loop).__mro__}
-    proactor = any(cls.__module__ == "asyncio.proactor_events" for cls in type(loop).__mro__)
-    if "uvloop" not in modules and not proactor:
-        return
+    problem = (
+        f"datagram transports of {type(loop).__module__}.{type(loop).__name__} read the descriptor without "
+        "this socket object, so that the application would see keepalives, ESP and the non-ESP marker"
+    )
+    remedy = "use natcompat.aio.create_nat_t_endpoint() instead of create_datagram_endpoint()"
     endpoint = get_nat_t_endpoint(sock)
+    if any(cls.__module__ == "asyncio.proactor_events" for cls in type(loop).__mro__):
+        if endpoint is not None or sock.gettimeout() == 0:
+            raise NatCompatError(
+                errno.EOPNOTSUPP, problem, f"{remedy[0].upper()}{remedy[1:]}, or a SelectorEventLoop"
+            )
+        return
+    if "uvloop" not in {cls.__module__.partition(".")[0] for cls in type(loop).__mro__}:
+        return
     if endpoint is None:
-        # uvloop's transports take a reference, as makefile() does; the Proactor's leave no other trace
-        if not (sock.gettimeout() == 0 if proactor else getattr(sock, "_io_refs", 0)):
+        if not getattr(sock, "_io_refs", 0):  # its transports take a reference, as makefile() does
             return
     elif endpoint in _warned:
         return
     else:
         _warned.add(endpoint)
-    warnings.warn(
-        f"datagram transports of {type(loop).__module__}.{type(loop).__name__} read the descriptor without "
-        "this socket object, so that the application would see keepalives, ESP and the non-ESP marker: "
-        "use natcompat.aio.create_nat_t_endpoint() instead of create_datagram_endpoint()",
-        RuntimeWarning,
-        stacklevel=_stacklevel_of_application(),
-    )
+    warnings.warn(f"{problem}: {remedy}", RuntimeWarning, stacklevel=_stacklevel_of_application())
 
 
 def _stacklevel_of_application() -> int:

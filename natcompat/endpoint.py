@@ -487,7 +487,8 @@ def set_nat_t_endpoint(
         It is no socket, or one that cannot be served: the message names the way.
     NatCompatError
         EBADF: it is closed; ENOPROTOOPT: it is no UDP socket; EAFNOSUPPORT: it is not of the Internet
-        families; EOPNOTSUPP: UDP_CORK or UDP_SEGMENT is set.
+        families; EOPNOTSUPP: UDP_CORK or UDP_SEGMENT is set, or the
+        running loop is the Proactor of Windows and would read the socket itself.
     BackendUnavailableError
         ENOTSUP, EINVAL: the backend that was asked for does not work here or is unknown.
 
@@ -507,7 +508,7 @@ def set_nat_t_endpoint(
     if existing is not None:
         existing._set_again(None if backend is None else backends.select(backend), esp)
         return existing
-    _warn_of_bypass(sock)
+    _object_to_bypass(sock)
     return NatTEndpoint(sock, root, backends.select(backend, hands_over_esp=esp is not None), esp)
 
 
@@ -567,11 +568,11 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _warn_of_bypass(sock: socket.socket) -> None:
+def _object_to_bypass(sock: socket.socket) -> None:
     if "asyncio" in sys.modules:
-        from natcompat.aio import warn_of_bypassing_loop
+        from natcompat.aio import object_to_bypassing_loop
 
-        warn_of_bypassing_loop(sock)
+        object_to_bypassing_loop(sock)
 
 
 def _arrive(

@@ -255,15 +255,15 @@ class NatTSocket(_Socket):
         half.root._real_close(self, *arguments)  # type: ignore[attr-defined]
 
     def setblocking(self, flag: bool, /) -> None:
-        """Set the blocking mode; warns where a loop, which comes next, would bypass this object."""
+        """Set the blocking mode; objects where a loop, which comes next, would bypass this object."""
         half = half_of(self)
         if half is None:
             root_of(self).setblocking(self, flag)
             return
         if not flag and "asyncio" in sys.modules:
-            from natcompat.aio import warn_of_bypassing_loop
+            from natcompat.aio import object_to_bypassing_loop
 
-            warn_of_bypassing_loop(self)
+            object_to_bypassing_loop(self)
         half.root.setblocking(self, flag)
 
     def __reduce__(self) -> tuple[Any, ...]:

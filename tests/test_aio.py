@@ -28,6 +28,7 @@ import natcompat  # noqa: E402
 from natcompat import NAT_KEEPALIVE, NON_ESP_MARKER, get_nat_t_endpoint, set_nat_t_endpoint  # noqa: E402
 from natcompat.aio import AsyncNatTSocket, create_nat_t_endpoint, open_nat_t_endpoint  # noqa: E402
 from natcompat.contract import OUTBOUND_TABLE, TABLE  # noqa: E402
+from natcompat.errors import NatCompatError  # noqa: E402
 from natcompat.system import in_trio_task  # noqa: E402
 
 PATIENCE = 10.0
@@ -219,7 +220,7 @@ class TestSelectorLoopOfAsyncio:
 class TestWarning:
     """A loop that bypasses the socket object is warned of, with the way out, at the application's line."""
 
-    @pytest.fixture(params=["uvloop", "model of the Proactor"])
+    @pytest.fixture(params=["uvloop"])
     def new_loop(self, request: pytest.FixtureRequest) -> Callable[[], asyncio.AbstractEventLoop]:
         return LOOPS[request.param]
 
@@ -302,6 +303,52 @@ class TestWarning:
             transport.close()
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(main())
+
+
+class TestRefusal:
+    """The Proactor of Windows is refused, with the way out; nothing has changed."""
+
+    def test_transport_after_the_option(self, new_socket: NewSocket) -> None:
+        sock = new_socket()
+        set_nat_t_endpoint(sock)
+
+        async def main() -> None:
+            loop = asyncio.get_running_loop()
+            with pytest.raises(NatCompatError, match=r"ProactorModel") as caught:
+                await loop.create_datagram_endpoint(Receiver, sock=sock)
+            assert caught.value.errno == errno.EOPNOTSUPP
+            assert "create_nat_t_endpoint()" in caught.value.remedy
+            assert sock.gettimeout() != 0
+            assert get_nat_t_endpoint(sock) is not None
+            transport, _ = await create_nat_t_endpoint(Receiver, sock)
+            transport.close()
+
+        with asyncio.Runner(loop_factory=ProactorModel) as runner:
+            runner.run(main())
+
+    def test_option_after_the_transport(self, new_socket: NewSocket) -> None:
+        async def main() -> None:
+            sock = new_socket()
+            transport, _ = await asyncio.get_running_loop().create_datagram_endpoint(Receiver, sock=sock)
+            with pytest.raises(NatCompatError, match=r"ProactorModel") as caught:
+                set_nat_t_endpoint(sock)
+            assert caught.value.errno == errno.EOPNOTSUPP
+            assert get_nat_t_endpoint(sock) is None
+            transport.close()
+
+        with asyncio.Runner(loop_factory=ProactorModel) as runner:
+            runner.run(main())
+
+    def test_not_for_natcompat_itself_nor_for_blocking_sockets(self, new_socket: NewSocket) -> None:
+        async def main() -> None:
+            transport, _ = await create_nat_t_endpoint(Receiver, new_socket())
+            transport.close()
+            sock = new_socket()
+            set_nat_t_endpoint(sock)
+            sock.settimeout(5)
+
+        with asyncio.Runner(loop_factory=ProactorModel) as runner:
             runner.run(main())
 
 
