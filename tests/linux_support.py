@@ -186,6 +186,9 @@ def alone_on_port(sock: socket.socket) -> bool:
 @contextmanager
 def nothing_left() -> Iterator[None]:
     """Assert that what is done inside leaves no descriptor and no thread behind."""
+    # pyroute2 0.9.1 opens sockets when it is imported, and keeps them
+    import natcompat.esp.rtnetlink  # noqa: F401
+
     before = descriptors(), set(threading.enumerate())
     yield
     assert (descriptors(), set(threading.enumerate())) == before
