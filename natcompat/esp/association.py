@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from abc import abstractmethod
 from collections.abc import Iterator
 from ipaddress import IPv6Address, ip_address
 from struct import Struct
@@ -91,9 +92,9 @@ class PortableAssociation(Association):
             self._set_limits()
             self._placed()
 
+    @abstractmethod
     def _placed(self) -> None:
         """Forget what was derived from the old place. The lock is held."""
-        raise NotImplementedError
 
     def _set_limits(self) -> None:
         """Set the limits that come next: the soft ones, or when they are behind the hard ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Final, TypeAlias
 
 from natcompat.esp.results import Destination, Dropped
@@ -31,7 +32,7 @@ def link_of(item: SecurityAssociation | Policy) -> Link:
     return item.mode, item.reqid, None, None
 
 
-class Association:
+class Association(ABC):
     """What both directions have in common. Any thread may call it."""
 
     __slots__ = ("_link", "encapsulation", "sa")
@@ -48,19 +49,19 @@ class Association:
         return self._link or link_of(self.sa)  # not kept: it weighs something
 
     @property
+    @abstractmethod
     def due(self) -> int:
         """What the engine should see to: SOFT, HARD, MOVED."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def gone(self) -> bool:
         """Whether this SA is over."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def soft(self) -> bool:
         """Whether it has reached a soft limit."""
-        raise NotImplementedError
 
     def place(self, sa: SecurityAssociation, link: Link) -> None:
         """Take the addresses and ports of `sa`, which is otherwise what it was."""
@@ -70,21 +71,21 @@ class Association:
         self.encapsulation = sa.encapsulation
         self._link = None if link == link_of(sa) else link
 
+    @abstractmethod
     def expire(self, *, hard: bool) -> None:
         """Note that a limit is reached; at the hard one this SA is over."""
-        raise NotImplementedError
 
+    @abstractmethod
     def take_due(self) -> tuple[int, Address]:
         """Return what is due and, with MOVED, the new (address, port); leave nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def retire(self) -> None:
         """End this SA."""
-        raise NotImplementedError
 
+    @abstractmethod
     def usage(self) -> Usage:
         """Return the counters."""
-        raise NotImplementedError
 
 
 class Inbound(Association):
@@ -92,11 +93,11 @@ class Inbound(Association):
 
     __slots__ = ()
 
+    @abstractmethod
     def open(
         self, packet: bytes, low: int, source: Address, traffic_class: int, now: float
     ) -> bytes | Dropped:
         """Return the inner packet. `low`: the sequence number that `packet` shows; it has 8 bytes or more."""
-        raise NotImplementedError
 
 
 class Outbound(Association):
@@ -104,21 +105,21 @@ class Outbound(Association):
 
     __slots__ = ()
 
+    @abstractmethod
     def draw_ivs(self, counter: Any) -> None:
         """Take IVs from what the data path made to count; called before the first packet."""
-        raise NotImplementedError
 
+    @abstractmethod
     def permit(self, number: int) -> None:
         """Allow sequence numbers up to `number`; what is allowed already stays so."""
-        raise NotImplementedError
 
+    @abstractmethod
     def seal(self, inner: bytes, now: float) -> tuple[bytes, Destination] | Dropped:
         """Return the ESP packet that carries `inner`, an IP packet whose lengths are right."""
-        raise NotImplementedError
 
+    @abstractmethod
     def seal_dummy(self, length: int, now: float) -> tuple[bytes, Destination] | Dropped:
         """Return a dummy packet with `length` bytes of payload (RFC 4303, 2.6)."""
-        raise NotImplementedError
 
     def destination(self, traffic_class: int, dont_fragment: bool) -> Destination:
         """Return where packets with these outer fields go."""
