@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ipaddress import IPv6Address, ip_address
 from struct import Struct
 from typing import Final
@@ -105,17 +105,21 @@ class PortableAssociation(Association):
             octets = min(octets, lifetime.soft_bytes or UNLIMITED)
         self.next_packets, self.next_bytes = packets, octets
 
-    def _use(self, octets: int, now: float) -> None:
-        """Count a packet, and note the limits that it reaches."""
-        self.packets += 1
+    def _ample(self, packets: int, octets: int) -> bool:
+        """Tell whether so much more reaches no limit."""
+        return self.packets + packets < self.next_packets and self.octets + octets < self.next_bytes
+
+    def _use(self, packets: int, octets: int, now: float) -> None:
+        """Count packets, and note the limits that they reach."""
+        self.packets += packets
         self.octets += octets
         self.last_used = now
         if self.first_used is None:
             self.first_used = now
         if self.packets >= self.next_packets or self.octets >= self.next_bytes:
             lifetime = self.sa.lifetime
-            packets, octets = lifetime.hard_packets or UNLIMITED, lifetime.hard_bytes or UNLIMITED
-            self._expire(hard=self.packets >= packets or self.octets >= octets)
+            most, largest = lifetime.hard_packets or UNLIMITED, lifetime.hard_bytes or UNLIMITED
+            self._expire(hard=self.packets >= most or self.octets >= largest)
 
     def expire(self, *, hard: bool) -> None:
         """Note that a limit is reached; at the hard one this SA is over."""
@@ -184,44 +188,61 @@ class PortableInbound(PortableAssociation, Inbound):
         """The highest sequence number received."""
         return self.window.top
 
-    def open(
-        self, packet: bytes, low: int, source: Address, traffic_class: int, now: float
-    ) -> bytes | Dropped:
-        """Return the inner packet. `low`: the sequence number that `packet` shows; it has 8 bytes or more."""
+    def open_run(
+        self, run: Sequence[bytes], source: Address, traffic_class: int, now: float
+    ) -> list[bytes | Dropped]:
+        """Return the inner packets of `run`; near a limit, of its first packet alone."""
+        results: list[bytes | Dropped] = []
+        put = results.append
         with self.lock:
             if self.gone:
-                return DROPPED[Reason.NO_SA]
-            window, sequence, high = self.window, low, b""
-            if self._esn:
-                sequence = window.infer(low)
-                high = (sequence >> 32 & 0xFFFF_FFFF).to_bytes(4)
-            newest = sequence > window.top
-            if not newest:
-                reason = window.check(sequence)
-                if reason is not None:
-                    return self._refuse(reason)
-            length = len(packet) - self._fixed
-            if length < 2 or length & self._remainder:
-                return self._refuse_length(length)
-            plaintext = self.cipher.open(packet, high)
-            if plaintext is None:
-                self.integrity_drops += 1
-                return DROPPED[Reason.INTEGRITY]
+                return [DROPPED[Reason.NO_SA]]
+            if not self._ample(len(run), sum(map(len, run))):
+                run = run[:1]
+            window, esn, high = self.window, self._esn, b""
+            used = octets = 0
+            # one loop, not a function per packet: calls are what a packet costs most
+            for packet in run:
+                _, sequence = _HEADER.unpack_from(packet)
+                if esn:
+                    sequence = window.infer(sequence)
+                    high = (sequence >> 32 & 0xFFFF_FFFF).to_bytes(4)
+                newest = sequence > window.top
+                if not newest:
+                    reason = window.check(sequence)
+                    if reason is not None:
+                        put(self._refuse(reason))
+                        continue
+                length = len(packet) - self._fixed
+                if length < 2 or length & self._remainder:
+                    put(self._refuse_length(length))
+                    continue
+                plaintext = self.cipher.open(packet, high)
+                if plaintext is None:
+                    self.integrity_drops += 1
+                    put(DROPPED[Reason.INTEGRITY])
+                    continue
 
-            # authentic from here on
-            window.commit(sequence)
-            if newest and source != self._home:
-                self._notice(source)
-            length = packets.payload_length(plaintext)
-            self._use(length if length > 0 else 0, now)
-        if length < 0:
-            return DROPPED[Reason.PADDING]
-        next_header = plaintext[-1]
-        if next_header == packets.DUMMY:
-            return DROPPED[Reason.DUMMY]
-        if self._tunnel:
-            return self._leave_tunnel(plaintext[:length], next_header, traffic_class)
-        return self._leave_transport(plaintext[:length], next_header, traffic_class)
+                # authentic from here on
+                window.commit(sequence)
+                if newest and source != self._home:
+                    self._notice(source)
+                used += 1
+                length = packets.payload_length(plaintext)
+                if length < 0:
+                    put(DROPPED[Reason.PADDING])
+                    continue
+                octets += length
+                next_header = plaintext[-1]
+                if next_header == packets.DUMMY:
+                    put(DROPPED[Reason.DUMMY])
+                elif self._tunnel:
+                    put(self._leave_tunnel(plaintext[:length], next_header, traffic_class))
+                else:
+                    put(self._leave_transport(plaintext[:length], next_header, traffic_class))
+            if used:
+                self._use(used, octets, now)
+        return results
 
     def _refuse(self, reason: Reason) -> Dropped:
         if reason is Reason.REPLAYED:
@@ -309,62 +330,80 @@ class PortableOutbound(PortableAssociation, Outbound):
         with self.lock:
             self.permitted = max(self.permitted, min(number, self._last))
 
-    def seal(self, inner: bytes, now: float) -> tuple[bytes, Destination] | Dropped:
-        """Return the ESP packet that carries `inner`, an IP packet whose lengths are right."""
+    def seal_run(self, run: Sequence[bytes], now: float) -> list[tuple[bytes, Destination] | Dropped]:
+        """Return the ESP packets for `run`; near a limit, for its first packet alone."""
+        first, payloads, left_out = run[0], run, 0
         if self._tunnel:
-            payload, next_header = inner, packets.IPV4 if inner[0] >> 4 == 4 else packets.IPV6
+            next_header = packets.IPV4 if first[0] >> 4 == 4 else packets.IPV6
         else:
-            split = packets.split_for_transport(inner)
+            split = packets.split_for_transport(first)
             if isinstance(split, Reason):
-                return DROPPED[split]
+                return [DROPPED[split]]
             next_header, payload = split
-        octets = len(payload)
-        if octets < self.sa.tfc:
-            payload = payload.ljust(self.sa.tfc, b"\0")
+            left_out = len(first) - len(payload)
+            payloads = [each[left_out:] for each in run]
+        octets = sum(map(len, payloads))
+        if self.sa.tfc:
+            payloads = [each.ljust(self.sa.tfc, b"\0") for each in payloads]
         with self.lock:
             if self.gone:
-                return DROPPED[Reason.NO_SA]
-            sealed = self._seal(payload, next_header)
-            if isinstance(sealed, Dropped):
-                return sealed
-            self._use(octets, now)
-            return sealed, self._destination_of(inner)
+                return [DROPPED[Reason.NO_SA]]
+            many = len(run)
+            if not self._ample(many, octets) or self._refusal(many, max(map(len, payloads))) is not None:
+                payloads, octets = payloads[:1], len(first) - left_out
+                dropped = self._refused(len(payloads[0]))
+                if dropped is not None:
+                    return [dropped]
+            destination = self._destination_of(first)
+            sealed = self._seal(payloads, next_header)
+            self._use(len(payloads), octets, now)
+        return [(each, destination) for each in sealed]
 
     def seal_dummy(self, length: int, now: float) -> tuple[bytes, Destination] | Dropped:
         """Return a dummy packet with `length` bytes of payload (RFC 4303, 2.6)."""
         with self.lock:
             if self.gone:
                 return DROPPED[Reason.NO_SA]
-            sealed = self._seal(os.urandom(length), packets.DUMMY)
-            if isinstance(sealed, Dropped):
-                return sealed
-            self._use(length, now)
+            dropped = self._refused(length)
+            if dropped is not None:
+                return dropped
+            (sealed,) = self._seal([os.urandom(length)], packets.DUMMY)
+            self._use(1, length, now)
             return sealed, self.destination(0, False)
 
-    def _seal(self, payload: bytes, next_header: int) -> bytes | Dropped:
-        cipher = self.cipher
-        block = cipher.block_length if cipher.block_length > 4 else 4
-        pad = -(len(payload) + 2) % block
-        if len(payload) + 2 + pad + self._fixed > _LARGEST_UDP[self.sa.destination.version]:
-            return DROPPED[Reason.TOO_BIG]
-        sequence = self.highest + 1
-        if sequence > self.permitted:
-            if sequence <= self._last:
-                return DROPPED[Reason.UNRESERVED]
+    def _refusal(self, count: int, longest: int) -> Reason | None:
+        """Return why `count` packets with payloads of up to `longest` bytes cannot be sealed."""
+        pad = -(longest + 2) % max(self.cipher.block_length, 4)
+        if longest + 2 + pad + self._fixed > _LARGEST_UDP[self.sa.destination.version]:
+            return Reason.TOO_BIG
+        if self.highest + count <= self.permitted:
+            return None
+        return Reason.UNRESERVED if self.highest + count <= self._last else Reason.SEQUENCE
+
+    def _refused(self, length: int) -> Dropped | None:
+        """Return why not even one packet can be sealed; without a number left the SA is over."""
+        reason = self._refusal(1, length)
+        if reason is Reason.SEQUENCE:
             self._expire(hard=True)
-            return DROPPED[Reason.SEQUENCE]
-        self.highest = sequence  # from here on it is used, whatever happens
-        high = b""
-        if self._esn:
-            high = (sequence >> 32).to_bytes(4)
-            sequence &= 0xFFFF_FFFF
-        if self.ivs is not None:
-            prefix = _HEADER_AND_IV.pack(self.sa.spi, sequence, next(self.ivs) & _IV_MASK)
-        else:
-            prefix = _HEADER.pack(self.sa.spi, sequence)
-            if cipher.iv_length:
-                prefix += os.urandom(cipher.iv_length)
-        return cipher.seal(prefix, payload + packets.trailers(next_header)[pad], high)
+        return None if reason is None else DROPPED[reason]
+
+    def _seal(self, payloads: Sequence[bytes], next_header: int) -> list[bytes]:
+        cipher, ivs, spi = self.cipher, self.ivs, self.sa.spi
+        trailers, mask = packets.trailers(next_header), max(cipher.block_length, 4) - 1
+        sequence, high = self.highest, b""
+        self.highest += len(payloads)  # from here on they are used, whatever happens
+        sealed: list[bytes] = []
+        for payload in payloads:
+            sequence += 1
+            low = sequence & 0xFFFF_FFFF
+            if self._esn:
+                high = (sequence >> 32).to_bytes(4)
+            if ivs is not None:
+                prefix = _HEADER_AND_IV.pack(spi, low, next(ivs) & _IV_MASK)
+            else:
+                prefix = _HEADER.pack(spi, low) + os.urandom(cipher.iv_length)
+            sealed.append(cipher.seal(prefix, payload + trailers[-(len(payload) + 2) & mask], high))
+        return sealed
 
     def _destination_of(self, inner: bytes) -> Destination:
         """Return where the packet goes, and its outer DSCP, ECN and DF (RFC 4301, 5.1.2; RFC 6040, 4.1)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 from natcompat.esp.results import Destination, Dropped
@@ -94,10 +95,13 @@ class Inbound(Association):
     __slots__ = ()
 
     @abstractmethod
-    def open(
-        self, packet: bytes, low: int, source: Address, traffic_class: int, now: float
-    ) -> bytes | Dropped:
-        """Return the inner packet. `low`: the sequence number that `packet` shows; it has 8 bytes or more."""
+    def open_run(
+        self, run: Sequence[bytes], source: Address, traffic_class: int, now: float
+    ) -> list[bytes | Dropped]:
+        """Return the inner packets of `run`, of one at the least; who wants the others asks again.
+
+        All have 8 bytes or more, and came from one source with one traffic class.
+        """
 
 
 class Outbound(Association):
@@ -114,8 +118,11 @@ class Outbound(Association):
         """Allow sequence numbers up to `number`; what is allowed already stays so."""
 
     @abstractmethod
-    def seal(self, inner: bytes, now: float) -> tuple[bytes, Destination] | Dropped:
-        """Return the ESP packet that carries `inner`, an IP packet whose lengths are right."""
+    def seal_run(self, run: Sequence[bytes], now: float) -> list[tuple[bytes, Destination] | Dropped]:
+        """Return the ESP packets for `run`, for one at the least; who wants the others asks again.
+
+        `run` is one of those that `natcompat.esp.packet.runs` cuts: IP packets whose lengths are right.
+        """
 
     @abstractmethod
     def seal_dummy(self, length: int, now: float) -> tuple[bytes, Destination] | Dropped:

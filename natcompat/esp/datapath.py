@@ -11,19 +11,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import ip_address
-from itertools import count, repeat
-from struct import Struct
+from itertools import count, groupby, repeat
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 from natcompat.esp.association import PortableInbound, PortableOutbound
 from natcompat.esp.base import Address, Association, Inbound, Link, Outbound
 from natcompat.esp.crypto import HEADER_LENGTH
 from natcompat.esp.databases import AssociationDatabase, PolicyDatabase, PolicyEntry, allows
-from natcompat.esp.packet import Flow, FlowKey, expand, flow_key, inner_length
+from natcompat.esp.packet import Flow, FlowKey, expand, runs
 from natcompat.esp.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
 from natcompat.ipsec import Action, Direction, SecurityAssociation
 
-_HEADER: Final = Struct("!II")
 MOST_FLOWS: Final = 16384
 """Flows whose way is remembered; more, and it is found again."""
 
@@ -150,44 +148,62 @@ class PortableDataPath:
     ) -> list[Opened | Dropped]:
         """Return what each ESP packet of `burst` holds, in order."""
         now = time.time()
-        inbound = self._associations.inbound
         results: list[Opened | Dropped] = []
-        put = results.append
+        run: list[bytes] = []
+        spi, origin, outer = b"", (), 0
         classes: Iterable[int] = repeat(0) if traffic_classes is None else traffic_classes
-        # one loop, not a function per packet: calls are what a packet costs most
-        for (packet, source), traffic_class in zip(burst, classes, strict=traffic_classes is not None):
-            if len(packet) < HEADER_LENGTH:
-                put(DROPPED[Reason.SHORT])
-                continue
-            if not isinstance(packet, bytes):
-                packet = bytes(packet)  # cheaper than the views that would be cut from it
-            spi, low = _HEADER.unpack_from(packet)
-            found = inbound.get(spi)
-            if found is None:
-                put(DROPPED[Reason.NO_SA])
-                continue
-            association = found[0] if len(found) == 1 else _choose(found, source)
-            inner = association.open(packet, low, source, traffic_class, now)
-            if association.due:
-                self._report(association)
-            if isinstance(inner, Dropped):
-                put(inner)
-                continue
-            key = flow_key(inner)
-            if key is None:
-                put(DROPPED[Reason.MALFORMED])
-                continue
-            admitted = self._admitted.get(key)
-            if admitted is None or admitted[0] is not association:
-                admitted = self._admit(association, key)
-                if admitted is None:
-                    put(DROPPED[Reason.SELECTOR])
+        for (each, source), traffic_class in zip(burst, classes, strict=traffic_classes is not None):
+            packet = each if isinstance(each, bytes) else bytes(each)
+            short = len(packet) < HEADER_LENGTH
+            if short or packet[:4] != spi or source != origin or traffic_class != outer:
+                self._open_run(run, origin, outer, now, results)
+                run = []
+                if short:
+                    results.append(DROPPED[Reason.SHORT])
                     continue
-            if admitted[1] is not None:
-                admitted[1].last_used = now
-            put(_new(Opened, (inner, association.sa)))
+                spi, origin, outer = packet[:4], source, traffic_class
+            run.append(packet)
+        self._open_run(run, origin, outer, now, results)
         self.count(results)
         return results
+
+    def _open_run(
+        self, run: list[bytes], source: Address, traffic_class: int, now: float, to: list[Opened | Dropped]
+    ) -> None:
+        """Open packets with one SPI, from one source, with one traffic class."""
+        while run:
+            found = self._associations.inbound.get(int.from_bytes(run[0][:4]))
+            if found is None:
+                to += [DROPPED[Reason.NO_SA]] * len(run)
+                return
+            association = found[0] if len(found) == 1 else _choose(found, source)
+            opened = association.open_run(run, source, traffic_class, now)
+            if association.due:
+                self._report(association)
+            for kind, results in groupby(opened, type):
+                if kind is Dropped:
+                    to.extend(results)  # type: ignore[arg-type]
+                    continue
+                for key, inner in runs(results):  # type: ignore[arg-type]
+                    dropped = self._enter(association, key, now)
+                    if dropped is None:
+                        to += [_new(Opened, (each, association.sa)) for each in inner]
+                    else:
+                        to += [dropped] * len(inner)
+            run = run[len(opened) :]
+
+    def _enter(self, association: Inbound, key: FlowKey | None, now: float) -> Dropped | None:
+        """Return why a flow that `association` brought may not enter."""
+        if key is None:
+            return DROPPED[Reason.MALFORMED]
+        admitted: tuple[Inbound, PolicyEntry | None] | None = self._admitted.get(key)
+        if admitted is None or admitted[0] is not association:
+            admitted = self._admit(association, key)
+            if admitted is None:
+                return DROPPED[Reason.SELECTOR]
+        if admitted[1] is not None:
+            admitted[1].last_used = now
+        return None
 
     def _admit(self, association: Inbound, key: FlowKey) -> tuple[Inbound, PolicyEntry | None] | None:
         """Return the SA and the policy that let the flow in, or None: it came by the wrong SA."""
@@ -210,19 +226,21 @@ class PortableDataPath:
     def seal_burst(self, burst: Iterable[Packet]) -> list[Sealed | Dropped]:
         """Return the ESP packet for each inner packet of `burst`, in order."""
         now = time.time()
-        results = [self._seal(packet, now) for packet in burst]
+        results: list[Sealed | Dropped] = []
+        for key, run in runs(burst):
+            while run:
+                sealed = self._seal_run(key, run, now)
+                results += sealed
+                run = run[len(sealed) :]
         self.count(results)
         return results
 
-    def _seal(self, packet: Packet, now: float) -> Sealed | Dropped:
-        inner = packet if isinstance(packet, bytes) else bytes(packet)
-        length = inner_length(inner)
-        key = flow_key(inner) if length and length == len(inner) else None
+    def _seal_run(self, key: FlowKey | None, run: list[bytes], now: float) -> list[Sealed | Dropped]:
+        """Seal packets of one flow, one at the least."""
         if key is None:
-            return DROPPED[Reason.MALFORMED]
+            return [DROPPED[Reason.MALFORMED]] * len(run)
         for _ in range(_ATTEMPTS):
-            way = self._ways.get(key) or self._find_way(key)
-            association, entry, dropped = way
+            association, entry, dropped = self._ways.get(key) or self._find_way(key)
             if entry is not None:
                 entry.last_used = now
             if association is None:
@@ -230,15 +248,15 @@ class PortableDataPath:
                     if self._acquire(entry, expand(key)):
                         self.forget()
                         continue
-                    return DROPPED[Reason.BYPASS if entry.policy.optional else Reason.ACQUIRE]
-                return dropped
-            result = association.seal(inner, now)
+                    dropped = DROPPED[Reason.BYPASS if entry.policy.optional else Reason.ACQUIRE]
+                return [dropped] * len(run)
+            sealed = association.seal_run(run, now)
             if association.due:
                 self._report(association)
-            if not isinstance(result, Dropped) or result.reason is not Reason.NO_SA:
-                return result
+            if sealed[0] is not DROPPED[Reason.NO_SA]:
+                return sealed
             self.forget()  # the SA ended while we held it
-        return DROPPED[Reason.ACQUIRE]
+        return [DROPPED[Reason.ACQUIRE]]
 
     def _find_way(self, key: FlowKey) -> Way:
         ways = self._ways

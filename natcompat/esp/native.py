@@ -29,7 +29,7 @@ from natcompat.esp.native_association import (
     endpoint_of,
     unzeroed,
 )
-from natcompat.esp.packet import Flow, FlowKey, expand, flow_key
+from natcompat.esp.packet import Flow, FlowKey, expand, flow_key, runs
 from natcompat.esp.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
 from natcompat.ipsec import Encr, Integ, Mode, SecurityAssociation
 
@@ -374,9 +374,10 @@ class NativeDataPath(PortableDataPath):
         return results
 
     def _seal_alone(self, packet: Packet, now: float) -> Sealed | Dropped:
-        mine = self._seal(packet, now)
-        self.count([mine])
-        return mine
+        ((key, run),) = runs([packet])
+        mine = self._seal_run(key, run, now)
+        self.count(mine)
+        return mine[0]
 
     def _destination(self, key: tuple[int, int, int]) -> Destination | None:
         serial, traffic_class, dont_fragment = key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from struct import Struct, error
 from typing import Any, Final
@@ -139,17 +139,17 @@ class NativeInbound(NativeAssociation, Inbound):
 
     __slots__ = ()
 
-    def open(
-        self, packet: bytes, low: int, source: Address, traffic_class: int, now: float
-    ) -> bytes | Dropped:
-        """Return the inner packet: what a burst does, for one."""
-        buffer = bytearray(packet)
+    def open_run(
+        self, run: Sequence[bytes], source: Address, traffic_class: int, now: float
+    ) -> list[bytes | Dropped]:
+        """Return the inner packet of the first of `run`: what a burst does, for one."""
+        buffer = bytearray(run[0])
         one = ffi.new("struct esp_packet *")
         one.data, one.length, one.room = ffi.from_buffer(buffer), len(buffer), len(buffer)
         one.traffic_class = traffic_class
         ffi.memmove(ffi.addressof(one.peer), endpoint_of(source), ENDPOINT.size)
         result = lib.esp_sa_open(self._state, one, now)
-        return RESULTS[result] if result else bytes(ffi.buffer(one.data, one.length))
+        return [RESULTS[result] if result else bytes(ffi.buffer(one.data, one.length))]
 
 
 class NativeOutbound(NativeAssociation, Outbound):
@@ -166,9 +166,9 @@ class NativeOutbound(NativeAssociation, Outbound):
         """Allow sequence numbers up to `number`."""
         lib.esp_sa_permit(self._state, min(number, UNLIMITED - 1))
 
-    def seal(self, inner: bytes, now: float) -> tuple[bytes, Destination] | Dropped:
-        """Return the ESP packet that carries `inner`: what a burst does, for one."""
-        return self._seal(lib.esp_sa_seal, inner, now)
+    def seal_run(self, run: Sequence[bytes], now: float) -> list[tuple[bytes, Destination] | Dropped]:
+        """Return the ESP packet for the first of `run`: what a burst does, for one."""
+        return [self._seal(lib.esp_sa_seal, run[0], now)]
 
     def seal_dummy(self, length: int, now: float) -> tuple[bytes, Destination] | Dropped:
         """Return a dummy packet with `length` bytes of payload."""

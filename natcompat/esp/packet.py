@@ -6,10 +6,12 @@ Sources: RFC 4303 (2.4 to 2.7), RFC 4301 (5.1.2), RFC 6040, RFC 3948 (3.1.2), RF
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Iterator
 from ipaddress import IPv4Address, IPv6Address
+from struct import Struct
 from typing import Final, NamedTuple, TypeAlias
 
-from natcompat.esp.results import Reason
+from natcompat.esp.results import Packet, Reason
 from natcompat.ipsec import IPAddress, TrafficSelector
 
 IPV4, IPV6, DUMMY = 4, 41, 59
@@ -84,6 +86,44 @@ def flow_key(packet: bytes) -> FlowKey | None:
     elif first >> 4 == 6 and packet[6] in (_TCP, _UDP) and len(packet) >= 44:
         return packet[6:7] + packet[8:44]
     return flow_of(packet)
+
+
+_IPV4_START: Final = Struct("!BBH2xHxBxx12s")
+"""Version and length, class, total length, flags and fragment offset, protocol; addresses and ports."""
+_IPV6_START: Final = Struct("!IHBx36s")
+"""Version, class and flow label, payload length, next header; addresses and ports."""
+
+
+def runs(packets: Iterable[Packet]) -> Iterator[tuple[FlowKey | None, list[bytes]]]:
+    """Cut `packets` into runs of one flow, with equal `outer_fields`; key None: malformed.
+
+    A packet that looks like the one before it costs a look at its first bytes, no more.
+    """
+    run: list[bytes] = []
+    key: FlowKey | None = None
+    like: tuple[object, ...] | None = None
+    for each in packets:
+        packet = each if isinstance(each, bytes) else bytes(each)
+        size = len(packet)
+        first = packet[0] if size >= 24 else 0
+        if first == 0x45:
+            _, traffic_class, total, fragment, protocol, ends = _IPV4_START.unpack_from(packet)
+            start: tuple[object, ...] = traffic_class, fragment, protocol, ends
+        elif first >> 4 == 6 and size >= 44:
+            word, total, protocol, ends = _IPV6_START.unpack_from(packet)
+            total += 40
+            start = word, protocol, ends
+        else:
+            start, total = (), 0
+        if start != like or total != size:
+            if run:
+                yield key, run
+                run = []
+            key = flow_key(packet) if inner_length(packet) == size > 0 else None
+            like = start if isinstance(key, bytes) else None  # else there is more to look at
+        run.append(packet)
+    if run:
+        yield key, run
 
 
 def expand(key: FlowKey) -> Flow:

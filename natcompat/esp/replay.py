@@ -69,9 +69,11 @@ class ReplayWindow:
         block = sequence >> 3
         if sequence > top:
             fresh = block - (top >> 3)
-            if fresh > mask:
+            if fresh == 1:
+                blocks[block & mask] = 0
+            elif fresh > mask:
                 blocks[:] = bytes(len(blocks))
-            elif fresh:
+            else:
                 for each in range(block - fresh + 1, block + 1):
                     blocks[each & mask] = 0
             self.top = sequence

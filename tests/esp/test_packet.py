@@ -291,3 +291,39 @@ def test_trailers(payload: bytes, length: int, next_header: int) -> None:
 )
 def test_bad_padding(plaintext: bytes) -> None:
     assert packets.payload_length(plaintext) == -1
+
+
+def packets_of_few_flows() -> st.SearchStrategy[bytes]:
+    """Packets that are often of the flow of the one before, or look as if they were."""
+    whole = st.builds(
+        lambda version, port, payload, traffic_class: ip_packet(
+            *INNER[version], udp(payload, source_port=port), traffic_class=traffic_class
+        ),
+        st.sampled_from([4, 6]),
+        st.sampled_from([1, 2]),
+        st.binary(max_size=40),
+        st.sampled_from([0, 0, 0, 1]),
+    )
+
+    def changed(packet: bytes, at: int, to: int) -> bytes:
+        return packet[: at % len(packet)] + bytes((to,)) + packet[at % len(packet) + 1 :]
+
+    return st.one_of(whole, whole, st.builds(changed, whole, st.integers(0, 50), st.integers(0, 255)))
+
+
+@given(burst=st.lists(packets_of_few_flows() | st.binary(max_size=50), max_size=20))
+def test_a_run_is_of_one_flow(burst: list[bytes]) -> None:
+    found = list(packets.runs(memoryview(each) for each in burst))
+    assert [packet for _, run in found for packet in run] == burst
+    for key, run in found:
+        for packet in run:
+            sound = len(packet) == packets.inner_length(packet) > 0
+            assert key == (packets.flow_key(packet) if sound else None)
+        if key is not None:
+            assert len({packets.outer_fields(packet) for packet in run}) == 1
+
+
+def test_packets_of_one_flow_are_one_run() -> None:
+    for version in (4, 6):
+        burst = [ip_packet(*INNER[version], udp(bytes(length))) for length in (100, 100, 7, 1300)]
+        assert [run for _, run in packets.runs(burst)] == [burst]
