@@ -918,7 +918,7 @@ def test_a_descriptor_closed_behind_our_back_does_not_spin() -> None:
         group = steering.Steering(sock, Diversion(lambda *_: None, socket.AF_INET))
         os.close(group._engines[0].fileno())
         reader: Any = group._reader
-        clock = time.pthread_getcpuclockid(reader._thread.ident)
+        clock = time.pthread_getcpuclockid(reader._thread._thread.ident)
         peer.sendto(ESP, at(sock))  # wakes the thread if it still waits for it
         start = time.clock_gettime_ns(clock)
         time.sleep(0.1)

@@ -37,9 +37,10 @@ class EspInbound(Protocol):
     `traffic_classes` (default False) asks for the outer TOS or traffic class of each packet: where
     they are known `inbound` gets a list of them, one for each packet, as a second argument.
 
-    `read_sockets(sockets, diversion, read)` is asked who reads the sockets that ESP is steered to: it
-    returns a `SocketReader`, or None and leaves it to `read`, which makes one that takes bursts to
-    `inbound`. It has to hand IKE back that is glued to ESP there. `engines` (default 1): how many sockets.
+    `read_sockets(sockets, diversion, take)` is asked who reads the sockets that ESP is steered to: it
+    returns a `SocketReader`, or None for a thread of their own. `take(socket)` takes a burst from one to
+    `inbound`; who does without it has to hand IKE back that is glued to ESP there. `engines` (default 1):
+    how many sockets.
 
     `attached(outlet)` and `detached(outlet)` tell which endpoints hand their ESP to it, for a
     consumer that sends ESP, too: see `EspOutlet`. `detached` runs in finalizers and takes no lock.

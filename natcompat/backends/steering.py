@@ -8,16 +8,13 @@ Unprivileged; ``reuseport_select_sock()`` in net/core/sock_reuseport.c.
 from __future__ import annotations
 
 import contextlib
-import os
-import select
 import socket
 import struct
-import threading
-from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
 from natcompat import filters
 from natcompat.backends.base import Address, SocketReader
+from natcompat.backends.reading import SocketsOfThread
 from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER
 from natcompat.diversion import Diversion, HandBack
 from natcompat.system import is_connected
@@ -107,11 +104,8 @@ class Steering:
         own: Any = getattr(self._diversion.consumer, "read_sockets", None)
         reader: SocketReader | None = None
         if own is not None and not self._on_device:  # which cannot be handed anything back
-            reader = own(self._engines, self._diversion, self._thread)
-        return reader or self._thread()
-
-    def _thread(self) -> _Reader:
-        return _Reader(self._engines, self._take)
+            reader = own(self._engines, self._diversion, self._take)
+        return reader or SocketsOfThread(self._engines, self._take)
 
     @property
     def esp_socket(self) -> socket.socket:
@@ -257,75 +251,6 @@ class Steering:
                 bursts += 1
         for stray in kept:  # now that the application's socket is the only one that it can come to
             self._hand_back(sock, *stray)
-
-
-class _Reader:
-    """A thread that waits for the engine's sockets, and ends when it is told to."""
-
-    _PATIENCE: Final = 1.0  # seconds that a finalizer waits for the consumer of ESP
-
-    def __init__(self, engines: list[socket.socket], take: Callable[[socket.socket], bool]) -> None:
-        self._engines = {engine.fileno(): engine for engine in engines}
-        self._take = take
-        self._pid = os.getpid()
-        self._ended = self._abandoned = False
-        self._awake, self._wake = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="natcompat-esp", daemon=True)
-        try:
-            self._thread.start()
-        except BaseException:
-            self._close_pair()
-            raise
-
-    def count(self) -> None:
-        """They are: this one counts as it reads."""
-
-    def close(self) -> None:
-        """End the thread and wait for it: a socket in which a thread still waits stays in its group."""
-        self._end(None)
-        self._close_pair()
-
-    def abandon(self) -> None:
-        """End the thread and close the engine's sockets, whatever the consumer of ESP is doing.
-
-        A finalizer may run while its thread holds a lock that the consumer waits for, so it waits
-        for a while only; the thread closes the sockets when it ends.
-        """
-        self._abandoned = True
-        self._end(self._PATIENCE)
-        if os.getpid() != self._pid:
-            self._close_all()
-
-    def _end(self, patience: float | None) -> None:
-        self._ended = True
-        if os.getpid() == self._pid:  # threads do not survive a fork
-            with contextlib.suppress(OSError):
-                self._wake.send(b"x")
-            if self._thread is not threading.current_thread():
-                self._thread.join(patience)
-
-    def _close_all(self) -> None:
-        for engine in self._engines.values():
-            engine.close()
-        self._close_pair()
-
-    def _close_pair(self) -> None:
-        self._wake.close()
-        self._awake.close()
-
-    def _run(self) -> None:
-        awake = self._awake.fileno()
-        poller = select.poll()
-        for descriptor in (awake, *self._engines):
-            poller.register(descriptor, select.POLLIN)
-        while not self._ended:
-            for descriptor, events in poller.poll():
-                if events & select.POLLNVAL:  # somebody closed it behind our back
-                    poller.unregister(descriptor)
-                elif descriptor != awake and not self._ended:
-                    self._take(self._engines[descriptor])
-        if self._abandoned:
-            self._close_all()
 
 
 def refusal(sock: socket.socket) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import select
+import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
-from natcompat.backends.base import Address, EspOutlet
+from natcompat.backends.base import Address, EspOutlet, SocketReader
+from natcompat.backends.reading import POLLERR, POLLHUP, ReadingThread, SocketsOfThread
+from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
 from natcompat.esp.datapath import Sealed
 from natcompat.esp.device import PacketDevice
@@ -53,6 +56,15 @@ class Carrier(Protocol):
         """Take ESP that an endpoint diverted, as an `EspInbound`."""
         ...
 
+    def read_sockets(
+        self,
+        sockets: Sequence[socket.socket],
+        diversion: Diversion,
+        take: Callable[[socket.socket], object],
+    ) -> SocketReader | None:
+        """Return what reads `sockets`, as an `EspInbound`."""
+        ...
+
     def attached(self, outlet: EspOutlet) -> None:
         """An endpoint hands its ESP to this carrier, and ESP may leave by it."""
         ...
@@ -83,10 +95,11 @@ def widen(sock: socket.socket) -> None:
 
 
 class PortableCarrier:
-    """A `Carrier` in Python. What comes in is opened in the thread that read it; one more sends.
+    """A `Carrier` in Python: one thread reads the sockets that ESP is steered to, and the device.
 
-    Every wake-up moves one burst, so that nothing waits long for its turn. What finds no room is
-    dropped and counted: see `EspEngine.counters`.
+    Each has one burst moved in its turn, so that nothing waits long for its own. ESP of endpoints in line
+    is opened in the thread that received it. What finds no room is dropped and counted: see
+    `EspEngine.counters`.
     """
 
     def __init__(self, engine: EspEngine, device: PacketDevice) -> None:
@@ -97,13 +110,36 @@ class PortableCarrier:
         self._ways = Ways()
         self._replies = TooBigReplies()
         self._ended = False
+        self._pid = os.getpid()
         self._inside: set[int] = set()  # the threads that are opening packets
-        self._awake, self._wake = socket.socketpair()
-        self._thread = threading.Thread(target=self._run, name="natcompat-esp-out", daemon=True)
+        self._thread = ReadingThread("natcompat-esp-path")
+        self._joined: weakref.WeakSet[SocketsOfThread] = weakref.WeakSet()
+        self._joining = threading.RLock()
 
     def start(self) -> None:
         """Start the thread."""
+        self._watch()
         self._thread.start()
+
+    def _watch(self) -> None:
+        """Have it wait for what is to be sealed."""
+        descriptor = self._device.fileno()
+        if descriptor >= 0:  # else it was closed: nothing comes any more
+            self._thread.add(descriptor, lambda events: self._take_inner(descriptor, events))
+
+    def read_sockets(
+        self,
+        sockets: Sequence[socket.socket],
+        diversion: Diversion,
+        take: Callable[[socket.socket], object],
+    ) -> SocketReader | None:
+        """Read `sockets`, to which ESP is steered, in the thread that also seals; None when it has ended."""
+        with self._joining:
+            if self._ended or os.getpid() != self._pid:
+                return None
+            reader = SocketsOfThread(sockets, take, self._thread)
+            self._joined.add(reader)
+            return reader
 
     def attached(self, outlet: EspOutlet) -> None:
         """Let ESP leave by `outlet`."""
@@ -139,46 +175,30 @@ class PortableCarrier:
 
     def close(self) -> None:
         """End the thread and wait for it."""
-        self._ended = True
-        with contextlib.suppress(OSError):
-            self._wake.send(b"x")
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        with self._joining:
+            self._ended = True
+            readers = list(self._joined)
+            self._joined.clear()
+        self._thread.end()
+        for reader in readers:
+            self._thread.remove((), reader.leave)
         while self._inside - {threading.get_ident()}:
             time.sleep(0.001)  # bursts are short
-        self._wake.close()
-        self._awake.close()
 
     # --- outbound
 
-    def _run(self) -> None:
+    def _take_inner(self, descriptor: int, events: int) -> None:
+        """Seal and send what the device has, up to a burst."""
         try:
-            while self._wait():
-                burst = self._device.read_burst(BURST)
-                if burst:
-                    self._carry(burst)
+            burst = self._device.read_burst(BURST)
+            if burst:
+                self._carry(burst)
+            elif events & (POLLERR | POLLHUP):  # it is gone, and would never be silent again
+                self._thread.remove([descriptor])
         except Exception:  # noqa: BLE001 - somebody else's device
+            self._thread.remove([descriptor])
             if not self._ended:
                 _log.exception("the packet device failed; nothing is sealed any more")
-
-    def _wait(self) -> bool:
-        """Wait until the device has packets; False when it is over."""
-        if self._ended:
-            return False
-        descriptor = self._device.fileno()
-        if descriptor < 0:  # it was closed: nothing comes any more
-            return False
-        awake = self._awake.fileno()
-        if hasattr(select, "poll"):  # looked up each time, since gevent exchanges it
-            poller = select.poll()
-            poller.register(awake, select.POLLIN)
-            poller.register(descriptor, select.POLLIN)
-            events = poller.poll()
-            if any(each & select.POLLNVAL for _, each in events):
-                return False
-        else:
-            select.select([awake, descriptor], [], [])
-        return not self._ended
 
     def _carry(self, burst: list[bytes]) -> None:
         sealed: list[Sealed] = []

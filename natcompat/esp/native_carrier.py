@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Final
 
 from natcompat.backends.base import SocketReader
+from natcompat.backends.reading import SocketsOfThread
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
 from natcompat.esp._datapath import ffi, lib
@@ -67,7 +67,7 @@ class NativeCarrier(PortableCarrier):
         self._readers: set[_LoopReader] = set()
         self._finished = {**dict.fromkeys(_REASONS, 0), **dict.fromkeys(_SOCKET_REASONS, 0)}
         self._using = threading.RLock()
-        """Held by who calls the loop, so that it is not freed meanwhile; not by the thread of `_run`."""
+        """Held by who calls the loop, so that it is not freed meanwhile; not by the reading thread."""
         self._loop: Any = None
         if getattr(device, "vnet_header", False):
             self._loop = lib.loop_new(self._path.path, 1 + self.engines)
@@ -111,34 +111,35 @@ class NativeCarrier(PortableCarrier):
                     self._device.set_offload(0)  # type: ignore[attr-defined]
 
     def read_sockets(
-        self, sockets: Sequence[socket.socket], diversion: Diversion, read: Callable[[], SocketReader]
+        self,
+        sockets: Sequence[socket.socket],
+        diversion: Diversion,
+        take: Callable[[socket.socket], object],
     ) -> SocketReader | None:
-        """Read `sockets`, to which ESP is steered, in C; None: Python has to. See `EspInbound`."""
+        """Read `sockets`, to which ESP is steered, in C, or where there is no loop, as the portable one."""
         with self._using:
-            return None if self._loop is None or self._ended else _LoopReader(self, sockets, diversion, read)
+            if self._loop is None or self._ended:
+                return super().read_sockets(sockets, diversion, take)
+            return _LoopReader(self, sockets, diversion, take)
 
     # --- what C hands up
 
-    def _run(self) -> None:
+    def _watch(self) -> None:
         if self._loop is None:
-            super()._run()
+            super()._watch()
             return
-        descriptor = lib.loop_event_descriptor(self._loop)
         event, packet = ffi.new("struct loop_event *"), ffi.new("uint8_t[]", LARGEST_PACKET + 64)
-        poller = select.poll()
-        poller.register(descriptor, select.POLLIN)
-        poller.register(self._awake.fileno(), select.POLLIN)
-        while not self._ended:
-            poller.poll()
-            more = True
-            while more and not self._ended:
-                more = self._take_events(event, packet)
-                # behind what makes the descriptor unreadable: what becomes due later wakes again
-                with contextlib.suppress(NatCompatError):  # the engine was closed meanwhile
-                    self._path.see_to_due()
 
-    def _take_events(self, event: Any, packet: Any) -> bool:
-        """See to what C has handed up; False: nothing."""
+        def see_to(_: int) -> None:
+            self._take_events(event, packet)
+            # behind what makes the descriptor unreadable: what becomes due later wakes again
+            with contextlib.suppress(NatCompatError):  # the engine was closed meanwhile
+                self._path.see_to_due()
+
+        self._thread.add(lib.loop_event_descriptor(self._loop), see_to)
+
+    def _take_events(self, event: Any, packet: Any) -> None:
+        """See to what C has handed up, a part of it if it is much."""
         sealed, inner, esp, sources, classes = [], [], [], [], []
         opened: list[bytes] = []
         now = time.time()
@@ -176,7 +177,6 @@ class NativeCarrier(PortableCarrier):
             self._carry(inner)
         if sealed:
             self._send(sealed, None)
-        return bool(opened or esp or inner or sealed)
 
     # --- counters
 
@@ -225,13 +225,13 @@ class _LoopReader:
         carrier: NativeCarrier,
         sockets: Sequence[socket.socket],
         diversion: Diversion,
-        read: Callable[[], SocketReader],
+        take: Callable[[socket.socket], object],
     ) -> None:
-        """`read` reads them in Python instead."""
+        """`take` takes a burst in Python instead."""
         self._carrier = carrier
         self._sockets = list(sockets)
         self._diversion = diversion
-        self._read = read
+        self._take = take
         self._pid = os.getpid()
         self._python: SocketReader | None = None
         self._numbers: list[int] = []
@@ -285,7 +285,7 @@ class _LoopReader:
     def leave_to_python(self) -> None:
         """The loop ends, and these sockets are not closed yet. The carrier's lock is held."""
         self._leave()
-        self._python = self._read()
+        self._python = SocketsOfThread(self._sockets, self._take)
 
     def close(self) -> None:
         """Take the sockets out of the loop; no thread touches them any more."""

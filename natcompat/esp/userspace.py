@@ -160,11 +160,13 @@ class UserspaceIPsec(EspEngine):
         return getattr(self.carrier, "engines", 1)
 
     def read_sockets(
-        self, sockets: Sequence[socket.socket], diversion: Diversion, read: Callable[[], SocketReader]
+        self,
+        sockets: Sequence[socket.socket],
+        diversion: Diversion,
+        take: Callable[[socket.socket], object],
     ) -> SocketReader | None:
-        """Return what reads the sockets that ESP is steered to; None: `read` shall make it."""
-        own = getattr(self.carrier, "read_sockets", None)
-        return own(sockets, diversion, read) if own else None
+        """Return what reads the sockets that ESP is steered to; None: a thread of their own shall."""
+        return self.carrier.read_sockets(sockets, diversion, take)
 
     def close(self) -> None:
         """Forget all SAs and policies, and close the device. Endpoints go on without ESP."""
