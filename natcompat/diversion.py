@@ -7,6 +7,7 @@ import secrets
 import socket
 import struct
 import threading
+from itertools import compress
 from typing import Any
 
 from natcompat.backends.base import Address, EspConsumer, EspInbound
@@ -108,19 +109,9 @@ class Diversion:
 
         `traffic_classes`: one for each, where the caller knows them.
         """
-        burst, classes = [], []
-        for index, (payload, source) in enumerate(datagrams):
-            match classify(payload):
-                case Verdict.ESP:
-                    burst.append((payload, source))
-                    if traffic_classes is not None:
-                        classes.append(traffic_classes[index])
-                case Verdict.KEEPALIVE:
-                    self.counters.keepalives += 1
-                case Verdict.RUNT:
-                    self.counters.runts += 1
-                case Verdict.IKE:  # a backend that diverts IKE is broken: say so, lose nothing silently
-                    self.error("IKE was diverted")
+        burst, classes = datagrams, traffic_classes
+        if any(len(payload) < MARKER_LENGTH or not payload[0] for payload, _ in datagrams):
+            burst, classes = self._sort_out(datagrams, traffic_classes)  # some may be something else
         if not burst:
             return
         count = len(burst)  # no call between the two halves of +=
@@ -134,6 +125,23 @@ class Diversion:
         else:
             for packet, source in burst:
                 self._call(consumer, packet, source)
+
+    def _sort_out(
+        self, datagrams: list[tuple[memoryview, Address]], traffic_classes: list[int] | None
+    ) -> tuple[list[tuple[memoryview, Address]], list[int] | None]:
+        """Return what of `datagrams` is ESP, and its traffic classes; count the others."""
+        verdicts = [classify(payload) for payload, _ in datagrams]
+        for verdict in verdicts:
+            match verdict:
+                case Verdict.KEEPALIVE:
+                    self.counters.keepalives += 1
+                case Verdict.RUNT:
+                    self.counters.runts += 1
+                case Verdict.IKE:  # a backend that diverts IKE is broken: say so, lose nothing silently
+                    self.error("IKE was diverted")
+        is_esp = [verdict is Verdict.ESP for verdict in verdicts]
+        classes = None if traffic_classes is None else list(compress(traffic_classes, is_esp))
+        return list(compress(datagrams, is_esp)), classes
 
     def error(self, what: str) -> None:
         """Count and log something that went wrong off the application's path."""

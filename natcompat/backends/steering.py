@@ -200,14 +200,13 @@ class Steering:
                 self._diversion.error(f"receive of ESP: {error}")
                 break
             destination, segment_size, traffic_class = _read_ancillary(ancillary)
-            whole = memoryview(data)
-            for start in range(0, len(data), segment_size) if segment_size else (0,):
-                segment = whole[start : start + segment_size] if segment_size else whole
-                if segment[:MARKER_LENGTH] == NON_ESP_MARKER:
-                    strays.append((segment, source, destination))
-                else:
-                    diverted.append((segment, source))
-                    traffic_classes.append(traffic_class)
+            whole, size = memoryview(data), segment_size or len(data) or 1
+            segments = [(whole[start : start + size], source) for start in range(0, len(data) or 1, size)]
+            if b"\0" in data[::size]:  # some begin as IKE does
+                strays += [(each, source, destination) for each, _ in segments if _is_ike(each)]
+                segments = [each for each in segments if not _is_ike(each[0])]
+            diverted += segments
+            traffic_classes += [traffic_class] * len(segments)
         return strays, (diverted, traffic_classes), more
 
     def _hand_back(
@@ -282,6 +281,10 @@ def _device(sock: socket.socket) -> bytes:
         return sock.getsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, 16).rstrip(b"\0")
     except OSError:
         return b""
+
+
+def _is_ike(datagram: memoryview) -> bool:
+    return datagram[:MARKER_LENGTH] == NON_ESP_MARKER
 
 
 def _read_ancillary(ancillary: list[tuple[int, int, bytes]]) -> tuple[_Destination, int, int]:

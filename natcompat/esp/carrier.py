@@ -9,7 +9,8 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Final, Protocol
 
 from natcompat.backends.base import Address, EspOutlet, SocketReader
@@ -21,7 +22,7 @@ from natcompat.esp.device import PacketDevice
 from natcompat.esp.discovery import kernel_path_mtu
 from natcompat.esp.engine import EspEngine
 from natcompat.esp.mtu import PathMtus, TooBigReplies, may_fragment
-from natcompat.esp.results import Destination, Opened, Reason
+from natcompat.esp.results import Destination, Dropped, Opened, Reason
 from natcompat.esp.sending import Outcome, Way, Ways
 from natcompat.ipsec import SecurityAssociation
 
@@ -171,7 +172,7 @@ class PortableCarrier:
     def transmit(self, packets: list[Sealed]) -> None:
         """Send keepalives."""
         if not self._ended:
-            self._send(packets, None)
+            self._send(zip(packets, repeat(None)))
 
     def close(self) -> None:
         """End the thread and wait for it."""
@@ -201,29 +202,26 @@ class PortableCarrier:
                 _log.exception("the packet device failed; nothing is sealed any more")
 
     def _carry(self, burst: list[bytes]) -> None:
-        sealed: list[Sealed] = []
-        inner: list[bytes] = []
-        for packet, result in zip(burst, self._engine.seal_burst(burst), strict=True):
-            if len(result) == 2:  # else it is dropped, and counted
-                sealed.append(result)
-                inner.append(packet)
-        self._send(sealed, inner)
+        self._send(zip(self._engine.seal_burst(burst), burst, strict=True))
 
-    def _send(self, packets: Sequence[Sealed], inner: Sequence[bytes] | None) -> None:
-        """Send `packets`, which carry `inner`: those to one destination together."""
-        groups: dict[int, list[int]] = {}
-        for index, (_, destination) in enumerate(packets):
-            groups.setdefault(id(destination), []).append(index)  # objects that `packets` keeps alive
-        for indices in groups.values():
-            destination = packets[indices[0]][1]
+    def _send(self, packets: Iterable[tuple[Sealed | Dropped, bytes | None]]) -> None:
+        """Send ESP packets, each with the inner packet that it carries: those to one destination together."""
+        groups: dict[int, tuple[Destination, list[bytes], list[bytes | None]]] = {}
+        for sealed, inner in packets:
+            if len(sealed) == 2:  # else it was dropped, and counted
+                octets, destination = sealed
+                group = groups.get(id(destination))  # which the group keeps alive
+                if group is None:
+                    group = groups[id(destination)] = destination, [], []
+                group[1].append(octets)
+                group[2].append(inner)
+        for destination, outer, inners in groups.values():
             way = self._ways.find(destination)
             if way is None:
-                self._engine.count(Reason.NO_ENDPOINT, len(indices))
+                self._engine.count(Reason.NO_ENDPOINT, len(outer))
                 continue
-            outcome = self._try(way, [packets[index][0] for index in indices], destination)
-            for each in outcome.too_long:
-                index = indices[each]
-                self._too_long(way, packets[index], inner[index] if inner is not None else None)
+            for each in self._try(way, outer, destination).too_long:
+                self._too_long(way, (outer[each], destination), inners[each])
 
     def _try(self, way: Way, packets: Sequence[bytes], destination: Destination) -> Outcome:
         try:

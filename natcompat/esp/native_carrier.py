@@ -15,6 +15,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from itertools import repeat
 from typing import Any, Final
 
 from natcompat.backends.base import SocketReader
@@ -176,7 +177,7 @@ class NativeCarrier(PortableCarrier):
         if inner:
             self._carry(inner)
         if sealed:
-            self._send(sealed, None)
+            self._send(zip(sealed, repeat(None)))
 
     # --- counters
 

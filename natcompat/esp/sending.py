@@ -158,15 +158,16 @@ class Way:
         lost, error = 0, None
         patient = True
         start, one_by_one = 0, 0  # up to which packet segmentation was refused
+        lengths = list(map(len, packets))
         with self._lock:
             self._set_dont_fragment(destination.dont_fragment)
             while start < len(packets):
-                end = _run(packets, start) if self._segments and start >= one_by_one else start + 1
+                end = _run(lengths, start) if self._segments and start >= one_by_one else start + 1
                 try:
                     if end - start == 1:
                         self._outlet.sendmsg([packets[start]], ancillary, address)
                     else:
-                        size = struct.pack("=H", len(packets[start]))
+                        size = struct.pack("=H", lengths[start])
                         segments = [*ancillary, (socket.IPPROTO_UDP, _UDP_SEGMENT, size)]
                         self._outlet.sendmsg(packets[start:end], segments, address)
                 except OSError as failure:
@@ -213,16 +214,15 @@ _SEGMENTS_REFUSED: Final[dict[int | None, bool]] = {
 _NO_ROOM: Final = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS)
 
 
-def _run(packets: Sequence[bytes], start: int) -> int:
+def _run(lengths: list[int], start: int) -> int:
     """Return the end of the run from `start` on that one send takes: only the last may be shorter."""
-    size = len(packets[start])
-    most = min(start + min(_MOST_SEGMENTS, _LARGEST_RUN // size), len(packets))
-    end = start + 1
-    while end < most and len(packets[end]) == size:
-        end += 1
-    if end < most and len(packets[end]) < size:
-        end += 1
-    return end
+    size = lengths[start]
+    most = min(start + min(_MOST_SEGMENTS, _LARGEST_RUN // size), len(lengths))
+    run = lengths[start:most]
+    if run.count(size) == len(run):
+        return most
+    end = start + next(index for index, length in enumerate(run) if length != size)
+    return end + 1 if lengths[end] < size else end
 
 
 def _is_local(host: str) -> bool:
