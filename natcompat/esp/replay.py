@@ -65,16 +65,18 @@ class ReplayWindow:
         if not self.size:
             self.top = max(top, sequence)
             return
-        blocks, mask = self._blocks, self._mask
         block = sequence >> 3
         if sequence > top:
-            fresh = block - (top >> 3)
-            if fresh == 1:
-                blocks[block & mask] = 0
-            elif fresh > mask:
-                blocks[:] = bytes(len(blocks))
-            else:
-                for each in range(block - fresh + 1, block + 1):
-                    blocks[each & mask] = 0
+            if block != top >> 3:
+                self._clear(top >> 3, block)
             self.top = sequence
-        blocks[block & mask] |= 1 << (sequence & 7)
+        self._blocks[block & self._mask] |= 1 << (sequence & 7)
+
+    def _clear(self, last: int, newest: int) -> None:
+        """Make room for the blocks behind `last`, up to `newest`."""
+        blocks, mask = self._blocks, self._mask
+        if newest - last > mask:
+            blocks[:] = bytes(len(blocks))
+        else:
+            for each in range(last + 1, newest + 1):
+                blocks[each & mask] = 0
