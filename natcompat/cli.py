@@ -19,10 +19,10 @@ _COMMANDS: Final = {
     "doctor": "natcompat.doctor:command",
     "verify": "natcompat.verify_command:command",
     "tunnel": "natcompat.tunnel.command:command",
-    "sad": "natcompat.ipsec_cli:sad",
-    "spd": "natcompat.ipsec_cli:spd",
-    "events": "natcompat.ipsec_cli:events",
-    "top": "natcompat.ipsec_cli:top",
+    "sad": "natcompat.ipsec_cli.databases:sad",
+    "spd": "natcompat.ipsec_cli.databases:spd",
+    "events": "natcompat.ipsec_cli.events:events",
+    "top": "natcompat.ipsec_cli.top:top",
 }
 
 _INTERRUPTED: Final = 128 + signal.SIGINT

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import natcompat
-from natcompat import ipsec_cli
+from natcompat.ipsec_cli.tables import table
 from tests.running import COMMAND, environment, run, run_on_terminal
 
 
@@ -137,7 +137,7 @@ def test_values_stay_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch)
     line |= {"UDP": "4500-4500", "mode": "tunnel", "transform": "AES_GCM_16 256", "reqid": "16383"}
     line |= {"packets": "123456", "bytes": "12345678", "drops": "0", "age": "90 s"}
     console = Console(file=io.StringIO(), width=80, color_system=None)
-    console.print(ipsec_cli.table("SAs", [line]))
+    console.print(table("SAs", [line]))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for text in (*line, *line.values()):
         assert text in shown

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from natcompat.ipsec import InstalledSA, Policy, PolicyUsage, SecurityAssociation, Usage
-from natcompat.ipsec_cli import Row, describe_policy, describe_sa
+from natcompat.ipsec_cli.describe import Row, describe_policy, describe_sa
 from natcompat.report import Printer, doubtful
 from natcompat.tunnel.file import Tunnel
 

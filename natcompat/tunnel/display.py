@@ -6,7 +6,7 @@
 ``up``
     what ``--check --json`` prints: ``file``, ``backend``, ``state_file``, ``endpoint``, ``device`` (null:
     none; ``name``, ``addresses``, ``routes``, ``mtu``), ``sas`` and ``policies`` (as ``natcompat sad`` and
-    ``spd`` say them, natcompat/ipsec_cli.py), ``notes``
+    ``spd`` say them, natcompat/ipsec_cli/__init__.py), ``notes``
 ``counters``
     each round: ``sas`` (an array as that of ``natcompat top --json``), ``drops`` (why packets went no
     further, and how many so far, as natcompat/esp/results.py counts them; empty with the backend linux)
@@ -29,8 +29,10 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TextIO
 
-from natcompat.ipsec import Event, InstalledSA
-from natcompat.ipsec_cli import Row, describe_event, describe_sa, plain, sa_columns, table
+from natcompat.ipsec import Event
+from natcompat.ipsec_cli.describe import Row, describe_event
+from natcompat.ipsec_cli.lines import event_line
+from natcompat.ipsec_cli.tables import plain, table
 from natcompat.tunnel.describe import describe
 from natcompat.tunnel.file import Tunnel
 
@@ -64,31 +66,6 @@ def reporter(stream: TextIO, *, as_json: bool) -> Reporter:
     if as_json:
         return JsonReporter(stream)
     return LiveReporter(stream) if stream.isatty() else PlainReporter(stream)
-
-
-class Rates:
-    """Makes lines with rates of what SAs have done so far."""
-
-    def __init__(self) -> None:
-        self._before: dict[str, Row] = {}
-        self._moment = time.monotonic()
-
-    def lines(self, installed: Sequence[InstalledSA]) -> list[Row]:
-        """Return a line for each SA, as ``natcompat top`` has them."""
-        now = time.monotonic()
-        passed, self._moment = max(now - self._moment, 1e-9), now
-        lines = []
-        current = {}
-        for row in map(describe_sa, installed):
-            name = f"{row.get('direction')} {row['spi']}"
-            current[name] = row
-            old = self._before.get(name, row)
-            line = sa_columns(row)
-            line["packets/s"] = round((row["packets"] - old["packets"]) / passed)
-            line["bytes/s"] = round((row["octets"] - old["octets"]) / passed)
-            lines.append(line)
-        self._before = current
-        return lines
 
 
 class JsonReporter:
@@ -140,7 +117,7 @@ class PlainReporter:
         self._say(f"{lines}\n{_drops(drops)}\n" if drops else f"{lines}\n")
 
     def event(self, event: Event) -> None:  # noqa: D102
-        self._say(_words(event))
+        self._say(event_line(describe_event(event)))
 
     def warn(self, text: str) -> None:  # noqa: D102
         print(f"natcompat: {text.rstrip('.')}.", file=sys.stderr, flush=True)
@@ -180,7 +157,7 @@ class LiveReporter:
         self._draw()
 
     def event(self, event: Event) -> None:  # noqa: D102
-        self._recent.append(_words(event))
+        self._recent.append(event_line(describe_event(event)))
         self._draw()
 
     def warn(self, text: str) -> None:  # noqa: D102
@@ -215,9 +192,3 @@ def _up(tunnel: Tunnel, device: str | None, mtu: int | None) -> str:
 
 def _drops(drops: Mapping[str, int]) -> str:
     return "dropped: " + ", ".join(f"{count} {reason}" for reason, count in drops.items())
-
-
-def _words(event: Event) -> str:
-    said = describe_event(event)
-    details = "  ".join(f"{name} {text}" for name, text in said.items() if name != "event")
-    return f"{time.strftime('%H:%M:%S')}  {said['event']}  {details}".rstrip()

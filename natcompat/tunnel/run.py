@@ -23,7 +23,9 @@ from natcompat.ipsec import (
     SaId,
     SecurityAssociation,
 )
-from natcompat.tunnel.display import Rates, Reporter
+from natcompat.ipsec_cli.describe import describe_sa
+from natcompat.ipsec_cli.lines import Rates
+from natcompat.tunnel.display import Reporter
 from natcompat.tunnel.file import Endpoint, Tunnel
 from natcompat.tunnel.reserve import Numbers, Reservations
 from natcompat.tunnel.signals import Ended, EndingSignals
@@ -166,7 +168,7 @@ class _Foreground:
         self._tunnel, self._side, self._sock = tunnel, side, sock
         self._signals, self._reporter = signals, reporter
         self._complaints: deque[str] = deque()
-        self._rates = Rates()
+        self._rates = Rates(lambda row: (row.get("direction"), row["spi"]))  # its addresses may change
 
     def complain(self, text: str) -> None:
         """Have `text` written, by the main thread: a write may wait for its reader. From any thread."""
@@ -189,7 +191,8 @@ class _Foreground:
             if time.monotonic() >= due:
                 installed = self._side.installed()
                 with self._signals.writing():
-                    self._reporter.counters(self._rates.lines(installed), self._side.drops())
+                    lines = self._rates.lines(map(describe_sa, installed))
+                    self._reporter.counters(lines, self._side.drops())
                 finished += 1
                 if finished == count:
                     return 0

@@ -13,12 +13,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 from click.testing import CliRunner, Result
 
 from natcompat import ipsec_cli
+from natcompat.cli import natcompat
 from natcompat.ipsec import Direction, Lifetime, Policy, TrafficSelector, UDPEncapsulation
+from natcompat.ipsec_cli.describe import describe_selector
 from natcompat.xfrm.kernel import XfrmIPsec
 from tests.lab.test_kernel import cbc, make, tunnel
 from tests.lab.topology import wait_for
@@ -28,17 +29,8 @@ from tests.test_xfrm_probe import as_nobody
 KEY = bytes(range(1, 21)).hex()
 
 
-@click.group()
-def group() -> None:
-    """Stand for the program that the commands belong to."""
-
-
-for each in ipsec_cli.COMMANDS:
-    group.add_command(each)
-
-
 def call(*arguments: str) -> Result:
-    return CliRunner().invoke(group, arguments, catch_exceptions=False)
+    return CliRunner().invoke(natcompat, arguments, catch_exceptions=False)
 
 
 @pytest.fixture
@@ -125,26 +117,10 @@ def test_nothing_to_report_in_time() -> None:
 @pytest.mark.kernel_esp
 @pytest.mark.parametrize("command", ["sad", "spd", "top --count 2 --interval 0.1"])
 def test_tables_on_a_terminal(populated: XfrmIPsec, command: str) -> None:
-    terminal, end = pty.openpty()
-    script = (
-        "import sys; from natcompat.ipsec_cli import COMMANDS;"
-        "{each.name: each for each in COMMANDS}[sys.argv[1]](sys.argv[2:])"
-    )
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *command.split()], stdin=end, stdout=end, stderr=end, env=environment
-    )
-    os.close(end)
-    shown = b""
-    try:
-        while chunk := os.read(terminal, 4096):
-            shown += chunk
-    except OSError:
-        pass
-    os.close(terminal)
-    assert process.wait(30) == 0, shown
-    assert "┃".encode() in shown
-    assert KEY.encode() not in shown
+    status, shown = run_on_terminal(*command.split(), width=200)
+    assert status == 0, shown
+    assert "┃" in shown
+    assert KEY not in shown
 
 
 @pytest.mark.kernel_esp
@@ -202,7 +178,7 @@ def test_interrupted_it_ends_without_a_word(command: str, started: str) -> None:
     assert b"Aborted" not in shown
 
 
-@pytest.mark.parametrize("command", [each.name for each in ipsec_cli.COMMANDS])
+@pytest.mark.parametrize("command", ["sad", "spd", "events", "top"])
 def test_help_says_what_it_takes_and_how_it_ends(command: str) -> None:
     text = call(command, "--help").output
     for part in ("CAP_NET_ADMIN", "Exit status:", "Examples:", f"natcompat {command}"):
@@ -232,6 +208,6 @@ def test_selectors_in_words() -> None:
     selector = TrafficSelector(
         source="10.0.0.0/8", destination="10.1.0.1", protocol=6, source_port=80, destination_port=90
     )
-    assert ipsec_cli.describe_selector(selector) == "10.0.0.0/8 port 80 to 10.1.0.1 port 90 tcp"
+    assert describe_selector(selector) == "10.0.0.0/8 port 80 to 10.1.0.1 port 90 tcp"
     policy = Policy(direction=Direction.IN, selector=selector, source="192.0.2.1", destination="192.0.2.2")
     assert policy.selector is selector

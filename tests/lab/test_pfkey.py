@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from natcompat import ipsec_cli
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
     Acquire,
@@ -36,6 +35,7 @@ from natcompat.ipsec import (
     TrafficSelector,
     UDPEncapsulation,
 )
+from natcompat.ipsec_cli.databases import sad, spd
 from natcompat.pfkey import numbers as n
 from natcompat.pfkey import open_ipsec
 from natcompat.pfkey.dialects import LINUX
@@ -680,9 +680,9 @@ def test_the_commands_show_it(pfkey: PfKeyIPsec, monkeypatch: pytest.MonkeyPatch
     pfkey.add_sa(make(encapsulation=PORTS))
     pfkey.add_policy(protect(Direction.OUT))
     monkeypatch.setenv("NATCOMPAT_IPSEC", "pfkey")
-    (row,) = json.loads(CliRunner().invoke(ipsec_cli.sad, ["--json"], catch_exceptions=False).output)
+    (row,) = json.loads(CliRunner().invoke(sad, ["--json"], catch_exceptions=False).output)
     assert (row["encryption"], row["remote_port"], row["sequence"]) == ("AES_CBC", 34567, None)
-    shown = CliRunner().invoke(ipsec_cli.sad, [], catch_exceptions=False).output
+    shown = CliRunner().invoke(sad, [], catch_exceptions=False).output
     assert "0xc0de0001" in shown
-    (row,) = json.loads(CliRunner().invoke(ipsec_cli.spd, ["--json"], catch_exceptions=False).output)
+    (row,) = json.loads(CliRunner().invoke(spd, ["--json"], catch_exceptions=False).output)
     assert row["reqid"] == 7

@@ -110,13 +110,14 @@ def test_the_doctor_says_the_limits_to_whoever_asked() -> None:
 
 
 def test_the_commands_read_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from natcompat import ipsec_cli, pfkey
+    from natcompat import pfkey
+    from natcompat.ipsec_cli.common import open_ipsec
 
     asked: list[str] = []
     monkeypatch.setattr(pfkey, "open_ipsec", asked.append)
     monkeypatch.setattr(sys, "platform", "freebsd14")
-    ipsec_cli.open_ipsec()
+    open_ipsec()
     assert asked == ["freebsd"]
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(click.ClickException, match="win32"):
-        ipsec_cli.open_ipsec()
+        open_ipsec()
