@@ -131,13 +131,33 @@ def test_errors_of_every_command_look_alike() -> None:
     assert done.stderr.endswith("Choose among auto, xfrm, pfkey.\n")
 
 
-def test_values_stay_whole_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    line = {"SPI": "0x00c0de01", "way": "out", "source": "192.168.100.200", "destination": "203.0.113.200"}
+@pytest.mark.parametrize("width", [40, 60, 80])
+@pytest.mark.parametrize(
+    ("source", "destination"),
+    [("192.168.100.200", "203.0.113.200"), ("2001:db8:1234:5678:9abc:def0:1234:5678", "2001:db8::1")],
+    ids=["IPv4", "IPv6"],
+)
+def test_values_stay_whole_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch, width: int, source: str, destination: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    line = {"SPI": "0x00c0de01", "way": "out", "source": source, "destination": destination}
     line |= {"UDP": "4500-4500", "mode": "tunnel", "transform": "AES_GCM_16 256", "reqid": "16383"}
     line |= {"packets": "123456", "bytes": "12345678", "drops": "0", "age": "90 s"}
-    console = Console(file=io.StringIO(), width=80, color_system=None)
+    console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(table("SAs", [line]))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     for text in (*line, *line.values()):
         assert text in shown
+
+
+def test_words_wrap_before_a_table_becomes_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "44")
+    line = {"way": "out", "selector": "10.0.0.0/8 to 10.1.0.0/16", "action": "protect", "mode": "tunnel"}
+    line |= {"tunnel": "192.0.2.1 to 192.0.2.2", "reqid": "1"}
+    console = Console(file=io.StringIO(), width=44, color_system=None)
+    console.print(table("Policies", [line]))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "┃" in shown
+    assert "10.0.0.0/8 to" in shown
+    assert "10.1.0.0/16" in shown

@@ -1,4 +1,4 @@
-"""Lines as a table: JSON, aligned plain text in a pipe, or drawn on a terminal."""
+"""Lines as a table: JSON, aligned plain text in a pipe, or drawn as the width of the terminal allows."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from natcompat.ipsec_cli.describe import Row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
+
+_NUMBERS = frozenset({"packets", "bytes", "drops", "reqid", "priority", "packets/s", "bytes/s"})
 
 
 def show(title: str, rows: list[Row], columns: Callable[[Row], Row], *, json_output: bool) -> None:
@@ -34,8 +37,8 @@ def plain(lines: list[Row]) -> str:
     """Return `lines` as aligned text, under the names of their columns."""
     if not lines:
         return ""
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    cells = [names, *([str(line.get(name, "")) or "-" for name in names] for line in lines)]
+    names = _names(lines)
+    cells = [names, *([_text(line, name) or "-" for name in names] for line in lines)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
     return "".join(
         "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() + "\n"
@@ -44,28 +47,79 @@ def plain(lines: list[Row]) -> str:
 
 
 def table(title: str, lines: list[Row]) -> RenderableType:
-    """Return `lines` as something that Rich prints."""
+    """Return `lines` as something that Rich prints.
+
+    One value beside the other; else two in a cell, one above the other, where words may wrap but do not
+    break; else, on a terminal that is too narrow for that, too, a value a line.
+    """
     from rich.table import Table
     from rich.text import Text
 
     if not lines:
         return Text(f"{title}: none in this network namespace")
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    needed = sum(max(len(str(line.get(name, ""))) for line in [{name: name}, *lines]) + 3 for name in names)
-    stacked = needed >= shutil.get_terminal_size().columns  # two values in a cell, one above the other
+    title = f"{title}: {len(lines)}"
+    room = shutil.get_terminal_size().columns
+    names = _names(lines)
+    groups = [[name] for name in names]
+    widths = [max(map(len, _texts(lines, group))) for group in groups]
+    stacked = sum(widths) + 3 * len(widths) >= room
+    if stacked:
+        groups = [names[start : start + 2] for start in range(0, len(names), 2)]
+        widths = _fit([_texts(lines, group) for group in groups], room)
+        if not widths:
+            return _listed(title, lines, room)
     table = Table(
-        title=f"{title}: {len(lines)}",
+        title=title,
         title_justify="left",
         header_style="bold",
         show_lines=stacked,
         padding=0 if stacked else (0, 1),
     )
-    groups = (
-        [names[start : start + 2] for start in range(0, len(names), 2)] if stacked else [[n] for n in names]
-    )
-    for group in groups:
-        right = set(group) <= {"packets", "bytes", "drops", "reqid", "priority", "packets/s", "bytes/s"}
-        table.add_column("\n".join(group), justify="right" if right else "left", overflow="fold")
+    for group, width in zip(groups, widths, strict=True):
+        right = _NUMBERS.issuperset(group)
+        table.add_column("\n".join(group), justify="right" if right else "left", width=width)
     for line in lines:
-        table.add_row(*(Text("\n".join(str(line.get(name, "")) for name in group)) for group in groups))
+        table.add_row(*(Text("\n".join(_text(line, name) for name in group)) for group in groups))
     return table
+
+
+def _fit(columns: list[list[str]], room: int) -> list[int]:
+    """Return widths of columns in which no word breaks; none if they do not fit."""
+    widths = [max(len(word) for text in texts for word in text.split()) for texts in columns]
+    spare = room - 1 - sum(widths) - len(widths)  # a line before each, and behind the last
+    if spare < 0:
+        return []
+    for number, texts in enumerate(columns):
+        more = min(max(map(len, texts)) - widths[number], spare)
+        widths[number] += more
+        spare -= more
+    return widths
+
+
+def _listed(title: str, lines: list[Row], room: int) -> Text:
+    """Return a value a line, under its name where there is no room beside it."""
+    from rich.text import Text
+
+    listed = Text(title, style="italic", overflow="fold")
+    margin = max(map(len, _names(lines))) + 2
+    for line in lines:
+        listed.append("\n")
+        for name in line:
+            value = _text(line, name)
+            if value:
+                gap = name.ljust(margin)[len(name) :] if margin + len(value) <= room else "\n"
+                listed.append(f"\n{name}", style="not italic bold")
+                listed.append(gap + value, style="not italic")
+    return listed
+
+
+def _names(lines: list[Row]) -> list[str]:
+    return list(dict.fromkeys(name for line in lines for name in line))
+
+
+def _text(line: Row, name: str) -> str:
+    return str(line.get(name, ""))
+
+
+def _texts(lines: list[Row], names: list[str]) -> list[str]:
+    return [*names, *(_text(line, name) for line in lines for name in names)]

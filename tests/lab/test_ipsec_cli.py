@@ -20,6 +20,7 @@ from natcompat import ipsec_cli
 from natcompat.cli import natcompat
 from natcompat.ipsec import Direction, Lifetime, Policy, TrafficSelector, UDPEncapsulation
 from natcompat.ipsec_cli.describe import describe_selector
+from natcompat.ipsec_cli.lines import policy_columns, sa_columns
 from natcompat.xfrm.kernel import XfrmIPsec
 from tests.lab.test_kernel import cbc, make, tunnel
 from tests.lab.topology import wait_for
@@ -121,6 +122,17 @@ def test_tables_on_a_terminal(populated: XfrmIPsec, command: str) -> None:
     assert status == 0, shown
     assert "┃" in shown
     assert KEY not in shown
+
+
+@pytest.mark.kernel_esp
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_narrow_terminals_break_no_values(populated: XfrmIPsec, width: int) -> None:
+    for command, columns in (("sad", sa_columns), ("spd", policy_columns)):
+        status, shown = run_on_terminal(command, width=width)
+        assert status == 0, shown
+        values = [columns(row).values() for row in json.loads(call(command, "--json").output)]
+        words = {word for row in values for value in row for word in str(value).split()}
+        assert [word for word in sorted(words) if word not in shown] == []
 
 
 @pytest.mark.kernel_esp
