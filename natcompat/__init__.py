@@ -30,11 +30,12 @@ if TYPE_CHECKING:
         Verdict,
         classify,
     )
-    from natcompat.endpoint import NatTEndpoint, get_nat_t_endpoint, set_nat_t_endpoint
+    from natcompat.endpoint import NatTEndpoint
     from natcompat.errors import BackendUnavailableError, NatCompatError
     from natcompat.ipsec import SecurityAssociation
     from natcompat.keepalive import Keepalive
     from natcompat.option import install, uninstall
+    from natcompat.setting import get_nat_t_endpoint, set_nat_t_endpoint
     from natcompat.sockets import NatTSocket
     from natcompat.stats import Stats
 
@@ -53,11 +54,12 @@ _HOMES = {
         "Verdict",
         "classify",
     ),
-    "natcompat.endpoint": ("NatTEndpoint", "get_nat_t_endpoint", "set_nat_t_endpoint"),
+    "natcompat.endpoint": ("NatTEndpoint",),
     "natcompat.errors": ("BackendUnavailableError", "NatCompatError"),
     "natcompat.ipsec": ("SecurityAssociation",),
     "natcompat.keepalive": ("Keepalive",),
     "natcompat.option": ("install", "uninstall"),
+    "natcompat.setting": ("get_nat_t_endpoint", "set_nat_t_endpoint"),
     "natcompat.sockets": ("NatTSocket",),
     "natcompat.stats": ("Stats",),
 }

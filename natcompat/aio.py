@@ -21,9 +21,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from natcompat.endpoint import NatTEndpoint, get_nat_t_endpoint, set_nat_t_endpoint
+from natcompat.endpoint import NatTEndpoint
 from natcompat.errors import NatCompatError
 from natcompat.readiness import READ, WRITE, Waits, readiness, running_loop, waits_on
+from natcompat.setting import get_nat_t_endpoint, set_nat_t_endpoint
 
 if TYPE_CHECKING:
     from typing import Self

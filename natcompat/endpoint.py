@@ -1,4 +1,4 @@
-"""The one call, and what it returns."""
+"""What the one call returns."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, overload
+from typing import Any
 
 from natcompat import backends
-from natcompat.admission import admit, refuse_set_options, unwrap
+from natcompat.aliases import Aliases
 from natcompat.backends.base import (
     Attachment,
     Backend,
@@ -22,11 +22,11 @@ from natcompat.backends.base import (
     OwnEsp,
     WholeAttachment,
 )
-from natcompat.contract import NAT_KEEPALIVE, UDP_NAT_T_ENDPOINT, Duty, Performer
+from natcompat.contract import NAT_KEEPALIVE, Duty, Performer
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
 from natcompat.outlet import Outlet
-from natcompat.process import LARGEST_DATAGRAM, ProcessHalf, bind_implicitly, half_of
+from natcompat.process import LARGEST_DATAGRAM, ProcessHalf, bind_implicitly
 from natcompat.sockets import change_class, make_class
 from natcompat.stats import Stats
 from natcompat.system import SystemCalls
@@ -51,7 +51,7 @@ class NatTEndpoint:
         self._outlet: Outlet | None = None
         self._pid = self._served_in = os.getpid()
         self._lock = threading.RLock()
-        self._aliases: dict[int, weakref.finalize[[int], socket.socket]] = {}
+        self._aliases = Aliases(self, type(sock), self._release)
         self._attachment: Attachment | None = None  # None also while it is being exchanged
         self._left_alone = False  # whether the kernel does all of it, so that the object is not ours
         self._closed = False
@@ -124,7 +124,7 @@ class NatTEndpoint:
         """Return the counters."""
         counters = self._half.counters
         attachment = self._current()
-        sock = self._any_alias()
+        sock = self._aliases.any()
         drops = _drops(sock) if sock is not None else None
         if drops is not None and self._drops_before is not None:
             drops -= self._drops_before
@@ -157,7 +157,7 @@ class NatTEndpoint:
         so a privilege: EPERM.
         """
         self._current()
-        sock = self._any_alias()
+        sock = self._aliases.any()
         if sock is None:
             raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
         root = self._half.root
@@ -195,7 +195,7 @@ class NatTEndpoint:
         """Switch the option off; the socket stays open and is what it was before. May be repeated."""
         with self._control():
             self._current()
-            sock = self._any_alias()
+            sock = self._aliases.any()
             if sock is None or self._closed:
                 return
             self._closed = True
@@ -203,8 +203,8 @@ class NatTEndpoint:
             try:
                 self._detach(sock)
             finally:  # what the kernel does not let go of it keeps; the process lets go of it all
-                for other in self._living_aliases():
-                    self._forget(other)
+                for other in self._aliases.living():
+                    self._aliases.forget(other)
 
     def __repr__(self) -> str:
         return f"<NatTEndpoint backend={self.backend!r} mode={self.mode!r}>"
@@ -214,7 +214,7 @@ class NatTEndpoint:
     def _set_again(self, backend: Backend | None, esp: EspConsumer | None) -> None:
         """Set the option on a socket that has it: with other arguments, or in a forked child."""
         with self._control():
-            sock = self._any_alias()
+            sock = self._aliases.any()
             if sock is None or self._attachment is None or self._closed:
                 raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
             same_backend = backend is None or backend is self._backend
@@ -247,7 +247,7 @@ class NatTEndpoint:
                 if esp is not None:
                     self._esp = esp
                 self._attach(sock)
-                for alias in self._living_aliases():
+                for alias in self._aliases.living():
                     self._dress(alias)
             except BaseException:
                 self._backend, self._esp = before
@@ -257,7 +257,7 @@ class NatTEndpoint:
     def _take_up(self) -> None:
         """The ESP of the backend's own has begun or ended."""
         with self._control():
-            sock = self._any_alias()
+            sock = self._aliases.any()
             if sock is None or self._closed or self._consumer() is self._half.diversion.consumer:
                 return
             if not self._owned() and self.mode == "steering":  # the parent goes on; both get a part of it
@@ -312,27 +312,19 @@ class NatTEndpoint:
 
     def _dress(self, sock: socket.socket) -> None:
         """Give `sock` the class of an endpoint's, unless the kernel does all there is to do."""
-        if self._left_alone:
-            change_class(sock, self._half.original)
-            _plain_sockets[id(sock)] = self
-            return
-        change_class(sock, self._class)
-        _plain_sockets.pop(id(sock), None)
+        self._aliases.dress(sock, self._half.original if self._left_alone else self._class)
 
     def _current(self) -> Attachment | None:
         """Return the hold on the socket; find out first what happened to one whose methods are not ours."""
         attachment = self._attachment
         if self._left_alone and isinstance(attachment, WholeAttachment):
-            sock = self._any_alias()
+            sock = self._aliases.any()
             if sock is None or sock.fileno() < 0 or not attachment.is_on(SystemCalls(sock, self._half.root)):
-                for alias in self._living_aliases():
-                    self._forget(alias)
+                for alias in self._aliases.living():
+                    self._aliases.forget(alias)
                 self._release()
                 return None
         return attachment
-
-    def _serves(self, sock: object) -> bool:
-        return any(alias is sock for alias in self._living_aliases())
 
     def _detach(self, sock: socket.socket) -> None:
         half = self._half
@@ -375,7 +367,7 @@ class NatTEndpoint:
             self._left_alone = False
             self._half.sensitive, self._half.hidden = frozenset(), {}
             self._change_consumer(sock)
-        for alias in self._living_aliases():
+        for alias in self._aliases.living():
             self._dress(alias)
 
     def _set_option(self, sock: socket.socket, enable: bool) -> None:
@@ -387,23 +379,14 @@ class NatTEndpoint:
             if self._closed:  # by another thread, while `sock` was made
                 change_class(sock, self._half.original)
                 return
-            end = weakref.finalize(sock, self._alias_gone, id(sock))
-            end.atexit = False  # the process ends: nothing of ours outlives it
-            self._aliases[id(sock)] = end
+            self._aliases.add(sock)
 
     def _alias_closed(self, sock: socket.socket) -> None:
         """The application closes `sock` or gives up its descriptor."""
         with self._control():
-            self._forget(sock)
+            self._aliases.forget(sock)
             if not self._aliases:
                 self._release()
-
-    def _alias_gone(self, key: int) -> None:
-        # a finalizer, in whatever thread: takes no lock, and touches no descriptor of the application's
-        self._aliases.pop(key, None)
-        _plain_sockets.pop(key, None)
-        if not self._aliases:
-            self._release()
 
     def _release(self) -> None:
         self._closed = True
@@ -412,21 +395,6 @@ class NatTEndpoint:
         attachment, self._attachment = self._attachment, None
         if attachment is not None:
             attachment.release()
-
-    def _forget(self, sock: socket.socket) -> None:
-        """Make `sock` the plain object that it was."""
-        end = self._aliases.pop(id(sock), None)
-        _plain_sockets.pop(id(sock), None)
-        if end is not None:
-            end.detach()
-            change_class(sock, self._half.original)
-
-    def _living_aliases(self) -> list[socket.socket]:
-        peeked = [end.peek() for end in list(self._aliases.values())]
-        return [found[0] for found in peeked if found is not None]
-
-    def _any_alias(self) -> socket.socket | None:
-        return next(iter(self._living_aliases()), None)
 
     @contextlib.contextmanager
     def _control(self) -> Iterator[None]:
@@ -447,98 +415,6 @@ class NatTEndpoint:
             yield
         finally:
             lock.release()
-
-
-@overload
-def set_nat_t_endpoint(
-    sock: socket.socket,
-    enable: Literal[True] = True,
-    *,
-    backend: str | Backend | None = None,
-    esp: EspConsumer | None = None,
-) -> NatTEndpoint: ...
-@overload
-def set_nat_t_endpoint(
-    sock: socket.socket, enable: bool, *, backend: str | Backend | None = None, esp: EspConsumer | None = None
-) -> NatTEndpoint | None: ...
-def set_nat_t_endpoint(
-    sock: socket.socket,
-    enable: bool = True,
-    *,
-    backend: str | Backend | None = None,
-    esp: EspConsumer | None = None,
-) -> NatTEndpoint | None:
-    """Give `sock` the semantics of the Solaris option UDP_NAT_T_ENDPOINT, or take them away.
-
-    From then on what comes without the non-ESP marker never reaches the application: payloads under
-    four bytes are dropped, everything else goes to ESP. The marker is stripped from what is received
-    and put in front of what is sent. Before or after bind and connect, and as often as you like; a
-    datagram that is already queued is treated like a new one. The object stays the same; where the
-    process has something to do its class changes to one derived from its class and `NatTSocket`.
-
-    `esp` says where diverted ESP goes: None leaves it to the backend, a callable takes ``(packet:
-    memoryview, source address)``, an object with ``inbound`` takes bursts; see
-    `natcompat.backends.base.EspInbound`. `backend` overrides NATCOMPAT_BACKEND.
-
-    Returns the endpoint; None when the option was switched off. Switching off what is not on is no
-    error. On an error nothing has changed:
-
-    TypeError
-        It is no socket, or one that cannot be served: the message names the way.
-    NatCompatError
-        EBADF: it is closed; ENOPROTOOPT: it is no UDP socket; EAFNOSUPPORT: it is not of the Internet
-        families; EOPNOTSUPP: UDP_CORK or UDP_SEGMENT is set, or the
-        running loop is the Proactor of Windows and would read the socket itself.
-    BackendUnavailableError
-        ENOTSUP, EINVAL: the backend that was asked for does not work here or is unknown.
-
-    A thread that waits in a receive while the option goes on gets one datagram as it came. After
-    fork both processes may go on; see `NatTEndpoint`.
-    """
-    sock = unwrap(sock)
-    root = admit(sock)
-    existing = get_nat_t_endpoint(sock)
-    if not enable:
-        if existing is not None:
-            existing.close()
-        return None
-    refuse_set_options(root, sock)
-    if esp is not None and not callable(esp) and not hasattr(esp, "inbound"):
-        raise TypeError(f"esp is to be a callable or an object with inbound(), not {type(esp).__name__}")
-    if existing is not None:
-        existing._set_again(None if backend is None else backends.select(backend), esp)
-        return existing
-    _object_to_bypass(sock)
-    return NatTEndpoint(sock, root, backends.select(backend, hands_over_esp=esp is not None), esp)
-
-
-def get_nat_t_endpoint(sock: socket.socket) -> NatTEndpoint | None:
-    """Return the endpoint that `sock` is, or None: what getsockopt would say on Solaris.
-
-    Never raises, whatever `sock` is.
-    """
-    sock = unwrap(sock)
-    half = half_of(sock)
-    if not isinstance(half, ProcessHalf):  # plain, or somebody else's attribute
-        return _of_plain_socket(sock)
-    endpoint = half.rearrange.__self__  # type: ignore[attr-defined]
-    return endpoint if isinstance(endpoint, NatTEndpoint) and not endpoint.closed else None
-
-
-def _of_plain_socket(sock: Any) -> NatTEndpoint | None:
-    """Return the endpoint that `sock` is by the kernel alone, one that the application made included."""
-    existing = _plain_sockets.get(id(sock))
-    if existing is not None and existing._serves(sock) and not existing.closed:
-        return existing
-    if not backends.is_for_this_system("solaris"):
-        return None
-    try:
-        root = admit(sock)
-        if not sock.getsockopt(socket.IPPROTO_UDP, UDP_NAT_T_ENDPOINT):
-            return None
-        return NatTEndpoint(sock, root, backends.get("solaris"), None)
-    except (TypeError, OSError):
-        return None
 
 
 def _leaks_of(attachment: Attachment | None) -> frozenset[str]:
@@ -568,33 +444,7 @@ def _lives(pid: int) -> bool:
     return True
 
 
-def _object_to_bypass(sock: socket.socket) -> None:
-    if "asyncio" in sys.modules:
-        from natcompat.aio import object_to_bypassing_loop
-
-        object_to_bypassing_loop(sock)
-
-
-def _arrive(
-    original: type[socket.socket],
-    descriptor: Any,
-    family: int,
-    kind: int,
-    protocol: int,
-    timeout: float | None,
-) -> socket.socket:
-    """Make the socket that another process sent by multiprocessing: the process's half goes on here.
-
-    ESP stays with the process that sent it.
-    """
-    sock = original(family, kind, protocol, fileno=descriptor.detach())
-    sock.settimeout(timeout)
-    set_nat_t_endpoint(sock, backend="userspace:in-line")
-    return sock
-
-
 _endpoints: weakref.WeakSet[NatTEndpoint] = weakref.WeakSet()
-_plain_sockets: dict[int, NatTEndpoint] = {}  # by the identity of the socket object, which has its own class
 
 
 def _after_fork() -> None:

@@ -271,7 +271,7 @@ class _Schedule:
 
     def _connected(self) -> Any:
         """Return the key of the peer that the socket is connected to now."""
-        sock = self.endpoint._any_alias()
+        sock = self.endpoint._aliases.any()
         try:
             return None if sock is None else _key(sock.getpeername())
         except OSError:

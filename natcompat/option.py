@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from natcompat.contract import UDP_NAT_T_ENDPOINT
-from natcompat.endpoint import set_nat_t_endpoint
+from natcompat.setting import set_nat_t_endpoint
 from natcompat.system import option_answer, option_value
 
 _OPTION = (socket.IPPROTO_UDP, UDP_NAT_T_ENDPOINT)

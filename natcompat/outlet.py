@@ -61,7 +61,7 @@ class Outlet:
     @property
     def application(self) -> socket.socket:
         """The application's socket."""
-        sock = self._endpoint._any_alias()
+        sock = self._endpoint._aliases.any()
         if sock is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return SystemCalls(sock, self._root)
@@ -72,7 +72,7 @@ class Outlet:
         """Send one datagram without the marker; never waits."""
         if self._esp_socket is not None:
             return self._esp_socket.sendmsg(buffers, ancillary, 0, address)
-        sock = self._endpoint._any_alias()
+        sock = self._endpoint._aliases.any()
         if sock is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         if self._endpoint._half.in_piece:  # it would become a part of the application's datagram

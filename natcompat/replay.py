@@ -11,7 +11,7 @@ from natcompat import backends
 from natcompat.backends.base import port_of
 from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER, Performer, Verdict, classify
 from natcompat.conversation import Conversation
-from natcompat.endpoint import set_nat_t_endpoint
+from natcompat.setting import set_nat_t_endpoint
 from natcompat.verify import (
     DUTY,
     FAMILY,

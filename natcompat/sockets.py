@@ -272,10 +272,10 @@ class NatTSocket(_Socket):
             raise TypeError(f"cannot pickle {type(self).__name__!r} object")
         from multiprocessing.reduction import DupFd
 
-        from natcompat.endpoint import _arrive
+        from natcompat.setting import arrive
 
         half = self._nat_t
-        return _arrive, (
+        return arrive, (
             half.original,
             DupFd(self.fileno()),
             self.family,

@@ -39,7 +39,8 @@ from natcompat.contract import (
     Row,
     Verdict,
 )
-from natcompat.endpoint import NatTEndpoint, get_nat_t_endpoint, set_nat_t_endpoint
+from natcompat.endpoint import NatTEndpoint
+from natcompat.setting import get_nat_t_endpoint, set_nat_t_endpoint
 
 if TYPE_CHECKING:
     import pytest

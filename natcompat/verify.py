@@ -35,7 +35,8 @@ from natcompat.contract import (
     Row,
     Verdict,
 )
-from natcompat.endpoint import NatTEndpoint, set_nat_t_endpoint
+from natcompat.endpoint import NatTEndpoint
+from natcompat.setting import set_nat_t_endpoint
 
 Address: TypeAlias = tuple[Any, ...]
 

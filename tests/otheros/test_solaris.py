@@ -132,8 +132,8 @@ for odd in (None, 7, object()):
     assert get_nat_t_endpoint(odd) is None
 del sock
 gc.collect()
-from natcompat import endpoint as module
-assert module._plain_sockets == {}
+from natcompat import aliases
+assert aliases._plain == {}
 """)
 
 
