@@ -35,12 +35,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import socket
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Set
 from ipaddress import ip_address, ip_network
 from typing import Final, NamedTuple, Self
 
 from natcompat.errors import NatCompatError
-from natcompat.esp.policy_routes import routes_for
+from natcompat.esp.policy_routes import PolicyRoutes, covering
 from natcompat.esp.rtnetlink import MAIN_TABLE, Rtnetlink, Rule, family_of
 from natcompat.esp.tun import TunDevice
 from natcompat.ipsec import IPAddress, IPNetwork, Policy
@@ -55,6 +56,9 @@ Each kind of rule has its own: to the kernel one that says less is the same as o
 """
 
 _OWN, _FROM, _ALL = 0, 1, 2
+
+_EVERYBODY: Final[Mapping[int, IPNetwork]] = {4: ip_network("0.0.0.0/0"), 6: ip_network("::/0")}
+"""Of each IP version."""
 
 _PREFER_MAIN_PRIORITY: Final = 4600
 _PREFER_MAIN_SLOTS: Final = 5000
@@ -88,14 +92,16 @@ def refuse_loop(network: IPNetwork | str, peers: Iterable[IPAddress | str]) -> N
 
 
 class _Route(NamedTuple):
-    """Who takes a route into the device."""
+    """A destination, and who goes there through the device."""
 
     preferred: IPAddress | None
     """This host's address there."""
-    sources: frozenset[IPNetwork] | None
-    """Networks behind this host; None: everybody."""
-    own: bool
-    """Whether this host does."""
+    users: frozenset[IPNetwork | None]
+    """Networks of the senders; None among them: this host itself, whatever its address."""
+
+
+_PAST: Final = _Route(None, frozenset())
+"""Of a destination that is no longer looked up in the table: nobody goes there through the device."""
 
 
 class DeviceRoutes:
@@ -111,10 +117,15 @@ class DeviceRoutes:
         """Why routes that cover a peer are refused; empty where outer packets can be kept out."""
         self._device = device
         self._prefer_main = prefer_main
-        self._rules: list[Rule] = []
+        self._rules: dict[Rule, None] = {}
+        """Those that are there, in the order in which they came."""
+        self._uses: Counter[Rule] = Counter()
+        """How many routes want a rule."""
+        self._unsettled: dict[Rule, None] = {}
         self._routes: dict[IPNetwork, _Route] = {}
-        self._followed: tuple[object, ...] | None = None  # what `follow` has done last
-        self._thrown: set[IPNetwork] = set()
+        self._policies = PolicyRoutes()
+        self._addresses: dict[IPAddress, frozenset[IPNetwork]] = {}
+        """Of this host, when it was last looked, and the networks that contain each."""
         self._netlink = Rtnetlink()
         try:
             self._remove_stale()
@@ -156,19 +167,19 @@ class DeviceRoutes:
         network = ip_network(network)
         if network in self._routes:
             raise NatCompatError(errno.EEXIST, f"the route to {network} is there already", "Remove it first")
-        sources = None if behind is None else frozenset(ip_network(each) for each in behind)
-        route = _Route(None if source is None else ip_address(source), sources, True)
+        users: set[IPNetwork | None] = {_EVERYBODY[network.version]}
+        if behind is not None:
+            users = {None, *(ip_network(each) for each in behind)}
         if self.refusal:
             refuse_loop(network, peers)
-        self._change({**self._routes, network: route}, self._thrown)
+        self._change({network: _Route(None if source is None else ip_address(source), frozenset(users))})
 
     def remove(self, network: IPNetwork | str) -> None:
         """Undo `add`. ESRCH: there is none."""
         network = ip_network(network)
         if network not in self._routes:
             raise NatCompatError(errno.ESRCH, f"there is no route to {network}")
-        rest = {each: route for each, route in self._routes.items() if each != network}
-        self._change(rest, self._thrown)
+        self._change({network: None})
 
     def follow(self, policies: Iterable[Policy]) -> None:
         """Make the routes those that `policies` want, and no others; whole or not at all.
@@ -178,78 +189,120 @@ class DeviceRoutes:
         preferred. What they bypass goes past it where routes can say so; else it goes into the device,
         and ESP drops it (see `natcompat.esp.policy_routes`).
         """
-        caught, thrown = routes_for(policies)
-        if self.refusal:
-            thrown.clear()
-            peers = [each.destination for found in caught.values() for each in found if each.destination]
-            for network in caught:
-                refuse_loop(network, peers)
-        users = {network: [each.selector.source for each in found] for network, found in caught.items()}
-        followed = users, thrown, tuple(self._device.addresses)
-        if followed == self._followed:
-            return
-        addresses = [*self._device.addresses, *self._netlink.addresses()]
-        wanted = {}
-        for network, sources in users.items():
-            own = (each for each in addresses if any(each in source for source in sources))
-            preferred = next(own, None)
-            wanted[network] = _Route(preferred, frozenset(sources), preferred is not None)
-        self._change(wanted, thrown)
-        self._followed = followed
-
-    def _change(self, routes: dict[IPNetwork, _Route], thrown: set[IPNetwork]) -> None:
-        """Make the routes these, whole or not at all."""
-        self._followed = None
-        before = dict(self._routes), set(self._thrown)
+        before, self._policies = self._policies, PolicyRoutes(policies)
         try:
-            self._become(routes, thrown)
+            self._follow(self._routes.keys() | self._policies.destinations())
         except BaseException:
-            for network in self._routes.keys() - before[0].keys():
-                with contextlib.suppress(OSError):
-                    self._remove(network)
-            with contextlib.suppress(OSError):
-                self._become(*before)
+            self._policies = before
             raise
 
-    def _become(self, routes: dict[IPNetwork, _Route], thrown: set[IPNetwork]) -> None:
+    def add_policy(self, policy: Policy) -> None:
+        """Follow one policy more; as `follow`, in a time that does not grow with the number of the others."""
+        try:
+            self._follow(self._policies.add(policy))
+        except BaseException:
+            self._policies.remove(policy)
+            raise
+
+    def delete_policy(self, policy: Policy) -> None:
+        """Follow it no longer."""
+        try:
+            self._follow(self._policies.remove(policy))
+        except BaseException:
+            self._policies.add(policy)
+            raise
+
+    def _follow(self, destinations: Set[IPNetwork]) -> None:
+        """Make the routes to `destinations` those that the policies want."""
+        addresses = [*self._device.addresses, *self._netlink.addresses()]
+        if addresses != list(self._addresses):
+            self._addresses = {each: frozenset(covering(ip_network(each))) for each in addresses}
+            destinations = destinations | self._policies.destinations()
+        if self.refusal:
+            peers = self._policies.peers()
+            for network in self._policies.destinations():
+                if self._policies.sources(network):
+                    refuse_loop(network, peers)
+        self._change({each: self._wanted(each) for each in destinations})
+
+    def _wanted(self, destination: IPNetwork) -> _Route | None:
+        """Return the route that the policies want; None: they want none."""
+        sources = self._policies.sources(destination)
+        if not sources:
+            return None if sources is None or self.refusal else _PAST
+        own = (each for each, networks in self._addresses.items() if not networks.isdisjoint(sources))
+        preferred = next(own, None)
+        if _EVERYBODY[destination.version] in sources:
+            return _Route(preferred, frozenset({_EVERYBODY[destination.version]}))
+        return _Route(preferred, sources if preferred is None else sources | {None})
+
+    def _change(self, routes: Mapping[IPNetwork, _Route | None]) -> None:
+        """Make the routes to some networks these, whole or not at all. None: there shall be none."""
+        before = {network: self._routes.get(network) for network in routes}
+        try:
+            self._become(routes)
+        except BaseException:
+            for network, route in before.items():
+                if route is None:
+                    with contextlib.suppress(OSError):
+                        self._remove(network)
+            with contextlib.suppress(OSError):
+                self._become(before)
+            raise
+
+    def _become(self, routes: Mapping[IPNetwork, _Route | None]) -> None:
         """Make the routes these. What is new comes before what is old goes, lest packets go in the clear."""
-        for network in self._thrown & routes.keys():
-            self._catch(network)
-        for network, route in routes.items():
-            before = self._routes.get(network)
-            if before is None or before.preferred != route.preferred:
-                self._netlink.add_route(
-                    self._device.index,
-                    network,
-                    table=self.table,
-                    source=route.preferred,
-                    replace=before is not None,
-                )
-            self._routes[network] = route
-        for network in self._routes.keys() & thrown:
-            self._remove(network)
-        for network in thrown - self._thrown:
-            self._netlink.add_throw(network, table=self.table)
-            self._thrown.add(network)
+        changed = {network: route for network, route in routes.items() if route != self._routes.get(network)}
+        for network, route in changed.items():
+            if route is not None and route is not _PAST:
+                self._lead(network, route)
+        for network, route in changed.items():
+            if route is _PAST:
+                self._remove(network)
+                self._netlink.add_throw(network, table=self.table)
+                self._note(network, route)
         self._set_rules()
-        for network in self._routes.keys() - routes.keys():
-            self._remove(network)
-        for network in self._thrown - thrown:
-            self._catch(network)
+        for network, route in changed.items():
+            if route is None:
+                self._remove(network)
         self._set_rules()
+
+    def _lead(self, network: IPNetwork, route: _Route) -> None:
+        if self._routes.get(network) is _PAST:
+            self._remove(network)
+        before = self._routes.get(network)
+        if before is None or before.preferred != route.preferred:
+            self._netlink.add_route(
+                self._device.index,
+                network,
+                table=self.table,
+                source=route.preferred,
+                replace=before is not None,
+            )
+        self._note(network, route)
 
     def _remove(self, network: IPNetwork) -> None:
-        self._netlink.delete_route(self._device.index, network, table=self.table)
-        del self._routes[network]
+        route = self._routes.get(network)
+        if route is not None:
+            index = 0 if route is _PAST else self._device.index
+            self._netlink.delete_route(index, network, table=self.table)
+            self._note(network, None)
 
-    def _catch(self, network: IPNetwork) -> None:
-        self._netlink.delete_route(0, network, table=self.table)
-        self._thrown.remove(network)
+    def _note(self, network: IPNetwork, route: _Route | None) -> None:
+        """Note that `route` is the one to `network` now; the rules are still to be set."""
+        before = (self._routes.pop(network, None) or _PAST).users
+        after = (route or _PAST).users
+        if route is not None:
+            self._routes[network] = route
+        for users, change in ((after - before, 1), (before - after, -1)):
+            for user in users:
+                for rule in self._rules_for(network.version, user):
+                    self._uses[rule] += change
+                    self._unsettled[rule] = None
 
     def covers(self, address: IPAddress | str) -> bool:
         """Tell whether a route leads to `address` through the device."""
-        found = ip_address(address)
-        return any(found in network for network in self._routes)
+        return any(self._routes.get(each, _PAST) is not _PAST for each in covering(ip_network(address)))
 
     def check_peer(self, peer: IPAddress | str) -> None:
         """Raise unless outer packets can go to `peer` and come from there, by the system's own word.
@@ -288,14 +341,10 @@ class DeviceRoutes:
             with contextlib.suppress(OSError):  # somebody else did
                 self._netlink.delete_rule(rule)
         self._rules.clear()
-        for network in self._routes:
+        for network in list(self._routes):
             with contextlib.suppress(OSError):  # the device is gone
-                self._netlink.delete_route(self._device.index, network, table=self.table)
+                self._remove(network)
         self._routes.clear()
-        for network in self._thrown:
-            with contextlib.suppress(OSError):
-                self._netlink.delete_route(0, network, table=self.table)
-        self._thrown.clear()
         self._netlink.close()
 
     def __enter__(self) -> Self:
@@ -305,40 +354,35 @@ class DeviceRoutes:
         self.close()
 
     def _set_rules(self) -> None:
-        """Make the rules those that the routes need."""
-        wanted = []
-        for family in (socket.AF_INET, socket.AF_INET6):
-            routes = [
-                route for network, route in self._routes.items() if family_of(network.version) == family
-            ]
-            if routes and not self.refusal:
-                wanted += self._rules_for(family, routes)
-        for rule in wanted:
-            if rule not in self._rules:
+        """Make the rules those that the routes need: what is new first."""
+        changed, self._unsettled = self._unsettled, {}
+        for rule in changed:
+            if self._uses[rule] and rule not in self._rules:
                 self._netlink.add_rule(rule)
-                self._rules.append(rule)
-        for rule in reversed(self._rules.copy()):
-            if rule not in wanted:
-                self._netlink.delete_rule(rule)
-                self._rules.remove(rule)
+                self._rules[rule] = None
+        for rule in reversed(changed):
+            if not self._uses[rule]:
+                del self._uses[rule]
+                if rule in self._rules:
+                    self._netlink.delete_rule(rule)
+                    del self._rules[rule]
 
-    def _rules_for(self, family: socket.AddressFamily, routes: list[_Route]) -> list[Rule]:
-        priority = PRIORITY
+    def _rules_for(self, version: int, user: IPNetwork | None) -> Iterator[Rule]:
+        """Yield the rules that lead what `user` sends into the table."""
+        if self.refusal:
+            return
+        family, priority = family_of(version), PRIORITY
         if self._prefer_main:
             priority = _PREFER_MAIN_PRIORITY + _SLOT * (self._device.index % _PREFER_MAIN_SLOTS) + 1
         here = Rule(family, priority, self.table, without_mark=MARK)
-        sources = {source for route in routes for source in route.sources or ()}
-        if any(route.sources is None for route in routes) or any(not each.prefixlen for each in sources):
-            rules = [here._replace(priority=priority + _ALL)]
+        if user is None:
+            yield here._replace(priority=priority + _OWN, own=True)
+        elif user == _EVERYBODY[version]:
+            yield here._replace(priority=priority + _ALL)
         else:
-            own = any(route.own for route in routes)
-            rules = [here._replace(priority=priority + _OWN, own=True)] if own else []
-            rules += [
-                here._replace(priority=priority + _FROM, source=each) for each in sorted(sources, key=str)
-            ]
+            yield here._replace(priority=priority + _FROM, source=user)
         if self._prefer_main:  # behind the others, without which it is stale
-            rules.append(Rule(family, priority - 1, MAIN_TABLE, not_default=True))
-        return rules
+            yield Rule(family, priority - 1, MAIN_TABLE, not_default=True)
 
     def _remove_stale(self) -> None:
         """Remove the rules of devices that are gone: their processes were killed."""

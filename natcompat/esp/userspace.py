@@ -122,37 +122,39 @@ class UserspaceIPsec(EspEngine):
 
         ELOOP: one would lead ESP itself into the device, and this kernel has no rules to prevent it.
         """
-        with self._usable():
+        with self._usable(), contextlib.ExitStack() as undo:
             super().add_policy(policy)
-            try:
-                self._follow_policies(policy)
-            except BaseException:
-                super().delete_policy(policy)
-                raise
+            undo.callback(super().delete_policy, policy)
+            if self._routes is not None:
+                self._routes.add_policy(policy)
+                undo.callback(self._routes.delete_policy, policy)
+                self._check_peer(policy, self._routes)
+            undo.pop_all()
 
     def delete_policy(self, policy: Policy) -> None:
         """Remove a policy, and its route."""
         with self._usable():
+            if self._routes is not None:
+                self._routes.delete_policy(self._policy(policy).policy)
             super().delete_policy(policy)
-            self._follow_policies(policy)
 
     def flush_policies(self) -> None:
         """Remove every policy of this engine, and the routes."""
         with self._usable():
+            if self._routes is not None:
+                self._routes.follow(())
             super().flush_policies()
-            self._follow_policies()
 
-    def _follow_policies(self, changed: Policy | None = None) -> None:
-        if self._routes is None or (changed is not None and changed.direction is Direction.IN):
+    @staticmethod
+    def _check_peer(policy: Policy, routes: DeviceRoutes) -> None:
+        if policy.direction is Direction.IN or policy.destination is None:
             return
-        self._routes.follow(each.policy for each in self.list_policies())
-        if changed is not None and changed.destination is not None:
-            try:
-                self._routes.check_peer(changed.destination)
-            except NatCompatError as error:
-                if error.errno == errno.ELOOP:
-                    raise
-                _log.warning("%s", error)  # it may be set right later
+        try:
+            routes.check_peer(policy.destination)
+        except NatCompatError as error:
+            if error.errno == errno.ELOOP:
+                raise
+            _log.warning("%s", error)  # it may be set right later
 
     @property
     def engines(self) -> int:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address, ip_network
+from random import Random
 from typing import Any
 
 import pytest
@@ -21,10 +22,11 @@ from natcompat.errors import NatCompatError
 from natcompat.esp.databases import PolicyDatabase
 from natcompat.esp.discovery import kernel_path_mtu
 from natcompat.esp.packet import Flow
-from natcompat.esp.policy_routes import routes_for
+from natcompat.esp.policy_routes import PolicyRoutes
 from natcompat.esp.routing import MARK, DeviceRoutes, refuse_loop
 from natcompat.esp.rtnetlink import MAIN_TABLE, Rtnetlink
 from natcompat.esp.tun import TunDevice
+from natcompat.esp.userspace import open_process_ipsec
 from natcompat.ipsec import Action, Direction, IPNetwork, Policy, TrafficSelector
 from natcompat.namespaces import INITIATOR, RESPONDER, Topology
 from tests.esp.tunnelling import TUN, interfaces, read_until
@@ -412,11 +414,14 @@ def test_what_passes_by_the_device_the_policies_bypass(policies: list[Policy]) -
     database = PolicyDatabase()
     for each in policies:
         database.add(each, 0)
-    caught, thrown = routes_for(policies)
-    assert not caught.keys() & thrown
-    sources = {each.selector.source for found in caught.values() for each in found}
+    routes = PolicyRoutes(policies)
+    said = {each: routes.sources(each) for each in routes.destinations()}
+    caught = {each for each, found in said.items() if found}
+    sources = {source for found in said.values() if found for source in found}
     for destination in ADDRESSES:
-        networks = [each for each in (*caught, *thrown) if ip_address(destination) in each]
+        networks = [
+            each for each, found in said.items() if found is not None and ip_address(destination) in each
+        ]
         chosen = max(networks, key=lambda network: network.prefixlen, default=None)
         for source in ADDRESSES:
             for protocol in (6, 17):
@@ -424,6 +429,66 @@ def test_what_passes_by_the_device_the_policies_bypass(policies: list[Policy]) -
                 if found is not None and found.policy.action is not Action.BYPASS:
                     assert chosen in caught, f"{found.policy} wants what goes past"
                     assert any(ip_address(source) in each for each in sources)
+
+
+@given(POLICIES.filter(bool), st.randoms(use_true_random=False))
+def test_policies_that_come_and_go_want_the_routes_that_all_at_once_want(
+    policies: list[Policy], random: Random
+) -> None:
+    routes, here = PolicyRoutes(), list[Policy]()
+    for each in random.choices(policies, k=3 * len(policies)):
+        before = {network: routes.sources(network) for network in routes.destinations()}
+        change = here.remove if each in here else here.append
+        told = (routes.remove if each in here else routes.add)(each)
+        change(each)
+        at_once = PolicyRoutes(here)
+        after = {network: at_once.sources(network) for network in at_once.destinations()}
+        assert {network: routes.sources(network) for network in routes.destinations()} == after
+        assert told >= {
+            each for each in before.keys() | after.keys() if before.get(each) != after.get(each)
+        }, "destinations whose routes are others now were not told"
+
+
+@isolated(network=True)
+def test_one_policy_more_costs_the_same_however_many_there_are() -> None:
+    def clients(count: int) -> Iterator[Policy]:
+        for number in range(count):
+            yield policy(f"10.7.{number >> 8}.{number & 0xFF}/32", source=ANY)
+            yield policy(ANY, source=f"10.8.{number >> 8}.{number & 0xFF}/32")
+
+    with open("/proc/sys/net/ipv4/ip_forward", "w") as file:
+        file.write("1")
+    with uplink(), open_process_ipsec() as ipsec:
+        device = ipsec.device
+        assert isinstance(device, TunDevice)
+        ipsec.add_policy(policy(LAN, Action.BYPASS))
+        calls = []
+        for each in clients(300):
+            with _counting_calls() as counted:
+                ipsec.add_policy(each)
+            calls.append(counted[0])
+        assert goes_to("10.7.1.2") == device.name
+        assert forwarded("10.8.1.2", ANYONE[4], "uplink0") == device.name
+        assert max(calls[-50:]) < 2 * max(calls[10:60])
+        for each in clients(300):
+            ipsec.delete_policy(each)
+        assert goes_to("10.7.1.2") == "uplink0"
+        assert "proto 78" not in rules()
+
+
+@contextlib.contextmanager
+def _counting_calls() -> Iterator[list[int]]:
+    """Count the calls of Python functions, which is steadier than a clock."""
+    counted = [0]
+
+    def count(_: object, event: str, __: object) -> None:
+        counted[0] += event == "call"
+
+    sys.setprofile(count)
+    try:
+        yield counted
+    finally:
+        sys.setprofile(None)
 
 
 def _set(name: str, value: int) -> None:
@@ -459,7 +524,7 @@ def test_what_would_keep_the_peer_away_is_named() -> None:
 
 _OPEN_AND_WAIT = """
 from natcompat.esp.tun import TunDevice
-from natcompat.esp.routing import DeviceRoutes
+from natcompat.esp.routing import DeviceRoutes, _PAST
 from ipaddress import ip_network
 import time
 devices = [TunDevice(), TunDevice()]
@@ -467,7 +532,7 @@ for device, prefer_main in zip(devices, (False, True)):
     routes = DeviceRoutes(device, prefer_main=prefer_main)
     routes.add("0.0.0.0/0")
     routes.add("::/0")
-    routes._change(routes._routes, {ip_network("192.0.2.0/24")})
+    routes._change({ip_network("192.0.2.0/24"): _PAST})
 print("ready", flush=True)
 time.sleep(99)
 """
