@@ -42,7 +42,8 @@ class Stats:
     handed_back: int
     """IKE that had come to a socket of natcompat's and was given back to the application's."""
     datapath: str | None
-    """What carries ESP in this process, as NATCOMPAT_DATAPATH calls it; None where natcompat does not."""
+    """What carries ESP in this process, as NATCOMPAT_DATAPATH calls it, and whose ciphers it has: "python",
+    "c (ipsec-mb)", "c (libcrypto)"; None where natcompat does not."""
     errors: int
     """Exceptions of the consumer of ESP, IKE that could not be handed back; logged to ``natcompat``."""
     system_wide: Mapping[str, int] = field(default_factory=dict)

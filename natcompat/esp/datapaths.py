@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 ENVIRONMENT_VARIABLE: Final = "NATCOMPAT_DATAPATH"
 AUTO: Final = "auto"
 
+_BUILDING: Final = (
+    "install natcompat anew where there are a C compiler, Python's headers, and libssl-dev or libipsec-mb-dev"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class DataPathChoice:
@@ -31,6 +35,8 @@ class DataPathChoice:
     viable: bool
     reason: str
     """Why not, or what it is."""
+    ciphers: str = ""
+    """The library that does the ciphers, where there is a choice."""
     make_path: DataPathFactory | None = None
     """What `natcompat.esp.engine.EspEngine` takes; None: it does not work here."""
     make_carrier: CarrierFactory | None = None
@@ -72,19 +78,21 @@ def _find_c() -> DataPathChoice:
     try:
         from natcompat.esp.native import NativeDataPath, best_provider
         from natcompat.esp.native_carrier import NativeCarrier
-    except ImportError as error:
-        return DataPathChoice("c", False, f"it is not built: {error}")
+    except ModuleNotFoundError:
+        return DataPathChoice("c", False, f"it is not built; {_BUILDING}")
+    except ImportError as error:  # a library that it was built with is gone
+        return DataPathChoice("c", False, f"it cannot be loaded: {error}; {_BUILDING}")
     provider = best_provider()
     if provider is None:
         return DataPathChoice("c", False, "none of its libraries for ciphers works on this processor")
-    return DataPathChoice("c", True, f"in C, ciphers by {provider}", NativeDataPath, NativeCarrier)
+    return DataPathChoice("c", True, f"in C, ciphers by {provider}", provider, NativeDataPath, NativeCarrier)
 
 
 def _find_python() -> DataPathChoice:
     from natcompat.esp.carrier import PortableCarrier
     from natcompat.esp.datapath import PortableDataPath
 
-    return DataPathChoice("python", True, "works everywhere", PortableDataPath, PortableCarrier)
+    return DataPathChoice("python", True, "works everywhere", "", PortableDataPath, PortableCarrier)
 
 
 _FINDERS: Final[dict[str, Callable[[], DataPathChoice]]] = {"c": _find_c, "python": _find_python}

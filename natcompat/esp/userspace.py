@@ -72,8 +72,8 @@ class UserspaceIPsec(EspEngine):
         """Where inner packets come from and go to."""
         self.carrier: Carrier = chosen.make_carrier(self, device)
         """What moves packets."""
-        self.datapath: str = chosen.name
-        """Which data path carries packets, as NATCOMPAT_DATAPATH calls it."""
+        self.datapath: str = f"{chosen.name} ({chosen.ciphers})" if chosen.ciphers else chosen.name
+        """Which data path carries packets, as NATCOMPAT_DATAPATH calls it, and whose ciphers it has."""
         self.carrier.start()
 
     def inbound(

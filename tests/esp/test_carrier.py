@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -445,11 +446,27 @@ class TestDataPaths:
         assert caught.value.errno == errno.EINVAL
         assert "python" in caught.value.remedy
 
+    def test_the_one_in_c_says_whose_ciphers_it_has(self) -> None:
+        (c,) = (each for each in datapaths.probe() if each.name == "c")
+        if not c.viable:
+            pytest.skip(c.reason)
+        with UserspaceIPsec(QueueDevice(), datapath="c") as ipsec:
+            assert ipsec.datapath == f"c ({c.ciphers})"
+        assert c.ciphers in ("ipsec-mb", "libcrypto")
+        assert c.reason.endswith(c.ciphers)
+
+    def test_one_that_cannot_be_loaded_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gone = ModuleType("natcompat.esp.native")  # as where a library was removed: its import fails
+        monkeypatch.setitem(sys.modules, "natcompat.esp.native", gone)
+        (c,) = (each for each in datapaths.probe() if each.name == "c")
+        assert not c.viable
+        assert c.reason.startswith("it cannot be loaded: ")
+
     def test_one_that_does_not_work_here_is_not_replaced(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "natcompat.esp.native", None)  # as where nothing was built
         with pytest.raises(NatCompatError) as caught:
             UserspaceIPsec(QueueDevice(), datapath="c")
         assert caught.value.errno == errno.ENOTSUP
-        assert "not built" in str(caught.value)
+        assert "not built; install natcompat anew where there are a C compiler" in str(caught.value)
         with UserspaceIPsec(QueueDevice(), datapath="auto") as ipsec:
             assert ipsec.datapath == "python"

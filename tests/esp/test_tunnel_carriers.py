@@ -208,7 +208,7 @@ def test_tcp_crosses_whole_and_everything_is_counted(path: str) -> None:
         near.sock.sendto(b"IKE", far.sock.getsockname())
         assert far.sock.recvfrom(100) == (b"IKE", near.sock.getsockname())
         stats = far.endpoint.stats()
-        assert stats.datapath == path
+        assert (stats.datapath or "").split()[0] == path
         assert stats.esp > 1500
         assert (stats.errors, stats.ike) == (0, 1)
         usage = far.ipsec.get_sa(far.ids[0xC0DE0000])
