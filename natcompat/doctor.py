@@ -29,7 +29,8 @@ versions of natcompat may add some, and raise the number if one changes its mean
 ``privileges``
     ``user`` (effective user id), ``capabilities`` (name to true or false; null where there are none)
 ``tun``
-    ``usable`` (null: cannot be told), ``reason``, ``remedy``
+    ``usable`` (null: cannot be told), ``reason``, ``remedy``, ``stale_rules`` (how many routing rules of
+    killed processes there are, which lead to empty tables; null: cannot be told)
 ``userspace_esp``
     ESP in this process: ``datapath`` (what carries its packets; null: none of those that were asked for
     works, and ``error`` says why), ``requested`` (what NATCOMPAT_DATAPATH asks for, or null), ``datapaths``
@@ -119,7 +120,7 @@ def examine() -> dict[str, Any]:
             "user": os.geteuid() if hasattr(os, "geteuid") else None,
             "capabilities": _capabilities(),
         },
-        "tun": (tun := _tun()),
+        "tun": (tun := _tun() | {"stale_rules": _stale_rules()}),
         "userspace_esp": _userspace_esp(tun),
         "ports": [*_owners(IKE_PORT), *_owners(NAT_T_PORT)],
         "system": _system(),
@@ -270,6 +271,17 @@ def _tun() -> dict[str, Any]:
     if refusal:
         return answer(False, f"A device could not be made: {refusal}.", "Allow TUNSETIFF to this process.")
     return answer(True, "A device was made and taken away again.")
+
+
+def _stale_rules() -> int | None:
+    """Count the rules that lead to devices that are gone."""
+    if sys.platform != "linux":
+        return None
+    from natcompat.esp.routing import stale_rules
+
+    with contextlib.suppress(OSError):  # where the sandbox has no rtnetlink
+        return len(stale_rules())
+    return None
 
 
 def _try_tun() -> str:

@@ -89,6 +89,9 @@ def show(report: dict[str, Any]) -> None:
     tun = report["tun"]
     usable = {True: good("yes"), False: doubtful("no"), None: doubtful("?")}[tun["usable"]]
     rows.append(["TUN", usable, " ".join(filter(None, (tun["reason"], tun["remedy"])))])
+    if tun["stale_rules"]:
+        stale = f"{tun['stale_rules']} of a tunnel that was killed: harmless, as they lead to empty tables"
+        rows.append(["routing rules", doubtful("stale"), f"{stale}, and gone with the next tunnel."])
     out.table(["", "", ""], rows)
 
     esp = report["userspace_esp"]

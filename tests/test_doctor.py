@@ -48,7 +48,12 @@ SHAPE = {
         "limits": [str],
     },
     "privileges": {"user": int, "capabilities": dict},
-    "tun": {"usable": (bool, type(None)), "reason": str, "remedy": str},
+    "tun": {
+        "usable": (bool, type(None)),
+        "reason": str,
+        "remedy": str,
+        "stale_rules": (int, type(None)),
+    },
     "userspace_esp": {
         "datapath": (str, type(None)),
         "requested": (str, type(None)),

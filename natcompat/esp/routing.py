@@ -24,7 +24,8 @@ bit of the mark (SO_MARK), which the sockets of ESP and IKE have::
   device: the look-up for it has no mark. src_valid_mark does not change that, as nothing marks what arrives.
   `check_peer` says so; loose filtering (2), the default of systemd, and none (0) do no harm. IPv6 has none.
 - Routes go with the device, whatever ends the process. Rules go on `close`; those of a process that was
-  killed lead to an empty table, which changes nothing, and the next `DeviceRoutes` removes them.
+  killed lead to an empty table, which changes nothing. `natcompat doctor` counts them, and the next
+  `DeviceRoutes` removes them.
 
 Where there are no rules (a kernel without CONFIG_IP_MULTIPLE_TABLES), routes go to the main table, and one
 that covers a peer is refused.
@@ -385,16 +386,11 @@ class DeviceRoutes:
             yield Rule(family, priority - 1, MAIN_TABLE, not_default=True)
 
     def _remove_stale(self) -> None:
-        """Remove the rules of devices that are gone: their processes were killed."""
-        rules = self._netlink.rules()
-        present = {_TABLES + index for index, _ in socket.if_nameindex()}
-        slots = {(each.family, each.priority // _SLOT) for each in rules if each.table in present}
+        present = _present_tables()
         with contextlib.ExitStack() as each_of_them:
             each_of_them.enter_context(contextlib.suppress(OSError))  # another process was faster
-            for rule in rules:
-                partner = rule.not_default and (rule.family, rule.priority // _SLOT) in slots
-                if rule.table not in present and not partner:
-                    each_of_them.callback(self._netlink.delete_rule, rule)
+            for rule in _stale(self._netlink.rules()):
+                each_of_them.callback(self._netlink.delete_rule, rule)
             for network, table in self._netlink.throws():
                 if table not in present:
                     each_of_them.callback(self._netlink.delete_route, 0, network, table=table)
@@ -410,6 +406,29 @@ class DeviceRoutes:
             raise
         self._netlink.delete_rule(rule)
         return ""
+
+
+def stale_rules() -> list[Rule]:
+    """Return the rules of devices that are gone: their processes were killed. Takes no privilege."""
+    netlink = Rtnetlink()
+    try:
+        return _stale(netlink.rules())
+    finally:
+        netlink.close()
+
+
+def _stale(rules: list[Rule]) -> list[Rule]:
+    present = _present_tables()
+    slots = {(each.family, each.priority // _SLOT) for each in rules if each.table in present}
+
+    def lives(rule: Rule) -> bool:
+        return rule.table in present or (rule.not_default and (rule.family, rule.priority // _SLOT) in slots)
+
+    return [each for each in rules if not lives(each)]
+
+
+def _present_tables() -> set[int]:
+    return {_TABLES + index for index, _ in socket.if_nameindex()}
 
 
 def _rp_filter(name: str) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +20,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from natcompat import doctor, doctor_report
 from natcompat.errors import NatCompatError
 from natcompat.esp.databases import PolicyDatabase
 from natcompat.esp.discovery import kernel_path_mtu
@@ -58,6 +61,12 @@ def rules() -> str:
         subprocess.run(["ip", family, "rule"], check=True, capture_output=True, text=True).stdout
         for family in ("-4", "-6")
     )
+
+
+def doctors_report() -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        doctor_report.show(doctor.examine())
+    return output.getvalue()
 
 
 def is_to(address: str, packet: bytes) -> bool:
@@ -553,8 +562,11 @@ def test_rules_of_a_killed_process_do_nothing_and_are_removed() -> None:
                 with TunDevice() as device, DeviceRoutes(device) as routes:
                     routes.add("::/0")
                     assert rules().count("proto 78") == 7, "those of a process that lives stay"
+                    assert doctor.examine()["tun"]["stale_rules"] == 0
                 process.send_signal(how)
             assert [goes_to(PEER[4]), goes_to(PEER[6])] == ["uplink0", "uplink0"]
+            assert doctor.examine()["tun"]["stale_rules"] == 6
+            assert re.search(r"routing rules +stale +6 of a tunnel that was killed", doctors_report())
             with TunDevice() as device, DeviceRoutes(device) as routes:
                 assert rules() == before
                 assert routes._netlink.throws() == []
