@@ -39,6 +39,7 @@ _REMEDIES: Final = {
     errno.EACCES: "Choose a directory that this user may write to",
     errno.EROFS: "Choose a directory on a disk that can be written to",
     errno.ELOOP: "Name the file itself, and no link to it",
+    errno.ENOSPC: "Make space on its disk",
 }
 _LAST: Final = (1 << 64) - 1
 
@@ -79,8 +80,7 @@ class StateFile:
             raise
         except OSError as error:
             self.close()
-            number = error.errno or errno.EIO
-            raise self._error(number, os.strerror(number), _REMEDIES.get(number, "")) from None
+            raise self._disk_error(error) from None
 
     def close(self) -> None:
         """Let go of the file and its lock."""
@@ -119,15 +119,22 @@ class StateFile:
         return self._numbers.get(identity, 0)
 
     def record(self, numbers: Mapping[Identity, int]) -> None:
-        """Write `numbers`, and return when they are on the disk. An OSError: they may not be used."""
+        """Write `numbers`, and return when they are on the disk. A NatCompatError: they may not be used."""
         changed = {**self._numbers, **numbers}
-        self._write(changed)
+        try:
+            self._write(changed)
+        except OSError as error:
+            raise self._disk_error(error) from None
         self._numbers = changed
 
     # -- the file
 
     def _error(self, number: int, problem: str, remedy: str) -> NatCompatError:
         return NatCompatError(number, f"the state file {hide_keys(str(self.path))}: {problem}", remedy)
+
+    def _disk_error(self, error: OSError) -> NatCompatError:
+        number = error.errno or errno.EIO
+        return self._error(number, os.strerror(number), _REMEDIES.get(number, ""))
 
     def _open_directory(self) -> None:
         self._directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -180,7 +187,9 @@ class StateFile:
     def _refuse_if_shared(self) -> None:
         found = os.fstat(self._file)
         mode = stat.S_IMODE(found.st_mode)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid not in (0, os.geteuid()) or mode & 0o077:
+        if not stat.S_ISREG(found.st_mode):
+            raise self._error(errno.EINVAL, "it is no regular file", "Name one that --create-state has made")
+        if found.st_uid not in (0, os.geteuid()) or mode & 0o077:
             raise self._error(
                 errno.EACCES,
                 f"mode {mode:04o}, owner {found.st_uid}: others may touch it, so what it says cannot be "

@@ -9,7 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,20 +163,19 @@ def test_no_links(path: Path, state: StateFile) -> None:
     state.close()
     path.rename(path.with_name("elsewhere"))
     path.symlink_to("elsewhere")
-    assert refused_without_remedy(path).errno == errno.ELOOP
-    path.unlink()
-    path.mkdir()
-    assert refused_without_remedy(path).errno in (errno.EACCES, errno.EISDIR)
+    assert refused(path).errno == errno.ELOOP
 
 
-def refused_without_remedy(path: Path, **options: Any) -> NatCompatError:
-    with pytest.raises(NatCompatError) as caught:
-        StateFile(path, **options)
-    return caught.value
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo])
+def test_nothing_but_a_file(path: Path, make: Callable[[Path], None]) -> None:
+    make(path)
+    error = refused(path)
+    assert error.errno == errno.EINVAL
+    assert "regular file" in str(error)
 
 
 def test_no_directory(tmp_path: Path) -> None:
-    assert refused_without_remedy(tmp_path / "none" / "state").errno == errno.ENOENT
+    assert refused(tmp_path / "none" / "state").errno == errno.ENOENT
 
 
 DAMAGE = st.one_of(
@@ -228,8 +227,10 @@ def test_what_cannot_be_written_is_not_recorded(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(NatCompatError, match="No space left") as caught:
         state.record({identity: 20})
+    assert str(path) in str(caught.value)
+    assert caught.value.remedy
     monkeypatch.undo()
     assert state.last(identity) == 10
     assert path.read_bytes() == before
@@ -268,7 +269,7 @@ def test_one_that_cannot_be_made(path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     with monkeypatch.context() as disk:
         disk.setattr(os, "fsync", full)
-        assert refused_without_remedy(path, create=True).errno == errno.ENOSPC
+        assert refused(path, create=True).errno == errno.ENOSPC
     assert os.listdir(path.parent) == []
     StateFile(path, create=True).close()
 
