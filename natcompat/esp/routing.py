@@ -108,7 +108,7 @@ _PAST: Final = _Route(None, frozenset())
 class DeviceRoutes:
     """The routes into one device, and the rules that lead there. Not thread-safe.
 
-    Raises EPERM without CAP_NET_ADMIN. `close` it before the device.
+    One for each device. Raises EPERM without CAP_NET_ADMIN. `close` it before the device.
     """
 
     def __init__(self, device: TunDevice, *, prefer_main: bool = False) -> None:
@@ -386,14 +386,15 @@ class DeviceRoutes:
             yield Rule(family, priority - 1, MAIN_TABLE, not_default=True)
 
     def _remove_stale(self) -> None:
-        present = _present_tables()
+        """Remove what killed processes left, one that had this device, which persists, among them."""
+        present = _present_tables() - {self.table}
         with contextlib.ExitStack() as each_of_them:
             each_of_them.enter_context(contextlib.suppress(OSError))  # another process was faster
-            for rule in _stale(self._netlink.rules()):
+            for rule in _stale(self._netlink.rules(), present):
                 each_of_them.callback(self._netlink.delete_rule, rule)
-            for network, table in self._netlink.throws():
-                if table not in present:
-                    each_of_them.callback(self._netlink.delete_route, 0, network, table=table)
+            for index, network, table in self._netlink.routes():
+                if table == self.table or (not index and table not in present):
+                    each_of_them.callback(self._netlink.delete_route, index, network, table=table)
 
     def _why_not(self) -> str:
         """Return why there can be no rules or marks; empty: there can."""
@@ -412,13 +413,12 @@ def stale_rules() -> list[Rule]:
     """Return the rules of devices that are gone: their processes were killed. Takes no privilege."""
     netlink = Rtnetlink()
     try:
-        return _stale(netlink.rules())
+        return _stale(netlink.rules(), _present_tables())
     finally:
         netlink.close()
 
 
-def _stale(rules: list[Rule]) -> list[Rule]:
-    present = _present_tables()
+def _stale(rules: list[Rule], present: set[int]) -> list[Rule]:
     slots = {(each.family, each.priority // _SLOT) for each in rules if each.table in present}
 
     def lives(rule: Rule) -> bool:

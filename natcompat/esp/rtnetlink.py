@@ -27,7 +27,7 @@ PROTOCOL: Final = 78
 """Who made a route or a rule, in rtnetlink's words: those above 4 are free, and this one is not taken."""
 
 _RTM_NEWLINK, _RTM_DELLINK = 16, 17
-_RTM_NEWADDR, _RTM_GETADDR = 20, 22
+_RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
 _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
 _RTM_NEWRULE, _RTM_DELRULE, _RTM_GETRULE = 32, 33, 34
 _RTN_UNICAST, _RTN_THROW = 1, 9
@@ -98,13 +98,15 @@ class Rtnetlink:
 
         Even so the kernel takes an IPv6 address into use a moment later (addrconf_dad_work()).
         """
-        message = ifaddrmsg()
-        message["family"], message["prefixlen"] = family_of(address.version), prefix_length
-        message["index"] = index
-        message["attrs"] = [["IFA_ADDRESS", str(address)], ["IFA_LOCAL", str(address)]]
+        message = _address(index, address, prefix_length)
         if address.version == 6:
             message["attrs"].append(["IFA_FLAGS", _IFA_F_NODAD])
         self._request(f"Giving the interface the address {address}", message, _RTM_NEWADDR, _CREATE)
+
+    def delete_address(self, index: int, address: IPAddress, prefix_length: int) -> None:
+        """Undo `add_address`."""
+        message = _address(index, address, prefix_length)
+        self._request(f"Taking the address {address} away", message, _RTM_DELADDR, NLM_F_ACK)
 
     def add_route(
         self, index: int, network: IPNetwork, *, table: int, source: IPAddress | None, replace: bool = False
@@ -124,14 +126,16 @@ class Rtnetlink:
         message["proto"], message["type"] = PROTOCOL, _RTN_THROW
         self._request(f"Adding the route past {network}", message, _RTM_NEWROUTE, _CREATE)
 
-    def throws(self) -> list[tuple[IPNetwork, int]]:
-        """Return network and table of what `add_throw` made, by whatever process."""
+    def routes(self) -> list[tuple[int, IPNetwork, int]]:
+        """Return interface (0: of `add_throw`), network and table of the routes made here, by any process."""
         found = []
         for message in self._dump("Listing the routes", rtmsg, _RTM_GETROUTE):
-            if message["proto"] == PROTOCOL and message["type"] == _RTN_THROW:
+            if message["proto"] == PROTOCOL:
                 default = "0.0.0.0" if message["family"] == socket.AF_INET else "::"  # noqa: S104
                 network = ip_network(f"{message.get_attr('RTA_DST') or default}/{message['dst_len']}")
-                found.append((network, int(message.get_attr("RTA_TABLE") or message["table"])))
+                # IPv6 has the loopback interface for those that lead nowhere
+                index = 0 if message["type"] == _RTN_THROW else int(message.get_attr("RTA_OIF") or 0)
+                found.append((index, network, int(message.get_attr("RTA_TABLE") or message["table"])))
         return found
 
     def delete_route(self, index: int, network: IPNetwork, *, table: int) -> None:
@@ -207,6 +211,14 @@ class Rtnetlink:
 def family_of(version: int) -> socket.AddressFamily:
     """Return the address family of an IP version."""
     return socket.AF_INET if version == 4 else socket.AF_INET6
+
+
+def _address(index: int, address: IPAddress, prefix_length: int) -> Any:
+    message = ifaddrmsg()
+    message["family"], message["prefixlen"] = family_of(address.version), prefix_length
+    message["index"] = index
+    message["attrs"] = [["IFA_ADDRESS", str(address)], ["IFA_LOCAL", str(address)]]
+    return message
 
 
 def _route(index: int, network: IPv4Network | IPv6Network, table: int) -> Any:

@@ -6,7 +6,8 @@
 
 The interface exists as long as the object is open, or the process lives: when the descriptor goes, whatever
 the reason, the kernel removes the interface with its addresses and routes. One that was there before
-(``ip tuntap add``) stays. For routes that may cover the address of a peer use `natcompat.esp.routing`.
+(``ip tuntap add``) stays, and `close` takes away what it was given. For routes that may cover the address
+of a peer use `natcompat.esp.routing`.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ _REMEDIES: Final = {
     errno.EBUSY: "Choose another name; with %d in it the kernel numbers the devices",
     errno.EINVAL: "Choose another name: something that is no TUN device has this one",
 }
+_REMEDIES[errno.ENOTTY] = f"Put the device there (mknod {PATH} c 10 200): this is something else"
 _REMEDIES[errno.ENODEV] = _REMEDIES[errno.ENXIO] = _REMEDIES[errno.ENOENT]
 _REMEDIES[errno.EACCES] = _REMEDIES[errno.EPERM]
 
@@ -85,6 +87,8 @@ class TunDevice:
         self._header_length = VNET_HEADER_LENGTH if vnet_header else 0
         self._netlink: Rtnetlink | None = None
         self._descriptor = -1
+        self._undo = contextlib.ExitStack()
+        """Of an interface that stays: takes away what was given to it."""
         try:
             flags = _IFF_TUN | _IFF_NO_PI | (_IFF_VNET_HDR if vnet_header else 0)
             self._descriptor, self.name, self._persists = _open(name, flags)
@@ -116,9 +120,19 @@ class TunDevice:
         self._mtu = mtu
 
     def add_address(self, address: str) -> None:
-        """Give the interface an address, with or without a prefix length: "10.1.0.1/24", "fd00:1::1"."""
+        """Give the interface an address, with or without a prefix length: "10.1.0.1/24", "fd00:1::1".
+
+        One that stays may have had it before, and then keeps it.
+        """
         interface = ip_interface(address)
-        self._routes().add_address(self.index, interface.ip, interface.network.prefixlen)
+        netlink, wanted = self._routes(), (self.index, interface.ip, interface.network.prefixlen)
+        try:
+            netlink.add_address(*wanted)
+        except NatCompatError as error:
+            if error.errno != errno.EEXIST or not self._persists or interface.ip in self.addresses:
+                raise
+        else:
+            self._undo.callback(netlink.delete_address, *wanted)
         self.addresses.append(interface.ip)
 
     def add_route(
@@ -131,12 +145,10 @@ class TunDevice:
         """
         from natcompat.esp.rtnetlink import MAIN_TABLE
 
-        self._routes().add_route(
-            self.index,
-            ip_network(network),
-            table=table or MAIN_TABLE,
-            source=None if source is None else ip_address(source),
-        )
+        netlink, network, table = self._routes(), ip_network(network), table or MAIN_TABLE
+        preferred = None if source is None else ip_address(source)
+        netlink.add_route(self.index, network, table=table, source=preferred)
+        self._undo.callback(netlink.delete_route, self.index, network, table=table)
 
     def remove_route(self, network: IPNetwork | str, *, table: int | None = None) -> None:
         """Undo `add_route`. ESRCH: there is none."""
@@ -215,8 +227,10 @@ class TunDevice:
         netlink, self._netlink = self._netlink, None
         if netlink is not None:
             # a poll in another thread would keep the interface alive for as long as it waits
-            if not self._persists:
-                with contextlib.suppress(OSError, AttributeError):  # it is gone, or privileges are
+            with contextlib.suppress(OSError, AttributeError):  # it is gone, or privileges are
+                if self._persists:
+                    self._undo.close()
+                else:
                     netlink.delete_link(self.index)
             netlink.close()
         if descriptor >= 0:

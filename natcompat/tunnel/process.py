@@ -59,11 +59,9 @@ class ProcessSide:
             in_c = datapaths.select().name == "c"  # segments are then cut and joined there
             tun = self._undo.enter_context(TunDevice(wanted.name, mtu=mtu, vnet_header=in_c))
         except NatCompatError as error:
-            raise NatCompatError(
-                error.errno or 0,
-                error.strerror or "",
-                f'{error.remedy}; or write kind = "none" in [device]: then this end only receives',
-            ) from None
+            remedies = [error.remedy] if error.remedy else []
+            remedies.append('Without a device (kind = "none" in [device]) this end only receives')
+            raise NatCompatError(error.errno or 0, error.strerror or "", ". ".join(remedies)) from None
         routes = self._undo.enter_context(DeviceRoutes(tun))
         routes.exempt(sock)
         self.device, self.mtu = tun.name, mtu

@@ -33,7 +33,7 @@ from natcompat.esp.userspace import open_process_ipsec
 from natcompat.ipsec import Action, Direction, IPNetwork, Policy, TrafficSelector
 from natcompat.namespaces import INITIATOR, RESPONDER, Topology
 from tests.esp.tunnelling import TUN, interfaces, read_until
-from tests.linux_support import LINUX, isolated, nothing_left
+from tests.linux_support import LINUX, ip, isolated, nothing_left
 
 pytestmark = [LINUX, TUN]
 
@@ -61,6 +61,10 @@ def rules() -> str:
         subprocess.run(["ip", family, "rule"], check=True, capture_output=True, text=True).stdout
         for family in ("-4", "-6")
     )
+
+
+def thrown(netlink: Rtnetlink) -> list[IPNetwork]:
+    return [network for index, network, _ in netlink.routes() if not index]
 
 
 def doctors_report() -> str:
@@ -288,7 +292,7 @@ def test_routes_follow_the_policies() -> None:
             assert goes_to("10.2.0.1") == device.name
         assert goes_to("10.2.0.1") == "uplink0"
         netlink = Rtnetlink()
-        assert netlink.throws() == []
+        assert thrown(netlink) == []
         netlink.close()
     assert rules() == before
 
@@ -569,10 +573,36 @@ def test_rules_of_a_killed_process_do_nothing_and_are_removed() -> None:
             assert re.search(r"routing rules +stale +6 of a tunnel that was killed", doctors_report())
             with TunDevice() as device, DeviceRoutes(device) as routes:
                 assert rules() == before
-                assert routes._netlink.throws() == []
+                assert thrown(routes._netlink) == []
                 routes.add("::/0")
                 assert rules().count("proto 78") == 1
             assert rules() == before
+
+
+@isolated(network=True)
+def test_a_device_that_persists_is_taken_over_from_a_killed_process() -> None:
+    """It still has the number of its interface, and so the table."""
+    before = rules()
+    with uplink():
+        for persisting in ("natcompat0", "natcompat1"):
+            ip("tuntap", "add", "mode", "tun", "name", persisting)
+        opening = _OPEN_AND_WAIT.replace("[TunDevice(),", '[TunDevice("natcompat0"),').replace(
+            " TunDevice()]", ' TunDevice("natcompat1")]'
+        )
+        for _ in range(2):
+            with subprocess.Popen(
+                [sys.executable, "-c", opening], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            ) as process:
+                assert process.stdout is not None
+                assert process.stdout.readline() == b"ready\n"
+                process.kill()
+        for persisting in ("natcompat0", "natcompat1"):
+            with TunDevice(persisting) as device, DeviceRoutes(device) as routes:
+                assert all(table != routes.table for _, _, table in routes._netlink.routes())
+                routes.add("0.0.0.0/0")
+                assert goes_to(PEER[4]) == persisting
+        assert goes_to(PEER[4]) == "uplink0"
+    assert rules() == before
 
 
 @isolated(network=True)

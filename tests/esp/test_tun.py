@@ -271,9 +271,21 @@ def test_a_forked_child_leaves_it_alone() -> None:
 @isolated(network=True)
 def test_a_device_that_was_there_before_stays() -> None:
     ip("tuntap", "add", "dev", "mine", "mode", "tun")
-    with TunDevice("mine") as device:
-        assert device.name == "mine"
-        device.add_route("10.2.0.0/16")
+    ip("address", "add", "10.9.0.1/24", "dev", "mine")
+    for _ in range(2):
+        with TunDevice("mine") as device:
+            assert device.name == "mine"
+            for address in ("10.1.0.1/24", "fd00:1::1/64", "10.9.0.1/24"):
+                device.add_address(address)
+            with pytest.raises(NatCompatError, match="already"):
+                device.add_address("10.1.0.1/24")
+            device.add_route("10.2.0.0/16")
+        said = subprocess.run(
+            ["ip", "-oneline", "address"], check=True, capture_output=True, text=True
+        ).stdout
+        assert [each for each in ("10.1.0.1", "fd00:1::1", "10.9.0.1") if each in said] == ["10.9.0.1"]
+        said = subprocess.run(["ip", "route"], check=True, capture_output=True, text=True).stdout
+        assert "10.2.0.0" not in said
     assert "mine" in interfaces()
 
 

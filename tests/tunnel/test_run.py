@@ -256,6 +256,7 @@ def test_a_device_that_cannot_be(network: Topology, tmp_path: Path) -> None:
     done = run(network, network.initiator, *COMMAND, "tunnel", "--create-state", str(first))
     assert done.returncode == 1
     assert "no TUN device (uplink)" in done.stderr
+    assert "this end only receives" in done.stderr
     assert not (tmp_path / "tunnel.state").exists()
     assert left(network, network.initiator) == before
 
