@@ -34,7 +34,7 @@ class ReplayWindow:
         """Return the 64-bit sequence number whose lower half is `low` (RFC 4303, A2.2).
 
         Without anti-replay there is no window to go by, and the nearest number is taken.
-        Negative: a number from before the first.
+        Negative: one from before the first, or behind the last.
         """
         top_low = self.top & 0xFFFF_FFFF
         high = self.top >> 32
@@ -42,6 +42,8 @@ class ReplayWindow:
         if bottom >= 0:  # case A: the window lies within one subspace
             if low < bottom:
                 high += 1
+                if high >> 32:
+                    return -1
         elif low >= bottom + 0x1_0000_0000:  # case B: it spans two
             high -= 1
         return (high << 32) + low

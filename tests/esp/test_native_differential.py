@@ -508,3 +508,19 @@ def test_edges_of_the_window(window: int, esn: bool) -> None:
             numbers = [top, edge + 1, edge, edge - 1, edge + 1, edge + 2, top + 1]
             burst = [(forge(number, plaintext), SOURCES[0]) for number in numbers if number > 0]
             twins.do("open_burst", burst)
+
+
+def test_the_first_packets_are_not_taken_again_behind_the_last() -> None:
+    """With extended sequence numbers the upper half would be what it was."""
+    twins = Twins(PROVIDERS[0])
+    with twins.running():
+        association = sa(Direction.IN, esn=True)
+        twins.do("add_sa", association, sequence=(1 << 64) - 3)
+        twins.do("add_policy", policies(Direction.IN, 4, Mode.TUNNEL)[0])
+        forge = forger(association)
+        plaintext = ip_packet("10.2.0.1", "10.1.0.1", udp()) + bytes((0, IPV4))
+        numbers = [1, 2, (1 << 64) - 1, 1, 2]
+        twins.do("open_burst", [(forge(number, plaintext), SOURCES[0]) for number in numbers])
+        (used,) = twins.do("list_sas")
+        assert used.usage.packets == 1
+        assert used.usage.window_drops == 4

@@ -111,7 +111,16 @@ def test_inference(size: int, top: int, data: st.DataObject) -> None:
         st.one_of(st.integers(max(0, top - size + 1), top + size), st.integers(top, top + (1 << 32) - size))
     )
     low = number & 0xFFFF_FFFF
-    assert window.infer(low) == number == naive_inference(low, top, size)
+    assert naive_inference(low, top, size) == number
+    assert window.infer(low) == (number if number < 1 << 64 else -1)
+
+
+def test_numbers_from_behind_the_last_are_too_old() -> None:
+    """They would be authentic as the first ones, which were received long ago."""
+    window = ReplayWindow(64, (1 << 64) - 3)
+    assert window.infer(0xFFFF_FFFF) == (1 << 64) - 1
+    assert window.infer(1) == -1
+    assert window.check(-1) is Reason.TOO_OLD
 
 
 def test_numbers_from_before_the_first_are_too_old() -> None:
