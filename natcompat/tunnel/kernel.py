@@ -7,6 +7,7 @@ import errno
 import hmac
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from natcompat.errors import NatCompatError
@@ -37,6 +38,8 @@ class KernelSide:
         self._ids: dict[Name, SaId] = {}
         self._left: dict[Name, int] = {}
         """Sequence numbers of the SAs that were there."""
+        self._was_killed = False
+        """Whether a tunnel of this file has left something."""
         self._undo = contextlib.ExitStack()
         try:
             set_nat_t_endpoint(sock, backend="linux")
@@ -50,7 +53,7 @@ class KernelSide:
             raise
 
     def _take_away_what_was_left(self) -> None:
-        """Delete SAs that have our names and keys, and if there are any our policies."""
+        """Delete SAs that have our names and keys, and policies that say what ours do."""
         left = {each.sa_id: each.association for each in self.ipsec.list_sas()}
         for sa in self._tunnel.associations:
             other = left.get(sa.sa_id)
@@ -59,9 +62,12 @@ class KernelSide:
             ):
                 self._left[sa.direction, sa.spi] = self.ipsec.get_sa(sa.sa_id).sequence or 0
                 _suppressed(self.ipsec.delete_sa, sa.sa_id)
-        if self._left:
-            for policy in self._tunnel.policies:
-                _suppressed(self.ipsec.delete_policy, policy)
+        for policy in self._tunnel.policies:  # these do not expire with the SAs
+            with contextlib.suppress(NatCompatError):  # there is none
+                found = self.ipsec.get_policy(policy).policy
+                if self._left or replace(found, priority=policy.priority) == policy:
+                    self.ipsec.delete_policy(policy)
+                    self._was_killed = True
 
     def add_sa(self, sa: SecurityAssociation, sequence: int | None, permitted: int | None) -> None:
         """Install an SA."""
@@ -113,7 +119,7 @@ class KernelSide:
         try:
             change("add", **arguments)
         except NetlinkError as error:
-            if error.code != errno.EEXIST or not self._left:
+            if error.code != errno.EEXIST or not self._was_killed:
                 raise
 
     def _way(self, route: Any) -> dict[str, Any]:

@@ -192,3 +192,21 @@ def test_through_the_nat(
             assert end.wait(30) == 128 + number
     for host, expected in zip((near, far), before, strict=True):
         assert left_behind(host) == expected
+
+
+def test_what_outlived_the_sas_of_one_that_was_killed_is_taken_away(network: Network, tmp_path: Path) -> None:
+    """They have expired; policies, address and route are still there."""
+    near = network.initiator
+    path = write(tmp_path, network, esn=True)["initiator"]
+    path.write_text(path.read_text().replace("[[sa]]\n", "[[sa]]\nlifetime = { hard_seconds = 4 }\n"))
+    before = left_behind(near)
+    with running(near, path, "--backend", "linux", "--create-state") as killed:
+        until(killed, "up")
+        killed.kill()
+    assert len(near.run("ip", "xfrm", "policy").stdout.splitlines()) > 0
+    wait_for("the SAs to expire", lambda: not near.run("ip", "xfrm", "state").stdout)
+    with running(near, path, "--backend", "linux") as again:
+        until(again, "up")
+        again.terminate()
+        assert again.wait(30) == 128 + signal.SIGTERM
+    assert left_behind(near) == before
