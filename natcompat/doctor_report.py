@@ -106,7 +106,8 @@ def show(report: dict[str, Any]) -> None:
     asked = f" (NATCOMPAT_DATAPATH={esp['requested']})" if esp["requested"] else ""
     device = {"tun": "a TUN interface", "queue": "a queue of the program's"}[esp["device"]]
     if esp["datapath"] is None:
-        out.line(bad(f"  NATCOMPAT_DATAPATH={esp['requested']} cannot be had: "), esp["error"])
+        wanted = f"NATCOMPAT_DATAPATH={esp['requested']}" if esp["requested"] else "It"
+        out.line(bad(f"  {wanted} cannot be had: "), esp["error"])
     else:
         out.line(
             "  Packets go by ", Words(esp["datapath"], "bold green"), f"{asked}, inner ones by {device}."

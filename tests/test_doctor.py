@@ -225,6 +225,17 @@ def test_as_an_ordinary_user(arguments: tuple[str, ...]) -> None:
         assert "CAP_NET_ADMIN" in asked["remedy"]
 
 
+def test_without_cryptography(tmp_path: Path) -> None:
+    """Where it is not installed, as on Solaris, that is what the doctor has to tell."""
+    (tmp_path / "cryptography.py").write_text("raise ImportError('not installed')")
+    without = {"PYTHONPATH": str(tmp_path)}
+    found = report(env=without)["userspace_esp"]
+    assert found["datapath"] is None
+    assert not any(each["viable"] for each in found["datapaths"])
+    assert "pip install 'natcompat[userspace]'" in found["error"]
+    assert "It cannot be had: " in run("doctor", env=without).stdout
+
+
 @linux_only
 def test_a_port_of_somebody_else() -> None:
     prefix = as_nobody()

@@ -45,7 +45,7 @@ class DataPathChoice:
 
 def probe() -> list[DataPathChoice]:
     """Return every data path, in the order in which ``auto`` prefers them."""
-    return [find() for find in _FINDERS.values()]
+    return [_find(name) for name in _FINDERS]
 
 
 def select(requested: str | None = None) -> DataPathChoice:
@@ -62,14 +62,21 @@ def select(requested: str | None = None) -> DataPathChoice:
             f"Choose among {AUTO}, {', '.join(_FINDERS)} ({ENVIRONMENT_VARIABLE})",
         )
     for name in _FINDERS if asked == AUTO else (asked,):
-        found = _FINDERS[name]()
+        found = _find(name)
         if found.viable:
             return found
     raise NatCompatError(
         errno.ENOTSUP,
         f"the data path {asked} does not work here: {found.reason}",
-        f"Choose {AUTO} or python ({ENVIRONMENT_VARIABLE}); `natcompat doctor` tells which work",
+        f"Choose one that does ({ENVIRONMENT_VARIABLE}): `natcompat doctor` tells",
     )
+
+
+def _find(name: str) -> DataPathChoice:
+    try:
+        return _FINDERS[name]()
+    except NatCompatError as error:  # without cryptography
+        return DataPathChoice(name, False, f"{error.strerror}; {error.remedy}")
 
 
 def _find_c() -> DataPathChoice:

@@ -55,8 +55,8 @@ class ProcessSide:
         mtu = wanted.mtu or device_mtu(
             self._tunnel.associations, lambda host: kernel_path_mtu(host, sock) or ETHERNET_MTU
         )
+        in_c = datapaths.select().name == "c"  # segments are then cut and joined there
         try:
-            in_c = datapaths.select().name == "c"  # segments are then cut and joined there
             tun = self._undo.enter_context(TunDevice(wanted.name, mtu=mtu, vnet_header=in_c))
         except NatCompatError as error:
             remedies = [error.remedy] if error.remedy else []

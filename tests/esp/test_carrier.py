@@ -467,6 +467,7 @@ class TestDataPaths:
         with pytest.raises(NatCompatError) as caught:
             UserspaceIPsec(QueueDevice(), datapath="c")
         assert caught.value.errno == errno.ENOTSUP
+        assert "`natcompat doctor` tells" in caught.value.remedy
         assert "not built; install natcompat anew where there are a C compiler" in str(caught.value)
         with UserspaceIPsec(QueueDevice(), datapath="auto") as ipsec:
             assert ipsec.datapath == "python"
