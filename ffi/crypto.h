@@ -45,7 +45,7 @@ struct crypto_transform {
 struct crypto_cipher {
     const char *provider;
     size_t key_size;
-    /* Sets up `key`, zeroed memory of that size, aligned to 64. `material`: the key and its salt. */
+    /* Sets up `key`, zeroed memory of that size, aligned to 64 if it is as large. `material`: the key and its salt. */
     bool (*expand)(void *key, const struct crypto_transform *transform, const uint8_t *material,
                    const uint8_t *mac_key, size_t mac_key_length);
     /* Encrypts the `length` bytes behind header and IV, and appends the integrity check value.

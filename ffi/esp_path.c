@@ -98,18 +98,19 @@ static struct esp_sa *sa_new(struct esp_path *path, const struct esp_parameters 
         return NULL;
     transform.sealing = outbound;
     const struct crypto_cipher *cipher = crypto_find(path->provider, &transform);
-    if (!cipher)
+    if (!cipher || parameters->replay_window > LARGEST_WINDOW)
         return NULL;
     size_t blocks = 0;
     if (!outbound && parameters->replay_window)   /* one block more than the window, in a ring of 2^n */
         for (blocks = 1; blocks * 64 < parameters->replay_window + 64; blocks *= 2)
             ;
-    /* all in one piece, the key first: that has to be aligned. With 8 bytes less than a multiple of 64
+    /* all in one piece, the key first: that has to be aligned. With 8 bytes less than a multiple of the alignment
      * the next piece is aligned as well, without a gap between them, as glibc puts 8 in front of each */
-    size_t key_size = (cipher->key_size + 7) & ~(size_t)7;
-    size_t size = key_size + sizeof(struct esp_sa) + blocks * sizeof(uint64_t);
+    size_t key_size = sa_key_size(cipher), size = key_size, alignment = key_size < 64 ? 16 : 64;
+    size += outbound ? offsetof(struct esp_sa, out) + sizeof(((struct esp_sa *)NULL)->out)
+                     : offsetof(struct esp_sa, in.window) + blocks * sizeof(uint64_t);
     void *memory;
-    if (posix_memalign(&memory, 64, ((size + 8 + 63) & ~(size_t)63) - 8))
+    if (posix_memalign(&memory, alignment, ((size + 8 + alignment - 1) & ~(alignment - 1)) - 8))
         return NULL;
     memset(memory, 0, size);
     struct esp_sa *sa = (struct esp_sa *)((uint8_t *)memory + key_size);
@@ -120,7 +121,6 @@ static struct esp_sa *sa_new(struct esp_path *path, const struct esp_parameters 
         free(memory);
         return NULL;
     }
-    sa->key = memory;
     sa->cipher = cipher;
     sa->path = path;
     sa->serial = parameters->serial;
@@ -133,11 +133,10 @@ static struct esp_sa *sa_new(struct esp_path *path, const struct esp_parameters 
     sa->tfc = parameters->tfc;
     sa->highest = parameters->sequence;
     if (outbound) {
-        sa->out.last = sa->esn ? UINT64_MAX : UINT32_MAX;
-        sa->out.permitted = parameters->permitted < sa->out.last ? parameters->permitted : sa->out.last;
+        esp_sa_permit(sa, parameters->permitted);
     } else if (blocks) {
-        sa->in.window_size = parameters->replay_window;
-        sa->in.window_mask = (uint32_t)blocks - 1;
+        sa->in.window_size = (uint16_t)parameters->replay_window;
+        sa->in.window_mask = (uint8_t)(blocks - 1);
         if (sa->highest) {   /* all up to there have been received */
             memset(sa->in.window, 0xFF, blocks * sizeof *sa->in.window);
             sa->in.window[sa->highest / 64 & sa->in.window_mask] = (2ULL << sa->highest % 64) - 1;
@@ -158,7 +157,7 @@ int esp_crypt_once(struct esp_path *path, const struct esp_parameters *parameter
     struct esp_sa *sa = sa_new(path, parameters, sealing);
     if (!sa)
         return -1;
-    int done = (sealing ? sa->cipher->seal : sa->cipher->open)(sa->key, packet, length, high);
+    int done = (sealing ? sa->cipher->seal : sa->cipher->open)(sa_key(sa), packet, length, high);
     esp_sa_free(sa);
     return done;
 }
@@ -188,7 +187,7 @@ void esp_sa_free(struct esp_sa *sa)
     pthread_rwlock_unlock(&path->guard);
     pthread_mutex_unlock(&path->changes);
     path_forget_due(path, sa);
-    void *memory = sa->key;
+    void *memory = sa_key(sa);
     free(sa->limits);
     sa->cipher->wipe(memory);
     free(memory);

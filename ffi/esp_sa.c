@@ -10,15 +10,10 @@ static uint64_t smaller(uint64_t one, uint64_t other)
     return one < other ? one : other;
 }
 
-/* Sets the limits that come next: the soft ones, or when they are behind, the hard ones. */
-static void set_limits(struct esp_sa *sa)
+/* The last sequence number there is. */
+static uint64_t last_number(const struct esp_sa *sa)
 {
-    const struct limits *limits = sa->limits;
-    sa->next_packets = sa->next_bytes = UINT64_MAX;
-    if (!limits)
-        return;
-    sa->next_packets = sa->soft ? limits->hard_packets : smaller(limits->hard_packets, limits->soft_packets);
-    sa->next_bytes = sa->soft ? limits->hard_bytes : smaller(limits->hard_bytes, limits->soft_bytes);
+    return sa->esn ? UINT64_MAX : UINT32_MAX;
 }
 
 static void make_due(struct esp_sa *sa, uint8_t what)
@@ -35,8 +30,14 @@ static void expire(struct esp_sa *sa, bool hard)
     } else if (!sa->soft) {
         sa->soft = true;
         make_due(sa, ESP_SOFT);
-        set_limits(sa);
     }
+}
+
+static void check_limits(struct esp_sa *sa, const struct limits *limits)
+{
+    bool hard = sa->packets >= limits->hard_packets || sa->octets >= limits->hard_bytes;
+    if (hard || sa->packets >= limits->soft_packets || sa->octets >= limits->soft_bytes)
+        expire(sa, hard);
 }
 
 static void use(struct esp_sa *sa, size_t octets, double now)
@@ -45,8 +46,8 @@ static void use(struct esp_sa *sa, size_t octets, double now)
         sa->first_used = now;
     sa->last_used = now;
     sa->octets += octets;
-    if (sa->packets >= sa->next_packets || sa->octets >= sa->next_bytes)
-        expire(sa, sa->limits && (sa->packets >= sa->limits->hard_packets || sa->octets >= sa->limits->hard_bytes));
+    if (sa->limits)
+        check_limits(sa, sa->limits);
 }
 
 /* The anti-replay window (natcompat/esp/replay.py): checked before, committed after authentication. */
@@ -153,7 +154,7 @@ enum esp_result sa_open(struct esp_sa *sa, struct esp_packet *packet, double now
     size_t length = packet->length - sa->fixed;
     /* a length that cannot be right is told as a check value that is not, which is what the kernel finds */
     if (length < 2 || length & (sa->block_length - 1u)
-        || !sa->cipher->open(sa->key, packet->data, length, high)) {
+        || !sa->cipher->open(sa_key(sa), packet->data, length, high)) {
         ++sa->in.integrity_drops;
         return ESP_INTEGRITY;
     }
@@ -195,7 +196,7 @@ static enum esp_result seal(struct esp_sa *sa, struct esp_packet *packet, uint8_
     if (plain + sa->icv_length > packet->room)
         return ESP_UP;
     if (sa->highest >= sa->out.permitted) {
-        if (sa->highest < sa->out.last)
+        if (sa->highest < last_number(sa))
             return ESP_UNRESERVED;
         expire(sa, true);
         return ESP_SEQUENCE;
@@ -216,7 +217,7 @@ static enum esp_result seal(struct esp_sa *sa, struct esp_packet *packet, uint8_
         store32(start + 8, (uint32_t)(iv >> 32));
         store32(start + 12, (uint32_t)iv);
     }
-    if (!sa->cipher->seal(sa->key, start, plain, sa->esn ? high : NULL)) {
+    if (!sa->cipher->seal(sa_key(sa), start, plain, sa->esn ? high : NULL)) {
         memset(start, 0, sa->prefix + plain);   /* plaintext does not leave */
         expire(sa, true);
         return ESP_SEQUENCE;
@@ -281,7 +282,6 @@ void esp_sa_place(struct esp_sa *sa, const struct esp_endpoint *peer, const stru
     sa->peer = *peer;
     *(sa->outbound ? &sa->out.local : &sa->in.home) = *(sa->outbound ? local : peer);
     sa->due &= (uint8_t)~ESP_MOVED;
-    set_limits(sa);
     pthread_mutex_unlock(sa_lock(sa));
 }
 
@@ -298,7 +298,7 @@ uint64_t esp_next_iv(uint64_t *counter)
 void esp_sa_permit(struct esp_sa *sa, uint64_t number)
 {
     pthread_mutex_lock(sa_lock(sa));
-    number = smaller(number, sa->out.last);
+    number = smaller(number, last_number(sa));
     if (number > sa->out.permitted)
         sa->out.permitted = number;
     pthread_mutex_unlock(sa_lock(sa));

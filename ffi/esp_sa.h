@@ -12,11 +12,13 @@ struct limits {
     uint64_t soft_packets, hard_packets, soft_bytes, hard_bytes;   /* UINT64_MAX: none */
 };
 
-/* There may be very many, so each byte counts. All behind `queued` changes under the lock. */
+enum { LARGEST_WINDOW = 4096 };   /* packets */
+
+/* There may be very many, so each byte counts: an SA has as much memory as its direction needs, and its keys
+ * in front. All behind `queued` changes under the lock. */
 struct esp_sa {
     struct esp_path *path;
     const struct crypto_cipher *cipher;
-    void *key;              /* where the memory of all this begins */
     struct limits *limits;  /* NULL: none */
     uint64_t serial;
     double added;
@@ -34,25 +36,35 @@ struct esp_sa {
     uint8_t due;
     struct esp_endpoint peer;
     uint64_t cached;        /* the generation in which a flow last came to know this SA */
-    uint64_t packets, octets, next_packets, next_bytes;
+    uint64_t packets, octets;
     double first_used, last_used;
     uint64_t highest;       /* the sequence number of the last packet sent, or the highest received */
     union {
         struct {
             uint64_t *ivs;        /* where the IV comes from, for ciphers that count */
-            uint64_t last;        /* the last sequence number there is */
             uint64_t permitted;   /* the highest that may be used now */
             struct esp_endpoint local;
         } out;
         struct {
             uint64_t replay_drops, window_drops, integrity_drops;
             struct esp_endpoint home;   /* where the newest packet came from */
-            uint32_t window_size;       /* packets; 0: everything passes */
-            uint32_t window_mask;       /* of blocks */
+            uint16_t window_size;       /* packets; 0: everything passes */
+            uint8_t window_mask;        /* of blocks */
             uint64_t window[];          /* blocks of a ring, RFC 6479 */
         } in;
     };
 };
+
+/* The keys of an SA, in front of it in one piece of memory. */
+static inline size_t sa_key_size(const struct crypto_cipher *cipher)
+{
+    return (cipher->key_size + 7) & ~(size_t)7;
+}
+
+static inline void *sa_key(struct esp_sa *sa)
+{
+    return (uint8_t *)sa - sa_key_size(sa->cipher);
+}
 
 /* The lock of an SA, which it shares with some others: they are held for microseconds. */
 pthread_mutex_t *sa_lock(const struct esp_sa *sa);

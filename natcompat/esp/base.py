@@ -36,10 +36,9 @@ def link_of(item: SecurityAssociation | Policy) -> Link:
 class Association(ABC):
     """What both directions have in common. Any thread may call it."""
 
-    __slots__ = ("_link", "encapsulation", "sa")
+    __slots__ = ("_link", "sa")
 
     sa: SecurityAssociation
-    encapsulation: UDPEncapsulation
 
     def __init__(self, sa: SecurityAssociation, link: Link) -> None:
         self.place(sa, link)
@@ -48,6 +47,13 @@ class Association(ABC):
     def link(self) -> Link:
         """What ties this SA to policies, also when it has moved and they have not."""
         return self._link or link_of(self.sa)  # not kept: it weighs something
+
+    @property
+    def encapsulation(self) -> UDPEncapsulation:
+        """The ports of this SA."""
+        if self.sa.encapsulation is None:
+            raise ValueError("encapsulation: this SA has none")
+        return self.sa.encapsulation
 
     @property
     @abstractmethod
@@ -66,10 +72,7 @@ class Association(ABC):
 
     def place(self, sa: SecurityAssociation, link: Link) -> None:
         """Take the addresses and ports of `sa`, which is otherwise what it was."""
-        if sa.encapsulation is None:
-            raise ValueError("encapsulation: this SA has none")
         self.sa = sa
-        self.encapsulation = sa.encapsulation
         self._link = None if link == link_of(sa) else link
 
     @abstractmethod

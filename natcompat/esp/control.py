@@ -156,7 +156,7 @@ class Control:
         """
         self._refuse_foreign(sa)
         with self._usable():
-            if sa.sa_id in self._associations.by_id:
+            if self._associations.find(sa.sa_id) is not None:
                 raise NatCompatError(
                     errno.EEXIST, f"there is an SA {sa.sa_id}", "Delete it first, or use update_sa"
                 )
@@ -250,7 +250,7 @@ class Control:
 
     def _move(self, association: Association, new: SecurityAssociation, link: Link) -> None:
         old_id = association.sa.sa_id
-        if new.sa_id != old_id and new.sa_id in self._associations.by_id:
+        if new.sa_id != old_id and self._associations.find(new.sa_id) is not None:
             raise NatCompatError(errno.EEXIST, f"there is an SA {new.sa_id}", "Delete it first")
         self._associations.remove(old_id)
         association.place(new, link)
@@ -275,15 +275,15 @@ class Control:
         """Remove every SA of this engine."""
         with self._usable():
             self._larval.clear()
-            for association in list(self._associations.by_id.values()):
+            for association in self._associations:
                 self._retire(association)
 
     def list_sas(self) -> list[InstalledSA]:
         """Return every SA, with its keys, and every SPI that is reserved."""
         with self._usable():
             installed = [
-                InstalledSA(sa_id=sa_id, association=each.sa, usage=each.usage())
-                for sa_id, each in self._associations.by_id.items()
+                InstalledSA(sa_id=each.sa.sa_id, association=each.sa, usage=each.usage())
+                for each in self._associations
             ]
             reserved = [
                 InstalledSA(
@@ -302,7 +302,7 @@ class Control:
         return larval if larval and larval.sa_id == sa_id else None
 
     def _find(self, sa_id: SaId) -> Association:
-        association = self._associations.by_id.get(sa_id)
+        association = self._associations.find(sa_id)
         if association is None:
             raise NatCompatError(errno.ESRCH, f"there is no SA {sa_id}", "list_sas() tells which there are")
         return association
@@ -315,7 +315,7 @@ class Control:
         if isinstance(association, Outbound) and counts(association.sa.encryption):
             self._nonces.detach(association.sa.encryption_key)
         self._path.forget(association)
-        if len(self._deadlines) > 64 + 6 * len(self._associations.by_id) + 2 * len(self._larval):
+        if len(self._deadlines) > 64 + 6 * len(self._associations) + 2 * len(self._larval):
             self._deadlines.prune(self._meant)
 
     # -- policies

@@ -26,30 +26,47 @@ _A = TypeVar("_A", bound=Association)
 
 
 class AssociationDatabase:
-    """SAs by name, inbound ones by SPI, outbound ones by what links them to policies."""
+    """SAs by SPI, which all but names them, and outbound ones by what links them to policies."""
 
     def __init__(self) -> None:
-        self.by_id: dict[SaId, Association] = {}
         self.inbound: dict[int, tuple[Inbound, ...]] = {}
         """Almost always one per SPI: this host chose it."""
-        self._outbound: dict[Link, tuple[Outbound, ...]] = {}
+        self._outbound: dict[int, tuple[Outbound, ...]] = {}
+        self._linked: dict[Link, tuple[Outbound, ...]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Association]:
+        """Go through those that are here now, whatever comes and goes meanwhile."""
+        for found in (*self.inbound.values(), *self._outbound.values()):
+            yield from found
+
+    def find(self, sa_id: SaId) -> Association | None:
+        """Return what is named `sa_id`."""
+        spi = sa_id.spi
+        found = (*self.inbound.get(spi, ()), *self._outbound.get(spi, ()))
+        return next((each for each in found if each.sa.sa_id == sa_id), None)
 
     def add(self, association: Association) -> None:
         """Put `association` in."""
-        sa = association.sa
-        self.by_id[sa.sa_id] = association
+        self._count += 1
         if isinstance(association, Inbound):
-            _put(self.inbound, sa.spi, association)
+            _put(self.inbound, association.sa.spi, association)
         elif isinstance(association, Outbound):
-            _put(self._outbound, association.link, association)
+            _put(self._outbound, association.sa.spi, association)
+            _put(self._linked, association.link, association)
 
     def remove(self, sa_id: SaId) -> Association | None:
         """Take out what is named `sa_id`, and return it."""
-        association = self.by_id.pop(sa_id, None)
+        association = self.find(sa_id)
+        self._count -= association is not None
         if isinstance(association, Inbound):
             _take(self.inbound, sa_id.spi, association)
         elif isinstance(association, Outbound):
-            _take(self._outbound, association.link, association)
+            _take(self._outbound, sa_id.spi, association)
+            _take(self._linked, association.link, association)
         return association
 
     def outbound_for(self, entry: PolicyEntry, flow: Flow) -> Outbound | None:
@@ -57,7 +74,7 @@ class AssociationDatabase:
         link = entry.link
         if link[0] is Mode.TRANSPORT:
             link = (*link[:3], address_of(flow.version, flow.destination))
-        for each in reversed(self._outbound.get(link, ())):
+        for each in reversed(self._linked.get(link, ())):
             if allows(each.sa.selectors, flow):
                 return each
         return None

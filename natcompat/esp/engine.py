@@ -165,7 +165,7 @@ class EspEngine(Control):
     def outbound_sa(self, spi: int, destination: Destination) -> SecurityAssociation | None:
         """Return the SA that sealed a packet with `spi` to `destination`; None: it is gone."""
         with self._usable():
-            found = self._associations.by_id.get(SaId(spi=spi, destination=ip_address(destination[0])))
+            found = self._associations.find(SaId(spi=spi, destination=ip_address(destination[0])))
             return found.sa if found is not None else None
 
     def _unusable(self) -> Dropped | None:
@@ -195,8 +195,8 @@ class EspEngine(Control):
             for entry in self._policies:
                 entry.acquired = float("-inf")
             return [
-                Expire(sa_id=sa_id, reqid=each.sa.reqid, hard=False)
-                for sa_id, each in self._associations.by_id.items()
+                Expire(sa_id=each.sa.sa_id, reqid=each.sa.reqid, hard=False)
+                for each in self._associations
                 if each.soft
             ]
 
@@ -265,7 +265,7 @@ class EspEngine(Control):
         # the policies stay as they are, so the links do
         changed = replace(ports, remote_port=port)
         self._move(association, replace(sa, source=address, encapsulation=changed), association.link)
-        for each in list(self._associations.by_id.values()):
+        for each in self._associations:
             answer = each.sa
             if (
                 isinstance(each, Outbound)

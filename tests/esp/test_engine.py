@@ -677,7 +677,7 @@ def test_an_sa_that_ends_while_a_packet_is_under_way() -> None:
     pair = Pair()
     sealed, _ = pair.seal(inner())
     for engine, sa_id in ((pair.near, pair.sent), (pair.far, pair.expected)):
-        engine._associations.by_id[sa_id].retire()
+        engine._find(sa_id).retire()
     assert pair.open(sealed) is Reason.NO_SA
     assert reason(pair.near.seal(inner())) is Reason.ACQUIRE
     assert pair.near.seal_dummy(pair.sent, 10) == Dropped(Reason.NO_SA)

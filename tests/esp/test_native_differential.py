@@ -442,7 +442,7 @@ def test_a_move_that_the_owner_makes_first_is_not_reported() -> None:
         packet = forger(association)(1, plaintext)
         twins.do("add_sa", association)
         for engine in twins.engines:
-            (mine,) = engine._associations.by_id.values()
+            (mine,) = engine._associations
             assert isinstance(mine, Inbound)
             # a thread that opens packets was here, when another moves the SA
             mine.open_run([packet], ("192.0.2.9", 4500), 0, twins.now)

@@ -194,7 +194,7 @@ def test_a_fork_while_another_thread_holds_every_lock() -> None:
         locked, release = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with engine._lock, getattr(engine._associations.by_id[sa_id], "lock", nullcontext()):
+            with engine._lock, getattr(engine._find(sa_id), "lock", nullcontext()):
                 locked.set()
                 release.wait(30)
 
@@ -218,7 +218,7 @@ def test_keys_are_shown_nowhere() -> None:
         engine.add_policy(policy(Direction.OUT))
         sa_id = engine.add_sa(sa(Direction.OUT, encryption_key=secret))
         texts = [repr(engine.list_sas()), repr(engine.get_sa(sa_id)), repr(vars(engine)), repr(sa_id)]
-        association = engine._associations.by_id[sa_id]
+        association = engine._find(sa_id)
         texts += [repr(association), repr(getattr(association, "cipher", None))]
         twice = sa(Direction.OUT, encryption_key=secret)
         unknown = sa(

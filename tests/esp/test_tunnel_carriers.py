@@ -319,7 +319,7 @@ def test_what_becomes_due_while_events_are_taken_is_told() -> None:
     with pytest.MonkeyPatch.context() as monkeypatch, tunnel("c") as (near, _):
         elsewhere(near.namespace, lambda: ip("link", "set", "inner", "down"))  # nothing else wakes it
         module: Any = Interrupted(monkeypatch)
-        association = near.ipsec._associations.by_id[near.ids[0xC0DE0000]]
+        association = near.ipsec._find(near.ids[0xC0DE0000])
         carrier: Any = near.ipsec.carrier
         descriptor = module.loop_event_descriptor(carrier._loop)
         pending = [association]
