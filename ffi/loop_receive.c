@@ -17,6 +17,7 @@
 #endif
 
 enum { MARKER = 4, SOURCE = 16 + 2 + 4 + 4, ENVELOPE = 20 + SOURCE };
+enum { MOST_QUEUED = 6 << 20 };  /* bytes as the kernel counts them, about half of which are packets */
 enum { COALESCED_AT_ONCE = 16 }; /* messages of up to 64 KiB: a megabyte stays in the cache */
 
 /* What the ancillary data of a message says. */
@@ -152,18 +153,17 @@ static void hand_back(struct loop_socket *from, const uint8_t *data, uint32_t le
 /* ---- a full queue */
 
 /* A coalesced message that finds the queue full is dropped whole, with the IKE that is glued to its ESP. So
- * where messages are coalesced the queue is kept from getting full: ESP is dropped here, unread. */
+ * where messages are coalesced the queue is kept from getting full: ESP is dropped here, unread. Asked before
+ * a batch is opened; the queue has room for what comes meanwhile, and while others have the processor. */
 static void watch_queue(struct loop_socket *from)
 {
-    uint32_t info[SK_MEMINFO_VARS];
+    uint32_t info[SK_MEMINFO_VARS], limit;
     socklen_t length = sizeof info;
 
     if (getsockopt(from->fd, SOL_SOCKET, SO_MEMINFO, info, &length) < 0 || length <= SK_MEMINFO_RCVBUF * sizeof info[0])
         return;
-    if (from->shedding)
-        from->shedding = info[SK_MEMINFO_RMEM_ALLOC] > info[SK_MEMINFO_RCVBUF] / 2;
-    else
-        from->shedding = info[SK_MEMINFO_RMEM_ALLOC] > info[SK_MEMINFO_RCVBUF] / 4 * 3;
+    limit = info[SK_MEMINFO_RCVBUF] / 4 * 3 < MOST_QUEUED ? info[SK_MEMINFO_RCVBUF] / 4 * 3 : MOST_QUEUED;
+    from->shedding = info[SK_MEMINFO_RMEM_ALLOC] > (from->shedding ? limit / 3 * 2 : limit);
 }
 
 /* ---- to the TUN */
@@ -261,6 +261,8 @@ int loop_receive(struct worker *worker, struct loop_socket *from)
             COUNT(from->counters.errors, 1); /* an ICMP error of something that was sent here */
         return 0;
     }
+    if (receiver->coalesced || from->shedding)
+        watch_queue(from);
     receiver->coalesced = 0;
     for (int i = 0; i < taken; i++) {
         uint8_t *data = receiver->iov[i].iov_base;
@@ -312,7 +314,5 @@ int loop_receive(struct worker *worker, struct loop_socket *from)
     COUNT(from->counters.runts, runts);
     if (waiting)
         open_packets(worker, waiting);
-    if (receiver->coalesced || from->shedding)
-        watch_queue(from);
     return taken == most;
 }

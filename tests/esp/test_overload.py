@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pickle
+import shutil
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,13 +15,18 @@ from pathlib import Path
 
 import pytest
 
+from natcompat import NON_ESP_MARKER, set_nat_t_endpoint
 from natcompat.esp import datapaths
 from natcompat.esp.device import QueueDevice
 from natcompat.esp.results import Reason
+from natcompat.esp.tun import TunDevice
+from natcompat.esp.userspace import UserspaceIPsec
+from natcompat.ipsec import Direction, Encr, Integ
 from tests.esp import flooder
 from tests.esp.ends import question, two_ends
-from tests.esp.making import INNER, ip_packet, native_providers, udp
-from tests.linux_support import LINUX
+from tests.esp.making import INNER, OUTER, SPI, ip_packet, keys, native_providers, sa, udp
+from tests.esp.test_tunnel_carriers import elsewhere
+from tests.linux_support import LINUX, ike, ip, isolated, set_up
 from tests.pairs import in_thread, until
 
 pytestmark = LINUX
@@ -102,3 +111,108 @@ def test_the_other_direction_and_the_end_have_their_turn(stack: contextlib.ExitS
             far.endpoint.close()
         finally:
             process.kill()
+
+
+SIZE = 1000
+"""Bytes of UDP payload, of ESP and IKE alike: what has one size is coalesced."""
+TRAIN = 40
+"""Datagrams that are sent at once."""
+MESSAGES = 1000
+
+
+def can_force_buffers() -> bool:
+    """Tell whether the kernel gives this user queues of more than net.core.rmem_max."""
+    with socket.socket(type=socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, 33, 1 << 26)  # SO_RCVBUFFORCE, asm-generic/socket.h
+        return True
+    return False
+
+
+def send_train(sock: socket.socket, datagrams: list[bytes]) -> None:
+    """Send what the device cuts, and the peer's may glue together again."""
+    sock.sendmsg(datagrams, [(socket.IPPROTO_UDP, flooder.UDP_SEGMENT, struct.pack("=H", SIZE))])
+
+
+@pytest.mark.skipif(
+    not native_providers(), reason="the C data path is not built: python ffi/build_datapath.py"
+)
+@pytest.mark.skipif(shutil.which("ethtool") is None, reason="there is no ethtool")
+@pytest.mark.skipif(not can_force_buffers(), reason="a queue that takes a flood is root's to have")
+@pytest.mark.parametrize("flows", ["one flow", "two flows"])
+@isolated(network=True)
+def test_every_ike_message_arrives_that_is_glued_to_more_esp_than_is_taken(flows: str) -> None:
+    """What is coalesced goes into the queue, or is dropped, as a whole: the IKE with the ESP around it.
+
+    Over veth, with GRO, from another namespace. In two flows most of the ESP comes by one that the kernel
+    does not coalesce.
+    """
+    # all on one processor: the load takes at least half of it, and the loop never waits for longer than that
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    local, remote = OUTER[4]
+    home = str(os.getpid())
+
+    def make_peer() -> int:
+        ip("link", "add", "wire", "type", "veth", "peer", "name", "wire", "netns", home)
+        ip("address", "add", f"{remote}/24", "dev", "wire")
+        set_up("wire")
+        subprocess.run(["ethtool", "-K", "wire", "tx-udp-segmentation", "off"], check=True)
+        return os.open("/proc/thread-self/ns/net", os.O_RDONLY)
+
+    def peer_socket(port: int) -> socket.socket:
+        made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        made.bind((remote, port))
+        made.connect((local, 4500))
+        return made
+
+    with contextlib.ExitStack() as stack:
+        namespace = elsewhere(None, make_peer)
+        stack.callback(os.close, namespace)
+        ip("address", "add", f"{local}/24", "dev", "wire")
+        for device in ("wire", "lo"):
+            set_up(device)
+        subprocess.run(["ethtool", "-K", "wire", "gro", "on", "rx-udp-gro-forwarding", "on"], check=True)
+        ipsec = UserspaceIPsec(TunDevice("inner", vnet_header=True), datapath="c")
+        stack.callback(ipsec.close)
+        application = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        application.settimeout(20)
+        application.bind((local, 4500))
+        endpoint = set_nat_t_endpoint(application, backend="userspace", esp=ipsec)
+        stack.callback(endpoint.close)
+        ipsec.add_sa(sa(Direction.IN, **keys(Encr.AES_CBC, Integ.HMAC_SHA2_512_256)))  # it takes its time
+        esp = (
+            SPI.to_bytes(4) + b"\x7f" + bytes(SIZE - 5)
+        )  # of the future: no replay, so all of it is looked at
+
+        # GRO asks one socket of the port, by a hash of the flow: ESP's, which coalesces, or the application's
+        peers: dict[bool, socket.socket] = {}
+        for port in range(20000, 20100):
+            peer = stack.enter_context(elsewhere(namespace, lambda: peer_socket(port)))  # noqa: B023
+            before = endpoint.stats()
+            send_train(peer, [esp, esp, NON_ESP_MARKER.ljust(SIZE, b"?"), esp])
+            application.recv(2048)
+            until(lambda: endpoint.stats().esp == before.esp + 3)  # noqa: B023 - behind what was handed back
+            peers.setdefault(endpoint.stats().handed_back > before.handed_back, peer)
+            if len(peers) == 2:
+                break
+        glued, other = peers[True], peers[flows == "one flow"]
+
+        heard: set[bytes] = set()
+
+        def listen() -> None:
+            while (message := application.recv(2048)) != b"the end":
+                heard.add(message[:10])
+
+        listening = in_thread(listen)
+        handed_back, softnet = endpoint.stats().handed_back, lost_before_any_socket()
+        for number in range(MESSAGES):
+            message = NON_ESP_MARKER + ike(number, SIZE - len(NON_ESP_MARKER))
+            send_train(glued, [esp * (TRAIN // 2), message, esp * (TRAIN - TRAIN // 2 - 1)])
+            for _ in range(3):
+                send_train(other, [esp * TRAIN])
+        lost = lost_before_any_socket() - softnet
+        until(lambda: endpoint.stats().handed_back - handed_back >= MESSAGES - lost)
+        glued.send(NON_ESP_MARKER + b"the end")
+        listening()
+        assert len(heard) >= MESSAGES - lost
+        assert endpoint.stats().errors == 0
+        assert ipsec.counters()[Reason.QUEUE] > MESSAGES, "it was no overload"
