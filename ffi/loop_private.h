@@ -32,6 +32,8 @@ struct loop_socket {
     uint8_t prefix[20];
     uint32_t generation;
     struct worker *worker;
+    int watched;    /* batches for which its queue is large yet, and kept from getting full */
+    int usual_queue;
     int shedding;
     int discover;   /* what IP_MTU_DISCOVER was set to last; -1: not yet */
     int segments;   /* whether the kernel cuts what is sent here; it said no once if not */

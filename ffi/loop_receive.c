@@ -17,7 +17,8 @@
 #endif
 
 enum { MARKER = 4, SOURCE = 16 + 2 + 4 + 4, ENVELOPE = 20 + SOURCE };
-enum { MOST_QUEUED = 6 << 20 };  /* bytes as the kernel counts them, about half of which are packets */
+enum { MOST_QUEUED = 6 << 20, LARGE_QUEUE = 64 << 20 }; /* bytes as the kernel counts them: half are packets */
+enum { WATCHED = 256 };          /* batches after one with coalesced messages */
 enum { COALESCED_AT_ONCE = 16 }; /* messages of up to 64 KiB: a megabyte stays in the cache */
 
 /* What the ancillary data of a message says. */
@@ -152,9 +153,31 @@ static void hand_back(struct loop_socket *from, const uint8_t *data, uint32_t le
 
 /* ---- a full queue */
 
+static void set_queue(struct loop_socket *from, int size)
+{
+    size /= 2; /* the kernel doubles it */
+    setsockopt(from->fd, SOL_SOCKET, SO_RCVBUFFORCE, &size, sizeof size); /* with CAP_NET_ADMIN; else it stays */
+}
+
 /* A coalesced message that finds the queue full is dropped whole, with the IKE that is glued to its ESP. So
- * where messages are coalesced the queue is kept from getting full: ESP is dropped here, unread. Asked before
- * a batch is opened; the queue has room for what comes meanwhile, and while others have the processor. */
+ * while messages come coalesced the queue is kept from getting full: ESP is dropped here, unread. And it is
+ * larger then, for what comes while a batch is opened, or others have the processor. Else the kernel drops
+ * for less. */
+static void set_watch(struct loop_socket *from, int coalesced)
+{
+    socklen_t length = sizeof from->usual_queue;
+
+    if (coalesced && !from->watched) {
+        getsockopt(from->fd, SOL_SOCKET, SO_RCVBUF, &from->usual_queue, &length);
+        if (from->usual_queue < LARGE_QUEUE)
+            set_queue(from, LARGE_QUEUE);
+    } else if (!coalesced && from->watched == 1) {
+        set_queue(from, from->usual_queue);
+        from->shedding = 0;
+    }
+    from->watched = coalesced ? WATCHED : from->watched - (from->watched > 0);
+}
+
 static void watch_queue(struct loop_socket *from)
 {
     uint32_t info[SK_MEMINFO_VARS], limit;
@@ -261,7 +284,7 @@ int loop_receive(struct worker *worker, struct loop_socket *from)
             COUNT(from->counters.errors, 1); /* an ICMP error of something that was sent here */
         return 0;
     }
-    if (receiver->coalesced || from->shedding)
+    if (from->watched)
         watch_queue(from);
     receiver->coalesced = 0;
     for (int i = 0; i < taken; i++) {
@@ -273,8 +296,10 @@ int loop_receive(struct worker *worker, struct loop_socket *from)
         read_ancillary(&receiver->messages[i].msg_hdr, from, &arrival);
         read_peer(&receiver->names[i], &peer);
         size = arrival.size ? arrival.size : length;
-        if (size < length)
+        if (size < length && !receiver->coalesced) {
             receiver->coalesced = 1;
+            set_watch(from, 1);
+        }
         if (!length)
             runts++;
         for (uint32_t at = 0; at < length; at += size) {
@@ -314,5 +339,7 @@ int loop_receive(struct worker *worker, struct loop_socket *from)
     COUNT(from->counters.runts, runts);
     if (waiting)
         open_packets(worker, waiting);
+    if (!receiver->coalesced)
+        set_watch(from, 0);
     return taken == most;
 }

@@ -36,9 +36,8 @@ _log = logging.getLogger("natcompat")
 _CHECKSUMS_AND_TSO: Final = 0x01 | 0x02 | 0x04 | 0x08  # TUN_F_CSUM, _TSO4, _TSO6, _TSO_ECN
 _USO: Final = 0x20 | 0x40  # TUN_F_USO4, _USO6: Linux 6.2
 
-_RECEIVE_BUFFER: Final = 32 << 20
-"""Bytes for each socket that ESP is steered to. The loop keeps no more than a few milliseconds of ESP there; the
-rest is so that no IKE that is glued to it is lost while others have the processor for some tens of them."""
+_RECEIVE_BUFFER: Final = 4 << 20
+"""Bytes for each socket that ESP is steered to: a flight of a few milliseconds at full speed."""
 _SO_RCVBUFFORCE: Final = 33  # include/uapi/asm-generic/socket.h
 
 _AT_ONCE: Final = 256
