@@ -263,6 +263,17 @@ void loop_free(struct loop *loop)
 
 /* ---- sockets */
 
+/* Put a socket into the table, or take one out. The lock is held. */
+static void set_socket(struct loop *loop, int number, struct loop_socket *socket)
+{
+    __atomic_store_n(&loop->wanted, 1, __ATOMIC_SEQ_CST);
+    kick(&loop->workers[0]);
+    pthread_mutex_lock(&loop->send_lock);
+    loop->sockets[number] = socket;
+    __atomic_store_n(&loop->wanted, 0, __ATOMIC_SEQ_CST);
+    pthread_mutex_unlock(&loop->send_lock);
+}
+
 int loop_add_socket(struct loop *loop, int descriptor, int thread, const struct loop_address *bound,
                     const uint8_t *prefix)
 {
@@ -290,11 +301,8 @@ int loop_add_socket(struct loop *loop, int descriptor, int thread, const struct 
         added->generation = ++loop->generation & 0x7FFFFFFF; /* so it is never one of the others */
         error = watch(worker->epoll, descriptor, (uint64_t)added->generation << 32 | (uint32_t)number);
     }
-    if (!error) {
-        pthread_mutex_lock(&loop->send_lock);
-        loop->sockets[number] = added;
-        pthread_mutex_unlock(&loop->send_lock);
-    }
+    if (!error)
+        set_socket(loop, number, added);
     pthread_mutex_unlock(&loop->lock);
     if (error) {
         free(added);
@@ -315,9 +323,7 @@ void loop_remove_socket(struct loop *loop, int number)
     if (removed) {
         worker = removed->worker;
         epoll_ctl(worker->epoll, EPOLL_CTL_DEL, removed->fd, NULL);
-        pthread_mutex_lock(&loop->send_lock);
-        loop->sockets[number] = NULL;
-        pthread_mutex_unlock(&loop->send_lock);
+        set_socket(loop, number, NULL);
         if (worker->running) {        /* who receives may have it in hand until its pass is over */
             uint64_t pass = ++worker->requested;
 

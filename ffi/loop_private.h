@@ -82,6 +82,7 @@ struct loop {
     int stopping, started;
     pthread_mutex_t lock;           /* of the table of sockets, and of passes */
     pthread_mutex_t send_lock;      /* of the table, too, for who sends, and holds it for as long as that takes */
+    int wanted;                     /* somebody waits for the latter, so whoever has it does not wait for room */
     pthread_cond_t passed;
     struct loop_socket *sockets[LOOP_SOCKETS];
     uint32_t generation;

@@ -161,12 +161,12 @@ static void set_discovery(struct loop_socket *socket, int version, int dont_frag
     socket->discover = key;
 }
 
-/* Wait until the socket takes more, for a bounded time and while nobody wants the thread to stop. */
+/* Wait until the socket takes more, for a bounded time and while nobody wants the thread to stop, or the table. */
 static int wait_for_room(struct worker *worker, int fd)
 {
     struct pollfd wanted[2] = {{.fd = fd, .events = POLLOUT}, {.fd = worker->wake, .events = POLLIN}};
 
-    return poll(wanted, 2, PATIENCE) > 0 && wanted[0].revents & POLLOUT;
+    return !__atomic_load_n(&worker->loop->wanted, __ATOMIC_SEQ_CST) && poll(wanted, 2, PATIENCE) > 0 && wanted[0].revents & POLLOUT;
 }
 
 static int send_messages(struct worker *worker, struct loop_socket *socket, int slot, int count)

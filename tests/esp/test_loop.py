@@ -8,6 +8,8 @@ import os
 import socket
 import struct
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -305,6 +307,47 @@ def test_sockets_come_and_go_under_load() -> None:
         wait_until(lambda: sender.send(b"x") and lib.LOOP_SEND in one.kinds(), "it was sent nevertheless")
         lib.loop_remove_socket(one.loop, one.slot)  # it is not there any more
         lib.loop_remove_socket(one.loop, -1)
+
+
+@isolated(network=True)
+def test_a_send_queue_that_stays_full_keeps_nobody_waiting() -> None:
+    ip("link", "add", "outer", "type", "veth", "peer", "name", "nobody")
+    ip("address", "add", "192.0.2.1/24", "dev", "outer")
+    for device in ("outer", "nobody"):
+        set_up(device)
+    # ESP waits for a neighbour that is not there
+    Path("/proc/sys/net/ipv4/neigh/outer/mcast_solicit").write_text("1000")
+    with contextlib.ExitStack() as stack:
+        end = End(1, esp_socket(host="192.0.2.1"))
+        stack.callback(end.close)
+        end.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        end.install(("192.0.2.2", 4500))
+        sender = stack.enter_context(end.udp_socket())
+        sender.connect(("10.9.0.2", 9))
+        ended = threading.Event()
+
+        def load() -> None:
+            while not ended.is_set():
+                for size in range(40):  # of as many sizes, so that each is a message of its own
+                    sender.send(bytes(size))
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        stack.callback(thread.join)
+        stack.callback(ended.set)
+        took = []
+        for _ in range(5):
+            end.wait_for("unsent")
+            begun = time.monotonic()
+            lib.loop_remove_socket(end.loop, end.slot)
+            removed = time.monotonic()
+            end.slot = end.add_socket()
+            took += [removed - begun, time.monotonic() - removed]
+        end.wait_for("unsent")
+        begun = time.monotonic()
+        assert lib.loop_stop(end.loop) == 0
+        took.append(time.monotonic() - begun)
+        assert max(took) < 0.5, took
 
 
 @isolated(network=True)

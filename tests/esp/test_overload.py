@@ -210,9 +210,10 @@ def test_every_ike_message_arrives_that_is_glued_to_more_esp_than_is_taken(flows
             for _ in range(3):
                 send_train(other, [esp * TRAIN])
         lost = lost_before_any_socket() - softnet
-        until(lambda: endpoint.stats().handed_back - handed_back >= MESSAGES - lost)
+        with contextlib.suppress(AssertionError):  # which has no more to say
+            until(lambda: endpoint.stats().handed_back - handed_back >= MESSAGES - lost)
         glued.send(NON_ESP_MARKER + b"the end")
         listening()
-        assert len(heard) >= MESSAGES - lost
+        assert len(heard) >= MESSAGES - lost, (len(heard), lost, endpoint.stats(), ipsec.counters())
         assert endpoint.stats().errors == 0
         assert ipsec.counters()[Reason.QUEUE] > MESSAGES, "it was no overload"
