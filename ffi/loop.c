@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
@@ -15,6 +16,7 @@
 
 #define MOST_EVENTS 32
 #define BATCHES 4 /* of one socket, before the next has its turn */
+#define LOOKS 5   /* for more work, before a thread sleeps */
 
 /* What stands for a descriptor in epoll: a socket's number and generation, or one of these. */
 #define THE_TUN UINT64_MAX
@@ -80,6 +82,20 @@ static void serve_socket(struct worker *worker, uint64_t what)
         ;
 }
 
+/* To sleep and be woken by another processor costs more than to look a few times whether there is something
+ * to do. Whoever else wants this processor has it in between, and often makes what is waited for. */
+static int wait_for_events(struct worker *worker, struct epoll_event *events)
+{
+    for (int look = 0; look < LOOKS; look++) {
+        int count = epoll_wait(worker->epoll, events, MOST_EVENTS, 0);
+
+        if (count > 0)
+            return count;
+        sched_yield();
+    }
+    return epoll_wait(worker->epoll, events, MOST_EVENTS, -1);
+}
+
 static void *run(void *argument)
 {
     struct worker *worker = argument;
@@ -88,7 +104,7 @@ static void *run(void *argument)
     uint64_t ignored;
 
     while (!__atomic_load_n(&loop->stopping, __ATOMIC_ACQUIRE)) {
-        int count = epoll_wait(worker->epoll, events, MOST_EVENTS, -1), asked = 0;
+        int count = wait_for_events(worker, events), asked = 0;
 
         for (int i = 0; i < count; i++) {
             if (events[i].data.u64 == THE_WAKE) {

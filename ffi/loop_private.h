@@ -50,7 +50,7 @@ struct receiver {
     struct merge merge;
     struct iovec pieces[MERGE_TCP_PARTS + 1];
     uint8_t *buffer;
-    int coalesced;  /* whether the last batch had coalesced messages: then a few are many packets */
+    int most;       /* messages of the next batch, by how long those of the last were */
 };
 
 /* Buffers of the thread that sends. */

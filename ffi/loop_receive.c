@@ -19,7 +19,7 @@
 enum { MARKER = 4, SOURCE = 16 + 2 + 4 + 4, ENVELOPE = 20 + SOURCE };
 enum { MOST_QUEUED = 6 << 20, LARGE_QUEUE = 64 << 20 }; /* bytes as the kernel counts them: half are packets */
 enum { WATCHED = 256 };          /* batches after one with coalesced messages */
-enum { COALESCED_AT_ONCE = 16 }; /* messages of up to 64 KiB: a megabyte stays in the cache */
+enum { AT_ONCE = 128 * 1024 };   /* bytes of a batch: it is read four times, so it has to stay in the cache */
 
 /* What the ancillary data of a message says. */
 struct arrival {
@@ -272,11 +272,19 @@ static int receive_messages(struct receiver *receiver, int fd, int most)
     return recvmmsg(fd, receiver->messages, (unsigned)most, MSG_DONTWAIT, NULL);
 }
 
+/* How many messages of that length make a batch. */
+static int messages_at_once(uint64_t length)
+{
+    uint64_t most = length ? AT_ONCE / length : RECEIVE_MESSAGES;
+
+    return most < 1 ? 1 : most > RECEIVE_MESSAGES ? RECEIVE_MESSAGES : (int)most;
+}
+
 int loop_receive(struct worker *worker, struct loop_socket *from)
 {
     struct receiver *receiver = worker->receiver;
-    int most = receiver->coalesced ? COALESCED_AT_ONCE : RECEIVE_MESSAGES, waiting = 0, taken;
-    uint64_t esp = 0, keepalives = 0, runts = 0;
+    int most = receiver->most ? receiver->most : RECEIVE_MESSAGES, coalesced = 0, waiting = 0, taken;
+    uint64_t bytes = 0, esp = 0, keepalives = 0, runts = 0;
 
     taken = receive_messages(receiver, from->fd, most);
     if (taken < 0) {
@@ -286,7 +294,6 @@ int loop_receive(struct worker *worker, struct loop_socket *from)
     }
     if (from->watched)
         watch_queue(from);
-    receiver->coalesced = 0;
     for (int i = 0; i < taken; i++) {
         uint8_t *data = receiver->iov[i].iov_base;
         uint32_t length = receiver->messages[i].msg_len, size;
@@ -296,8 +303,9 @@ int loop_receive(struct worker *worker, struct loop_socket *from)
         read_ancillary(&receiver->messages[i].msg_hdr, from, &arrival);
         read_peer(&receiver->names[i], &peer);
         size = arrival.size ? arrival.size : length;
-        if (size < length && !receiver->coalesced) {
-            receiver->coalesced = 1;
+        bytes += length;
+        if (size < length && !coalesced) {
+            coalesced = 1;
             set_watch(from, 1);
         }
         if (!length)
@@ -339,7 +347,8 @@ int loop_receive(struct worker *worker, struct loop_socket *from)
     COUNT(from->counters.runts, runts);
     if (waiting)
         open_packets(worker, waiting);
-    if (!receiver->coalesced)
+    if (!coalesced)
         set_watch(from, 0);
+    receiver->most = messages_at_once(bytes / (uint64_t)taken);
     return taken == most;
 }

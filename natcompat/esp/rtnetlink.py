@@ -77,14 +77,18 @@ class Rtnetlink:
         """Close the socket. What was made stays."""
         self._netlink.close()
 
-    def set_link(self, index: int, *, mtu: int | None = None, up: bool | None = None) -> None:
-        """Change an interface."""
+    def set_link(
+        self, index: int, *, mtu: int | None = None, up: bool | None = None, segmented: int | None = None
+    ) -> None:
+        """Change an interface. `segmented`: bytes of the longest packet that is left to it to cut up."""
         message = ifinfmsg()
         message["index"] = index
         if up is not None:
             message["flags"], message["change"] = _IFF_UP if up else 0, _IFF_UP
         if mtu is not None:
-            message["attrs"] = [["IFLA_MTU", mtu]]
+            message["attrs"].append(["IFLA_MTU", mtu])
+        if segmented is not None:
+            message["attrs"].append(["IFLA_GSO_MAX_SIZE", segmented])
         self._request("Configuring the interface", message, _RTM_NEWLINK, NLM_F_ACK)
 
     def delete_link(self, index: int) -> None:

@@ -43,6 +43,18 @@ _IFF_VNET_HDR: Final = 0x4000
 _IFREQ: Final = struct.Struct("=16sH22x")  # struct ifreq, linux/if.h
 _LONGEST_NAME: Final = 15
 
+_TUN_F_CSUM: Final = 0x01  # linux/if_tun.h; the other flags are about segmentation
+
+_LARGEST_SEGMENTED: Final = 65536  # GSO_LEGACY_MAX_SIZE (linux/netdevice.h), what interfaces begin with
+_MOST_SEGMENTS: Final = 64  # UDP_MAX_SEGMENTS (linux/udp.h) of older kernels
+_LARGEST_DATAGRAM: Final = 65535 - 20 - 8
+_LONGEST_HEADERS: Final = 40 + 20 + 12
+"""IPv6, TCP, time stamps."""
+_HEADERS_TO_COME: Final = 320 + 1
+"""MAX_TCP_HEADER + 1 (net/tcp.h), in which the kernel does not put anything."""
+_LARGEST_OVERHEAD: Final = 8 + 16 + 17 + 32
+"""Bytes that ESP adds at most: header, IV and padding of AES-CBC, check value of HMAC-SHA2-512."""
+
 VNET_HEADER_LENGTH: Final = 10
 """Bytes of struct virtio_net_hdr, without the number of buffers (linux/virtio_net.h)."""
 _NOTHING_LEFT_TO_DO: Final = bytes(2)  # flags, GSO type: the checksum is there, and this is one packet
@@ -85,6 +97,7 @@ class TunDevice:
         self.offloaded: int = 0
         """Packets that `read_burst` dropped, since they were to be segmented or lacked a checksum."""
         self._header_length = VNET_HEADER_LENGTH if vnet_header else 0
+        self._segments = False
         self._netlink: Rtnetlink | None = None
         self._descriptor = -1
         self._undo = contextlib.ExitStack()
@@ -118,6 +131,8 @@ class TunDevice:
             raise ValueError(f"mtu: {mtu} is not 68 (RFC 791) to {LARGEST_PACKET}")
         self._routes().set_link(self.index, mtu=mtu)
         self._mtu = mtu
+        if self._segments:
+            self._limit_segments()
 
     def add_address(self, address: str) -> None:
         """Give the interface an address, with or without a prefix length: "10.1.0.1/24", "fd00:1::1".
@@ -172,6 +187,20 @@ class TunDevice:
             fcntl.ioctl(self._descriptor, _TUNSETOFFLOAD, flags)
         except OSError as error:
             raise _failure("offload", error) from None
+        self._segments = bool(flags & ~_TUN_F_CSUM)
+        self._limit_segments()
+
+    def _limit_segments(self) -> None:
+        """Let the kernel hand out so much in one piece as one UDP datagram carries when it is sealed.
+
+        ESP of a longer one would leave in two, the second of them almost empty.
+        """
+        most = max(1, min(_MOST_SEGMENTS, _LARGEST_DATAGRAM // (self._mtu + _LARGEST_OVERHEAD)))
+        size = _LARGEST_SEGMENTED
+        if self._segments:
+            size = min(size, most * max(0, self._mtu - _LONGEST_HEADERS) + _HEADERS_TO_COME)
+        with contextlib.suppress(NatCompatError):  # this kernel has no such limit
+            self._routes().set_link(self.index, segmented=size)
 
     def _routes(self) -> Rtnetlink:
         if self._netlink is None:

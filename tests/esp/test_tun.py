@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import select
 import signal
@@ -209,6 +210,27 @@ def test_what_the_kernel_left_undone_is_dropped() -> None:
             device.set_offload(1 << 30)
     with TunDevice() as device, pytest.raises(NatCompatError, match="vnet_header"):
         device.set_offload(0)
+
+
+@isolated(network=True)
+def test_what_comes_in_one_piece_is_sealed_into_one_datagram() -> None:
+    def longest() -> int:
+        command = ["ip", "-json", "-details", "link", "show", "natcompat0"]
+        (link,) = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return int(link.get("gso_max_size", 0))
+
+    with TunDevice(vnet_header=True) as device:
+        if longest() != 65536:
+            pytest.skip("this kernel does not tell how much it hands out in one piece")
+        for mtu in (1280, 1400, 9000):
+            device.mtu = mtu
+            device.set_offload(0x01 | 0x02 | 0x04)  # TUN_F_CSUM, _TSO4, _TSO6
+            for headers in (40, 40 + 12, 60 + 12):  # IPv4 or IPv6, TCP, time stamps
+                for to_come in (192, 320):  # MAX_TCP_HEADER, by how the kernel is made
+                    segments = (longest() - to_come - 1) // (mtu - headers)
+                    assert 65507 * 0.85 - mtu < segments * (mtu + 73) <= 65507
+        device.set_offload(1)
+        assert longest() == 65536
 
 
 @isolated(network=True)
