@@ -42,8 +42,8 @@ LOSSLESS: Final = 0.005
 LARGE, SMALL = 1372, 64
 """Bytes of UDP payload."""
 
-BARS: Final[dict[str, tuple[float, bool]]] = {
-    # name: bar, whether more is better
+BARS: Final[dict[str, tuple[float, bool] | None]] = {
+    # name: bar, whether more is better; None: reported only
     "TCP / kernel-libipsec": (12, True),
     "TCP per CPU second of both ends / kernel-libipsec": (15, True),
     "TCP / bare veth": (0.35, True),
@@ -57,6 +57,7 @@ BARS: Final[dict[str, tuple[float, bool]]] = {
     "TCP without segmentation on the veth / kernel-libipsec": (5, True),
     "TCP from a peer without UDP checksums / kernel-libipsec": (2.5, True),
     "IKE messages lost of 1,000 while ESP is offered twice what is lossless": (0, False),
+    "two ESP threads on two SAs / one, packets per second": None,
 }
 
 
@@ -263,10 +264,25 @@ def bench_many(bench: Bench, rounds: int) -> None:
                 bench.note(f"{design.name}, pps, {SMALL} B", received)
 
 
+def bench_threads(bench: Bench, rounds: int) -> None:
+    """As much as two threads open of two SAs, whose SPIs are steered to either, and one thread of both."""
+    one, two = (
+        Natcompat("one ESP thread", pairs=2, engines=1),
+        Natcompat("two ESP threads", pairs=2, engines=2),
+    )
+    with one, two:
+        for _ in range(rounds):
+            for design in (one, two):
+                bench.udp(design, SMALL, 1000, spread=(2, 1), seconds=0.2)  # ways are found
+                _, received = bench.udp(design, SMALL, 600_000, spread=(2, 1))
+                bench.note(f"{design.name}, two SAs, pps, {SMALL} B", received)
+
+
 GROUPS: Final[dict[str, Callable[[Bench, int], None]]] = {
     "tcp": bench_tcp,
     "udp": bench_udp,
     "many": bench_many,
+    "threads": bench_threads,
 }
 
 
@@ -293,6 +309,11 @@ def ratios(bench: Bench) -> dict[str, float]:
             f"packets per second with {MANY:,} pairs of SAs / 64",
             f"{MANY:,} pairs of SAs, pps, {SMALL} B",
             f"64 pairs of SAs, pps, {SMALL} B",
+        ),
+        (
+            "two ESP threads on two SAs / one, packets per second",
+            f"two ESP threads, two SAs, pps, {SMALL} B",
+            f"one ESP thread, two SAs, pps, {SMALL} B",
         ),
         (
             "TCP without segmentation on the veth / kernel-libipsec",
@@ -345,8 +366,9 @@ def table(result: dict[str, Any]) -> str:
         "|---|---|---|",
     ]
     for name, value in result["ratios"].items():
-        bar, more = BARS[name]
-        lines.append(f"| {name} | {'>=' if more else '<='} {bar:g} | {value:.3g} |")
+        bar = BARS[name]
+        wanted = f"{'>=' if bar[1] else '<='} {bar[0]:g}" if bar else ""
+        lines.append(f"| {name} | {wanted} | {value:.3g} |")
     lines += ["", "| | median | lowest | highest |", "|---|---|---|---|"]
     for name, values in result["samples"].items():
         shown = (statistics.median(values), min(values), max(values))

@@ -20,7 +20,7 @@ from ipaddress import IPv4Address
 from typing import Any, Final
 
 from natcompat import set_nat_t_endpoint
-from natcompat.esp import datapaths
+from natcompat.esp import datapaths, native_carrier
 from natcompat.esp.native import NativeDataPath
 from natcompat.esp.tun import TunDevice
 from natcompat.esp.userspace import UserspaceIPsec
@@ -81,6 +81,8 @@ def main() -> None:
         by = functools.partial(NativeDataPath, provider=options["provider"])
         chosen = dataclasses.replace(datapaths.select("c"), make_path=by)
         datapaths.select = lambda requested=None: chosen
+    if options.get("engines"):
+        native_carrier._engines = lambda: int(options["engines"])
     tun = TunDevice("bench", mtu=1400, vnet_header=path == "c")
     tun.add_address(f"{INNER[number]}/24")
     subprocess.run(["ip", "link", "set", "bench", "txqueuelen", "1000"], check=True)
