@@ -175,6 +175,7 @@ def test_every_ike_message_arrives_that_is_glued_to_more_esp_than_is_taken(flows
         stack.callback(ipsec.close)
         application = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         application.settimeout(20)
+        application.setsockopt(socket.SOL_SOCKET, 33, 1 << 22)  # SO_RCVBUFFORCE: it may wait for its turn, too
         application.bind((local, 4500))
         endpoint = set_nat_t_endpoint(application, backend="userspace", esp=ipsec)
         stack.callback(endpoint.close)
