@@ -32,7 +32,8 @@ def test_corpus(tmp_path: Path) -> None:
     assert run(program, corpus) == f"{len(corpus.read_text().splitlines())} inputs\n"
 
 
+@pytest.mark.parametrize("program", ["esp_threads", "loop_threads"])
 @pytest.mark.parametrize("flags", [ADDRESS, THREAD], ids=["address", "thread"])
-def test_changes_while_threads_carry_packets(tmp_path: Path, flags: list[str]) -> None:
-    build("esp_threads", tmp_path / "threads", *flags)
+def test_changes_while_threads_carry_packets(tmp_path: Path, flags: list[str], program: str) -> None:
+    build(program, tmp_path / "threads", *flags)
     assert "60 rounds" in run(tmp_path / "threads", "60")

@@ -43,6 +43,8 @@ def main() -> None:
         for title, flags in (("ThreadSanitizer", THREAD), ("AddressSanitizer", ADDRESS)):
             build("esp_threads", threads, *flags)
             run(f"{title}: SAs change while threads carry packets", threads, str(options.rounds))
+            build("loop_threads", threads, *flags)
+            run(f"{title}: all changes under loops that carry packets", threads, str(options.rounds // 10))
         build("esp_fuzz", corpus, "-DMAIN", *ADDRESS)
         run("AddressSanitizer, UndefinedBehaviorSanitizer: the corpus", corpus, CORPUS)
         if shutil.which("valgrind"):
