@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol, Self
+from collections.abc import Iterator
+from typing import Protocol
 
 from natcompat.associations import (
     PROTOCOLS_WITH_PORTS,
@@ -18,7 +18,8 @@ from natcompat.associations import (
     wire_ports,
 )
 from natcompat.errors import NatCompatError
-from natcompat.ipsec import Acquire, Event, EventsLost, Expire, InstalledSA, MappingChange
+from natcompat.ipsec import Acquire, Event, Expire, InstalledSA, MappingChange
+from natcompat.kernel.events import RECEIVE_BUFFER, KernelEvents, Known, passed_soft_limit
 from natcompat.pfkey import numbers as n
 from natcompat.pfkey.dialects import Dialect
 from natcompat.pfkey.messages import (
@@ -32,25 +33,12 @@ from natcompat.pfkey.readback import record_of, required
 from natcompat.pfkey.spd import ANY_PROTOCOL
 from natcompat.pfkey.transport import PfKeySocket
 
-RECEIVE_BUFFER = 4 << 20
-"""Bytes of queue that are asked for."""
 MAPPING_INTERVAL = 5.0
 """Seconds between two reports of the same new mapping: the kernel gives one for every packet."""
-_BURST = 256
-"""Messages that one `read` takes at most, so that a flood of events does not keep it forever."""
 _OVERHEAD = 1024
 """Bytes that a kernel counts for a message beside its own, at most."""
 _MAPPINGS = 1024
 """Mapping changes that are remembered, so that they are not reported again too soon."""
-
-
-class Known(NamedTuple):
-    """What natcompat remembers of an SA that it has installed."""
-
-    reqid: int
-    direction: Direction
-    source: IPAddress
-    encapsulation: UDPEncapsulation | None
 
 
 class Database(Protocol):
@@ -71,18 +59,20 @@ class Database(Protocol):
         ...
 
 
-class PfKeyEvents:
+class PfKeyEvents(KernelEvents):
     """A PF_KEY socket of its own that is registered for ESP.
 
-    A kernel does not wait for a listener, and does not say that the queue was full. So when `read`
-    finds it half full, or more, it reports `EventsLost`, and behind it what can be found out from the
-    SAs themselves: soft limits that are passed, and hard expiries. One thread reads at a time.
+    A kernel does not say that the queue was full. So when `read` finds it half full, or more, it reports
+    `EventsLost`, and behind it what can be found out from the SAs themselves: soft limits that are passed,
+    and hard expiries.
     """
 
     def __init__(self, dialect: Dialect, database: Database, *, receive_buffer: int = RECEIVE_BUFFER) -> None:
         """Listen."""
+        super().__init__(database.known, database.is_there)
         self._dialect = dialect
         self._database = database
+        self._queued = 0
         self._reported: dict[tuple[int, IPAddress, int, IPAddress, int], float] = {}
         self._pfkey = PfKeySocket(dialect, receive_buffer=receive_buffer)
         try:
@@ -100,34 +90,23 @@ class PfKeyEvents:
         """Stop listening."""
         self._pfkey.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def read(self) -> Sequence[Event]:
+    def read(self) -> list[Event]:
         """Return what has happened since the last call, oldest first; never waits."""
-        found: list[Event] = []
-        queued = 0
-        for _ in range(_BURST):
-            try:
-                size = self._pfkey.socket.recv_into(self._pfkey.buffer)
-            except BlockingIOError:
-                break
-            queued += size + _OVERHEAD
-            try:
-                message = decode(memoryview(self._pfkey.buffer)[:size])
-                if not message.errno:
-                    found.extend(self._events(message))
-            except ValueError:
-                continue
-            finally:
-                self._pfkey.buffer[:size] = bytes(size)  # it may have been an SA of somebody's, with its keys
-        if queued > self._room // 2:
-            found.append(EventsLost())
-            found.extend(self._find_out())
-        return found
+        self._queued = 0
+        return super().read()
+
+    def _receive(self, found: list[Event]) -> bool:
+        size = self._pfkey.socket.recv_into(self._pfkey.buffer)
+        self._queued += size + _OVERHEAD
+        try:
+            message = decode(memoryview(self._pfkey.buffer)[:size])
+            if not message.errno:
+                found.extend(self._events(message))
+        except ValueError:
+            pass
+        finally:
+            self._pfkey.buffer[:size] = bytes(size)  # it may have been an SA of somebody's, with its keys
+        return self._queued > self._room // 2
 
     def _events(self, message: Message) -> Iterator[Event]:
         if message.satype not in (0, self._dialect.esp):
@@ -168,17 +147,7 @@ class PfKeyEvents:
         hard = message.find(n.SADB_EXT_LIFETIME_HARD) is not None
         if not hard and message.find(n.SADB_EXT_LIFETIME_SOFT) is None:
             return  # Solaris: idle
-        if not record.sa_id.spi:
-            return
-        # The kernel gives up its larval SA after a while; natcompat keeps the SPI reserved, and may
-        # have completed the SA since.
-        if hard and self._database.is_there(record.sa_id):
-            return
-        known = self._database.known.get(record.sa_id)
-        if hard:
-            self._database.known.pop(record.sa_id, None)
-        reqid = record.reqid or (known.reqid if known else 0)
-        yield Expire(sa_id=record.sa_id, reqid=reqid, hard=hard)
+        yield from self._expired(record.sa_id, record.reqid, hard=hard)
 
     def _mapping(self, message: Message) -> Iterator[Event]:
         """Understand HEADER, SA, old address, old port, *new* address, new port: the SA's own is missing."""
@@ -208,7 +177,7 @@ class PfKeyEvents:
         """Yield the inbound SAs with this SPI from there: several only if this host has several addresses."""
         known = [
             (sa_id, each.reqid)
-            for sa_id, each in list(self._database.known.items())
+            for sa_id, each in list(self._known.items())
             if sa_id.spi == spi
             and _comes_from(each.source, each.encapsulation, each.direction, source, source_port)
         ]
@@ -225,23 +194,19 @@ class PfKeyEvents:
                 yield found.sa_id, sa.reqid
 
     def _find_out(self) -> Iterator[Event]:
-        """Compare the SAs that are there with those that should be, after events may have been lost."""
         try:
             present = {each.sa_id: each for each in self._database.list_sas()}
         except NatCompatError:
             return
         for sa_id, found in present.items():
             sa = found.association
-            if sa is not None and _passed_soft_limit(found):
+            if sa is not None and passed_soft_limit(sa.lifetime, found.usage):
                 yield Expire(sa_id=sa_id, reqid=sa.reqid, hard=False)
-        for sa_id, known in list(self._database.known.items()):
-            if sa_id not in present:
-                self._database.known.pop(sa_id, None)
-                yield Expire(sa_id=sa_id, reqid=known.reqid, hard=True)
+        yield from self._missing(present)
 
 
 def _comes_from(
-    sa_source: IPAddress,
+    sa_source: IPAddress | None,
     encapsulation: UDPEncapsulation | None,
     direction: Direction,
     source: IPAddress,
@@ -250,15 +215,3 @@ def _comes_from(
     if direction is Direction.OUT or encapsulation is None:
         return False
     return sa_source == source and wire_ports(encapsulation, direction)[0] == source_port
-
-
-def _passed_soft_limit(found: InstalledSA) -> bool:
-    if found.association is None:
-        return False
-    lifetime, usage = found.association.lifetime, found.usage
-    due = (
-        (lifetime.soft_seconds, time.time() - usage.added),
-        (lifetime.soft_bytes, usage.octets),
-        (lifetime.soft_packets, usage.packets),
-    )
-    return any(limit is not None and used >= limit for limit, used in due)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from natcompat.associations import Action, Direction, IPAddress, IPNetwork, Mode, Policy, TrafficSelector
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import PolicyUsage
+from natcompat.kernel.verbs import words
 from natcompat.pfkey import numbers as n
 from natcompat.pfkey.dialects import Dialect
 from natcompat.pfkey.messages import (
@@ -27,7 +28,6 @@ from natcompat.pfkey.messages import (
     unpack,
 )
 from natcompat.pfkey.readback import optional, required
-from natcompat.pfkey.spd import words
 from natcompat.pfkey.translate import network, refusal
 from natcompat.pfkey.transport import PfKeySocket, failure
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import errno
 import socket
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from ipaddress import ip_address
 from sys import byteorder
 from types import EllipsisType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
-    LARGEST_SPI,
-    SMALLEST_SPI,
     Direction,
     Features,
     InstalledSA,
@@ -29,10 +26,12 @@ from natcompat.ipsec import (
     UDPEncapsulation,
     Usage,
 )
+from natcompat.kernel.events import RECEIVE_BUFFER, Known
+from natcompat.kernel.verbs import KernelIPsec
 from natcompat.pfkey import numbers as n
 from natcompat.pfkey.algorithms import check_algorithms
 from natcompat.pfkey.dialects import Dialect, NatT, Policies
-from natcompat.pfkey.events import RECEIVE_BUFFER, Known, PfKeyEvents
+from natcompat.pfkey.events import PfKeyEvents
 from natcompat.pfkey.flows import Flows
 from natcompat.pfkey.messages import Extension, MalformedMessageError, Message, read_sa
 from natcompat.pfkey.move import move_sa
@@ -43,15 +42,12 @@ from natcompat.pfkey.translate import check_sa, encode_allocate, encode_sa, enco
 from natcompat.pfkey.transport import PfKeySocket, failure
 
 if TYPE_CHECKING:
-    from natcompat.xfrm.keepalive import KeepaliveSender
     from natcompat.xfrm.netlink import LocalAddresses
 
 Found = TypeVar("Found")
 
-_ALLOCATION_ATTEMPTS = 16
 
-
-class PfKeyIPsec:
+class PfKeyIPsec(KernelIPsec[Message]):
     """The kernel's IPsec (see `natcompat.ipsec.IPsec` for what the methods have in common).
 
     What is installed belongs to the kernel and stays when this object is closed. What the dialect has
@@ -60,14 +56,11 @@ class PfKeyIPsec:
     """
 
     def __init__(self, dialect: Dialect) -> None:
+        super().__init__()
         self._dialect = dialect
-        self._reserved: dict[tuple[IPAddress, int], tuple[float, int]] = {}
-        self.known: dict[SaId, Known] = {}
-        """What this object has installed."""
         self._sockets = [PfKeySocket(dialect)]
         self._socket: PfKeySocket = self._sockets[0]
         self._local: LocalAddresses | None = None
-        self._keepalives: KeepaliveSender | None = None
         try:
             self._policies = self._open_policies()
             if dialect.name == "linux":
@@ -97,12 +90,6 @@ class PfKeyIPsec:
         for each in self._sockets:
             each.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     @property
     def features(self) -> Features:
         """What PF_KEY of this system can do."""
@@ -117,54 +104,18 @@ class PfKeyIPsec:
 
     # -- security associations
 
-    def allocate_spi(
-        self,
-        source: IPAddress | str,
-        destination: IPAddress | str,
-        *,
-        reqid: int = 0,
-        minimum: int = SMALLEST_SPI,
-        maximum: int = LARGEST_SPI,
-        lifetime: float = 165.0,
-        sequence: int = 0,
-    ) -> int:
-        """Reserve an SPI of `destination` (an address of this host) and return it.
-
-        The kernel keeps its larval SA for a while (Linux 30 s, Solaris 90 s). This object goes on to
-        know the SPI as taken for `lifetime` seconds, gives it to nobody else, and `add_sa` works until
-        then and after, whether or not the larval SA is still there. `sequence` is that of an `Acquire`.
-
-        ENOENT: no SPI is free between `minimum` and `maximum`.
-        """
-        source, destination = ip_address(source), ip_address(destination)
-        if not SMALLEST_SPI <= minimum <= maximum <= LARGEST_SPI:
-            raise ValueError(f"minimum, maximum: {minimum}..{maximum} is no range within 256..4294967295")
-        now = time.monotonic()
-        for key in [key for key, (deadline, _) in list(self._reserved.items()) if deadline < now]:
-            self._reserved.pop(key, None)
-        what = f"Allocating an SPI for {destination}"
-        for _ in range(_ALLOCATION_ATTEMPTS):
-            request = encode_allocate(
-                self._dialect, source, destination, reqid=reqid, minimum=minimum, maximum=maximum
-            )
-            try:
-                answer = self._socket.request(what, request, sequence=sequence)
-            except NatCompatError as error:
-                if error.errno not in (errno.ENOENT, errno.EEXIST):
-                    raise
-                continue  # the kernel guesses, and in a narrow range does not always hit what is free
-            spi = _understood(what, lambda: read_sa(required(answer, n.SADB_EXT_SA)).spi)  # noqa: B023
-            if (destination, spi) not in self._reserved:
-                self._reserved[destination, spi] = now + lifetime, request.sequence
-                return spi
-            # Still promised to somebody, though the kernel had forgotten: it has its larval SA again.
-        raise NatCompatError(errno.ENOENT, f"{what}: all are taken", "Ask for a wider range")
-
-    def is_there(self, sa_id: SaId) -> bool:
-        """Tell whether an SPI is reserved, or an SA of this name is in the kernel."""
-        if self._reserved.get((sa_id.destination, sa_id.spi), (0.0, 0))[0] > time.monotonic():
-            return True
-        return self._find(sa_id) is not None
+    def _allocate(
+        self, what: str, source: IPAddress, destination: IPAddress, sequence: int, **wanted: int
+    ) -> tuple[int, int] | None:
+        request = encode_allocate(self._dialect, source, destination, **wanted)
+        try:
+            answer = self._socket.request(what, request, sequence=sequence)
+        except NatCompatError as error:
+            if error.errno in (errno.ENOENT, errno.EEXIST):
+                return None
+            raise
+        spi = _understood(what, lambda: read_sa(required(answer, n.SADB_EXT_SA)).spi)
+        return spi, request.sequence
 
     def add_sa(self, sa: SecurityAssociation) -> SaId:
         """Install `sa` and return its name; completes a larval SA of the same destination and SPI.
@@ -172,32 +123,21 @@ class PfKeyIPsec:
         EEXIST: there is an SA with this destination and SPI (FreeBSD: with this SPI). EOPNOTSUPP: the
         dialect lacks something that `sa` asks for; ENOSYS: it or the kernel lacks a transform.
         """
-        sa_id = sa.sa_id
         check_sa(self._dialect, sa)
-        by_process = sa.nat_keepalive is not None and self._keepalives is not None
-        if by_process and self._keepalives is not None:
-            self._keepalives.check()
-        reserved = (sa.destination, sa.spi) in self._reserved
-        if not (reserved and self._complete(sa)):
-            try:
-                self._install(sa, n.SADB_ADD)
-            except NatCompatError as error:
-                if error.errno != errno.EEXIST or not self._complete(sa):
-                    raise
-        self._reserved.pop((sa.destination, sa.spi), None)
-        self.known[sa_id] = Known(sa.reqid, sa.direction, sa.source, sa.encapsulation)
-        if by_process and self._keepalives is not None:
-            self._keepalives.watch(sa)
-        return sa_id
+        return self._add(
+            sa,
+            Known(sa.reqid, sa.direction, sa.source, sa.encapsulation),
+            complete=lambda: self._complete(sa),
+            install=lambda: self._install(sa, n.SADB_ADD),
+        )
 
     def _complete(self, sa: SecurityAssociation) -> bool:
-        """Make `sa` of the larval SA of its name; return False where there is none (any more)."""
         found = self._find(sa.sa_id)
         if found is None or read_sa(required(found, n.SADB_EXT_SA)).state != n.SADB_SASTATE_LARVAL:
             return False
-        sequence = self._reserved.get((sa.destination, sa.spi), (0.0, 0))[1]
+        reserved = self._reserved.get((sa.destination, sa.spi))
         try:
-            self._install(sa, n.SADB_UPDATE, sequence)
+            self._install(sa, n.SADB_UPDATE, reserved.sequence if reserved else 0)
         except NatCompatError as error:
             if error.errno in (errno.ESRCH, errno.ENOENT):
                 return False
@@ -241,14 +181,6 @@ class PfKeyIPsec:
     def _get(self, sa_id: SaId) -> Message:
         return self._request(n.SADB_GET, f"Looking at {sa_id}", sa_id)
 
-    def _find(self, sa_id: SaId) -> Message | None:
-        try:
-            return self._get(sa_id)
-        except NatCompatError as error:
-            if error.errno == errno.ESRCH:
-                return None
-            raise
-
     def get_sa(self, sa_id: SaId) -> Usage:
         """Return what the SA has done so far. ESRCH: there is none of this name."""
         found = self._get(sa_id)
@@ -285,11 +217,8 @@ class PfKeyIPsec:
             find=self._find,
         )
         if known is not None:
-            self.known.pop(sa_id, None)
-            self.known[new] = known._replace(source=new.source or known.source, encapsulation=now)
-        if self._keepalives is not None and new.source is not None:
-            ports = (now.local_port, now.remote_port) if now else None
-            self._keepalives.move(sa_id, new, new.source, ports)
+            known = known._replace(source=new.source or known.source, encapsulation=now)
+        self._follow(sa_id, new, known, (now.local_port, now.remote_port) if now else None)
         return new
 
     def direction_of(self, sa_id: SaId) -> Direction:
@@ -304,18 +233,12 @@ class PfKeyIPsec:
     def delete_sa(self, sa_id: SaId) -> None:
         """Remove one SA. ESRCH: there is none of this name."""
         self._request(n.SADB_DELETE, f"Deleting {sa_id}", sa_id)
-        self.known.pop(sa_id, None)
-        self._reserved.pop((sa_id.destination, sa_id.spi), None)
-        if self._keepalives is not None:
-            self._keepalives.forget(sa_id)
+        self._forget(sa_id)
 
     def flush_sas(self) -> None:
         """Remove every ESP SA, whoever installed it."""
         self._socket.request("Flushing SAs", Message(n.SADB_FLUSH, self._dialect.esp))
-        self.known.clear()
-        self._reserved.clear()
-        if self._keepalives is not None:
-            self._keepalives.forget()
+        self._forget()
 
     def list_sas(self) -> list[InstalledSA]:
         """Return every SA, with keys.

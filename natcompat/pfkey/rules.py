@@ -25,6 +25,7 @@ from natcompat.associations import (
     default_priority,
 )
 from natcompat.ipsec import PolicyUsage
+from natcompat.kernel.verbs import words
 from natcompat.pfkey.dialects import Dialect
 from natcompat.pfkey.messages import (
     AF_INET,
@@ -36,7 +37,6 @@ from natcompat.pfkey.messages import (
     unpack,
 )
 from natcompat.pfkey.readback import required
-from natcompat.pfkey.spd import words
 from natcompat.pfkey.translate import network, refusal
 from natcompat.pfkey.transport import PfKeySocket, failure
 

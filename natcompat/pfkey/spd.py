@@ -17,6 +17,7 @@ from natcompat.associations import (
 )
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import PolicyUsage
+from natcompat.kernel.verbs import words
 from natcompat.pfkey import numbers as n
 from natcompat.pfkey.dialects import Dialect
 from natcompat.pfkey.messages import (
@@ -122,12 +123,6 @@ class SpdPolicies:
             except ValueError:
                 continue
         return found
-
-
-def words(policy: Policy) -> str:
-    """Say which policy, for errors."""
-    selector = policy.selector
-    return f"{selector.source} to {selector.destination} ({policy.direction.value})"
 
 
 def check_policy(dialect: Dialect, policy: Policy) -> None:

@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping
 
 from natcompat.errors import NatCompatError
+from natcompat.kernel import asking
+from natcompat.kernel.asking import NOTHING_BETTER, SO_RCVBUFFORCE, Owner
 from natcompat.pfkey import numbers as n
 from natcompat.pfkey.dialects import Dialect
 from natcompat.pfkey.messages import MalformedMessageError, Message, Wire, decode
@@ -26,40 +28,25 @@ ANSWER_TIMEOUT = 30.0
 LARGEST_MESSAGE = 8 * 0xFFFF
 QUEUE = 1 << 20
 """Bytes of queue for answers, which share it with what others do."""
-SO_RCVBUFFORCE = 33  # asm-generic/socket.h
 DRAIN_LIMIT = 100_000
 """Messages that are passed over at most before a request."""
 _DUMPS = (n.SADB_DUMP, n.SADB_X_SPDDUMP)
 
-_forks = 0
-
-
-def _count_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_count_fork)
-
 REMEDIES: Mapping[int, str] = {
-    errno.ESRCH: "It was never there, has expired, or somebody deleted it",
     errno.EEXIST: "Delete the other one first, or choose another SPI",
     errno.EPROTONOSUPPORT: "Load ESP into the kernel, or use the userspace backend",
-    errno.ENOBUFS: "Try again; the kernel is short of memory or its queue is full",
 }
 """What helps against each errno, where the caller knows nothing better."""
-NOTHING_BETTER: Mapping[int, str] = {}
 
 
 def failure(
     what: str, code: int, remedies: Mapping[int, str] = NOTHING_BETTER, diagnostic: int = 0
 ) -> NatCompatError:
     """Return the error for `what`, with errno `code` and the number that Solaris gives beside it."""
-    text = f"{what}: {os.strerror(code)}"
+    text = os.strerror(code)
     if diagnostic:
         text += f" (diagnostic {diagnostic} of net/pfkeyv2.h)"
-    return NatCompatError(code, text, remedies.get(code) or REMEDIES.get(code, ""))
+    return asking.failure(what, code, text, remedies, REMEDIES)
 
 
 class PfKeySocket:
@@ -84,7 +71,7 @@ class PfKeySocket:
         self._patience = 0.0 if dialect.answers_at_once else ANSWER_TIMEOUT
         self._lock = threading.RLock()
         self._sequence = random.getrandbits(28)
-        self._forks = _forks
+        self._owner = Owner()
         self.buffer: Wire = Wire(LARGEST_MESSAGE)
         """For whoever reads the socket; what was in it is wiped afterwards."""
         self.socket: socket.socket = open_socket(
@@ -156,12 +143,7 @@ class PfKeySocket:
         *,
         drain: bool = True,
     ) -> None:
-        if self._forks != _forks:
-            raise NatCompatError(
-                errno.EINVAL,
-                f"{what}: this socket belongs to the parent process",
-                "Open IPsec anew after fork",
-            )
+        self._owner.check(what)
         if drain:
             self._drain(what)
         # Kernels count the sequence numbers of acquires from 1 (Linux) or from 2**31 (Solaris) on.

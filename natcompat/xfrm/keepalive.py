@@ -45,17 +45,16 @@ class KeepaliveSender:
     The thread is a daemon: it ends with the process, and with `close`. A forked child has none.
     """
 
-    def __init__(self, usage: Callable[[SaId], Usage], *, enable: bool = True) -> None:
+    def __init__(self, usage: Callable[[SaId], Usage]) -> None:
         """Open the sockets, which stay in the present network namespace; `usage` is `IPsec.get_sa`."""
         self._usage = usage
         self._sockets: dict[int, socket.socket] = {}
         self._problem: OSError | None = None
-        if enable:
-            try:
-                for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
-                    self._sockets[version] = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
-            except OSError as error:
-                self._problem = error
+        try:
+            for version, family in ((4, socket.AF_INET), (6, socket.AF_INET6)):
+                self._sockets[version] = socket.socket(family, socket.SOCK_RAW, socket.IPPROTO_RAW)
+        except OSError as error:
+            self._problem = error
         self._watched: dict[SaId, _Watched] = {}
         self._condition = threading.Condition()
         self._thread: threading.Thread | None = None

@@ -5,15 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import socket
-import time
 from ipaddress import ip_address
 from types import EllipsisType
-from typing import Self
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
-    LARGEST_SPI,
-    SMALLEST_SPI,
     Direction,
     Features,
     InstalledSA,
@@ -25,9 +21,11 @@ from natcompat.ipsec import (
     UDPEncapsulation,
     Usage,
 )
+from natcompat.kernel.events import RECEIVE_BUFFER, Known
+from natcompat.kernel.verbs import KernelIPsec, words
 from natcompat.xfrm import _messages as messages
 from natcompat.xfrm.bypass import bypass
-from natcompat.xfrm.events import RECEIVE_BUFFER, Known, XfrmEvents
+from natcompat.xfrm.events import XfrmEvents
 from natcompat.xfrm.keepalive import KeepaliveSender
 from natcompat.xfrm.move import move_sa
 from natcompat.xfrm.netlink import LocalAddresses, Netlink, attributes, failure
@@ -52,14 +50,13 @@ _ALGORITHMS = {XFRMA[name] for name in ("ALG_AEAD", "ALG_CRYPT", "ALG_AUTH", "AL
 QUEUE = 1 << 20
 """Bytes of queue for answers, and for the report of a deletion among those of other SAs."""
 
-_ALLOCATION_ATTEMPTS = 16
 _POLICY_REMEDIES = {
     errno.EEXIST: "Delete the other one first, or tell them apart by marks",
     errno.EINVAL: "Outbound tunnel policies cannot be optional: add a BYPASS policy until there is an SA",
 }
 
 
-class XfrmIPsec:
+class XfrmIPsec(KernelIPsec[bytes]):
     """The kernel's IPsec (see `natcompat.ipsec.IPsec` for what the methods have in common).
 
     What is installed belongs to the kernel and stays when this object is closed. It acts in the
@@ -67,6 +64,7 @@ class XfrmIPsec:
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._netlink = Netlink(receive_buffer=QUEUE)
         try:
             self._kernel = _ask_kernel()
@@ -74,21 +72,15 @@ class XfrmIPsec:
         except BaseException:
             self._netlink.close()
             raise
-        self._reserved: dict[tuple[IPAddress, int], float] = {}
-        self._known: dict[SaId, Known] = {}
-        self._keepalives = KeepaliveSender(self.get_sa, enable=not self._kernel.keepalive)
+        if not self._kernel.keepalive:
+            self._keepalives = KeepaliveSender(self.get_sa)
 
     def close(self) -> None:
         """Close the sockets and stop this process's keepalives; SAs and policies stay."""
-        self._keepalives.close()
+        if self._keepalives is not None:
+            self._keepalives.close()
         self._local.close()
         self._netlink.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def features(self) -> Features:
@@ -104,67 +96,17 @@ class XfrmIPsec:
 
     # -- security associations
 
-    def allocate_spi(
-        self,
-        source: IPAddress | str,
-        destination: IPAddress | str,
-        *,
-        reqid: int = 0,
-        minimum: int = SMALLEST_SPI,
-        maximum: int = LARGEST_SPI,
-        lifetime: float = 165.0,
-        sequence: int = 0,
-    ) -> int:
-        """Reserve an SPI of `destination` (an address of this host) and return it.
-
-        The kernel keeps its larval SA for 30 s (net.core.xfrm_acq_expires). This object goes on to
-        know the SPI as taken for `lifetime` seconds (the default is strongSwan's time for a whole
-        exchange with retransmissions), gives it to nobody else, and `add_sa` works until then and
-        after, whether or not the larval SA is still there. `sequence` is that of an `Acquire`.
-
-        ENOENT: no SPI is free between `minimum` and `maximum`.
-        """
-        source, destination = ip_address(source), ip_address(destination)
-        if not SMALLEST_SPI <= minimum <= maximum <= LARGEST_SPI:
-            raise ValueError(f"minimum, maximum: {minimum}..{maximum} is no range within 256..4294967295")
-        now = time.monotonic()
-        for key in [key for key, deadline in list(self._reserved.items()) if deadline < now]:
-            self._reserved.pop(key, None)
-        what = f"Allocating an SPI for {destination}"
-        for _ in range(_ALLOCATION_ATTEMPTS):
-            request = encode_allocate(
-                source,
-                destination,
-                self._kernel,
-                reqid=reqid,
-                minimum=minimum,
-                maximum=maximum,
-                sequence=sequence,
-            )
-            try:
-                answer = self._netlink.request(what, request, messages.XFRM_MSG_ALLOCSPI, 0)
-            except NatCompatError as error:
-                if error.errno != errno.ENOENT:
-                    raise
-                continue  # the kernel guesses, and in a narrow range does not always hit what is free
-            spi = int(decode(messages.xfrm_usersa_info, answer)["id_spi"])
-            if (destination, spi) not in self._reserved:
-                self._reserved[destination, spi] = now + lifetime
-                return spi
-            # Still promised to somebody, though the kernel had forgotten: it has its larval SA again.
-        raise NatCompatError(errno.ENOENT, f"{what}: all are taken", "Ask for a wider range")
-
-    def _is_there(self, sa_id: SaId) -> bool:
-        """Whether an SPI is reserved, or an SA of this name is in the kernel."""
-        if self._reserved.get((sa_id.destination, sa_id.spi), 0.0) > time.monotonic():
-            return True
+    def _allocate(
+        self, what: str, source: IPAddress, destination: IPAddress, sequence: int, **wanted: int
+    ) -> tuple[int, int] | None:
+        request = encode_allocate(source, destination, self._kernel, sequence=sequence, **wanted)
         try:
-            self._get(sa_id)
+            answer = self._netlink.request(what, request, messages.XFRM_MSG_ALLOCSPI, 0)
         except NatCompatError as error:
-            if error.errno == errno.ESRCH:
-                return False
+            if error.errno == errno.ENOENT:
+                return None
             raise
-        return True
+        return int(decode(messages.xfrm_usersa_info, answer)["id_spi"]), 0
 
     def add_sa(self, sa: SecurityAssociation, *, sequence: int | None = None) -> SaId:
         """Install `sa` and return its name; completes a larval SA of the same destination and SPI.
@@ -177,25 +119,14 @@ class XfrmIPsec:
         transform; EPROTONOSUPPORT: it lacks ESP. Where the kernel sends no keepalives, a thread of
         this process does from now on, until the SA or this object is gone.
         """
-        sa_id = sa.sa_id
-        by_process = sa.nat_keepalive is not None and not self._kernel.keepalive
-        if by_process:
-            self._keepalives.check()
-        reserved = (sa.destination, sa.spi) in self._reserved
-        if not (reserved and self._complete(sa, sequence)):
-            try:
-                self._install(sa, messages.XFRM_MSG_NEWSA, _NEW, sequence)
-            except NatCompatError as error:
-                if error.errno != errno.EEXIST or not self._complete(sa, sequence):
-                    raise
-        self._reserved.pop((sa.destination, sa.spi), None)
-        self._known[sa_id] = Known(sa.reqid, sa.direction)
-        if by_process:
-            self._keepalives.watch(sa)
-        return sa_id
+        return self._add(
+            sa,
+            Known(sa.reqid, sa.direction),
+            complete=lambda: self._complete(sa, sequence),
+            install=lambda: self._install(sa, messages.XFRM_MSG_NEWSA, _NEW, sequence),
+        )
 
     def _complete(self, sa: SecurityAssociation, sequence: int | None) -> bool:
-        """Make `sa` of the larval SA of its name; return False where there is none (any more)."""
         if not self._is_larval(sa.sa_id):
             return False
         # A larval SA that somebody else made without a direction takes none from the SA.
@@ -228,13 +159,10 @@ class XfrmIPsec:
 
     def _is_larval(self, sa_id: SaId) -> bool:
         """Whether the kernel has an SA of this name without any algorithm: only the SPI is taken."""
-        try:
-            answer = self._get(sa_id)
-        except NatCompatError as error:
-            if error.errno == errno.ESRCH:
-                return False
-            raise
-        return not any(kind in _ALGORITHMS for kind, _, _ in attributes(answer, INFO_END))
+        answer = self._find(sa_id)
+        return answer is not None and not any(
+            kind in _ALGORITHMS for kind, _, _ in attributes(answer, INFO_END)
+        )
 
     def _get(self, sa_id: SaId) -> bytes:
         return self._netlink.request(f"Looking at {sa_id}", encode_sa_id(sa_id), messages.XFRM_MSG_GETSA, 0)
@@ -262,7 +190,7 @@ class XfrmIPsec:
         ESRCH: there is no such SA. EEXIST: there is one of the new name. ENOBUFS: the kernel's report
         of the deletion was lost; the SA is gone and a new one must be negotiated.
         """
-        known = self._known.get(sa_id)
+        known = self.known.get(sa_id)
         new, ports = move_sa(
             self._netlink,
             sa_id,
@@ -272,11 +200,7 @@ class XfrmIPsec:
             known=known.direction if known else None,
             local=self._local,
         )
-        if known is not None:
-            self._known.pop(sa_id, None)
-            self._known[new] = known
-        if new.source is not None:
-            self._keepalives.move(sa_id, new, new.source, ports)
+        self._follow(sa_id, new, known, ports)
         return new
 
     def delete_sa(self, sa_id: SaId) -> None:
@@ -284,20 +208,13 @@ class XfrmIPsec:
         self._netlink.request(f"Deleting {sa_id}", encode_sa_id(sa_id), messages.XFRM_MSG_DELSA)
         self._forget(sa_id)
 
-    def _forget(self, sa_id: SaId) -> None:
-        self._known.pop(sa_id, None)
-        self._reserved.pop((sa_id.destination, sa_id.spi), None)
-        self._keepalives.forget(sa_id)
-
     def flush_sas(self) -> None:
         """Remove every ESP SA of this network namespace, whoever installed it."""
         message = messages.xfrm_usersa_flush()
         message["proto"] = socket.IPPROTO_ESP
         message.encode()
         self._netlink.request("Flushing SAs", bytearray(message.data), messages.XFRM_MSG_FLUSHSA)
-        self._known.clear()
-        self._reserved.clear()
-        self._keepalives.forget()
+        self._forget()
 
     def _dump_sas(self) -> list[bytes]:
         return self._netlink.dump("Listing SAs", bytearray(INFO_END), messages.XFRM_MSG_GETSA)
@@ -308,7 +225,7 @@ class XfrmIPsec:
         A direction that the kernel does not know is that of `add_sa`, or told from the addresses of
         this host where somebody else has installed the SA.
         """
-        directions = {sa_id: known.direction for sa_id, known in list(self._known.items())}
+        directions = {sa_id: known.direction for sa_id, known in list(self.known.items())}
         return [installed_sa(answer, directions, self._local) for answer in self._dump_sas()]
 
     # -- policies
@@ -325,7 +242,7 @@ class XfrmIPsec:
             try:
                 message = encode_policy(policy, direction)
                 self._netlink.request(
-                    f"Adding the policy for {_words(policy)}",
+                    f"Adding the policy for {words(policy)}",
                     message,
                     messages.XFRM_MSG_NEWPOLICY,
                     _NEW,
@@ -340,7 +257,7 @@ class XfrmIPsec:
     def get_policy(self, policy: Policy) -> PolicyUsage:
         """Return the installed policy of this selector, direction, mark and interface. ESRCH: none."""
         message = encode_policy_id(policy, kernel_directions(policy)[0])
-        what = f"Looking at the policy for {_words(policy)}"
+        what = f"Looking at the policy for {words(policy)}"
         try:
             return _policy_usage(self._netlink.request(what, message, messages.XFRM_MSG_GETPOLICY, 0))
         except NatCompatError as error:
@@ -357,7 +274,7 @@ class XfrmIPsec:
                     raise
 
     def _delete_policy(self, policy: Policy, direction: int) -> None:
-        what = f"Deleting the policy for {_words(policy)}"
+        what = f"Deleting the policy for {words(policy)}"
         try:
             self._netlink.request(what, encode_policy_id(policy, direction), messages.XFRM_MSG_DELPOLICY)
         except NatCompatError as error:
@@ -394,7 +311,7 @@ class XfrmIPsec:
 
         `receive_buffer` bytes of queue are asked for.
         """
-        return XfrmEvents(self._dump_sas, self._known, self._is_there, receive_buffer=receive_buffer)
+        return XfrmEvents(self._dump_sas, self.known, self.is_there, receive_buffer=receive_buffer)
 
 
 def _ask_kernel() -> KernelFeatures:
@@ -408,11 +325,6 @@ def _ask_kernel() -> KernelFeatures:
 def open_xfrm() -> XfrmIPsec:
     """Open the kernel's IPsec."""
     return XfrmIPsec()
-
-
-def _words(policy: Policy) -> str:
-    selector = policy.selector
-    return f"{selector.source} to {selector.destination} ({policy.direction.value})"
 
 
 def _no_policy(error: NatCompatError) -> NatCompatError:

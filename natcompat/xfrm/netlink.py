@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping
 from ipaddress import IPv4Address, IPv6Address
 
 from natcompat.errors import NatCompatError
+from natcompat.kernel import asking
+from natcompat.kernel.asking import NOTHING_BETTER, SO_RCVBUFFORCE, Owner
 from natcompat.xfrm.probe import (
     NETLINK_CAP_ACK,
     NETLINK_EXT_ACK,
@@ -44,37 +46,21 @@ RTM_GETROUTE = 26  # linux/rtnetlink.h
 RTA_DST = 1
 RTN_LOCAL = 2
 
-SO_RCVBUFFORCE = 33  # asm-generic/socket.h
-
 _ANSWER_TIMEOUT = 60
 """Seconds. The kernel answers at once, but may first load modules for a new algorithm."""
 
 _DUMP_ATTEMPTS = 10
 """A dump during which the database changed (NLM_F_DUMP_INTR) is asked for again so many times."""
 
-_forks = 0
-
-
-def _count_fork() -> None:
-    global _forks
-    _forks += 1
-
-
-os.register_at_fork(after_in_child=_count_fork)
-
 REMEDIES = {
     errno.EPERM: "Run as root, or grant CAP_NET_ADMIN (docker run --cap-add NET_ADMIN)",
-    errno.ESRCH: "It was never there, has expired, or somebody deleted it",
     errno.EEXIST: "Delete the other one first, choose another SPI, or tell them apart by marks",
     errno.EPROTONOSUPPORT: (
         "Load the modules esp4 and esp6, run a kernel with CONFIG_INET_ESP and CONFIG_INET6_ESP, "
         "or use the userspace backend"
     ),
-    errno.ENOBUFS: "Try again; the kernel is short of memory or its queue is full",
 }
 """What helps against each errno, where the caller knows nothing better."""
-
-NOTHING_BETTER: Mapping[int, str] = {}
 
 
 class Netlink:
@@ -90,7 +76,7 @@ class Netlink:
         """
         self._lock = threading.RLock()
         self._sequence = 0
-        self._forks = _forks
+        self._owner = Owner()
         try:
             self.socket: socket.socket = socket.socket(
                 socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol
@@ -194,12 +180,7 @@ class Netlink:
         remedies: Mapping[int, str],
         heard: list[bytes] | None = None,
     ) -> list[tuple[int, bytes]]:
-        if self._forks != _forks:
-            raise NatCompatError(
-                errno.EINVAL,
-                f"{what}: this socket belongs to the parent process",
-                "Open IPsec anew after fork",
-            )
+        self._owner.check(what)
         with self._lock:
             self._sequence = sequence = (self._sequence + 1) & 0xFFFF_FFFF
             HEADER.pack_into(message, 0, len(message), kind, flags | NLM_F_REQUEST, sequence, 0)
@@ -305,5 +286,4 @@ def acknowledgement(answer: bytes, flags: int) -> tuple[int, str]:
 
 def failure(what: str, code: int, text: str, remedies: Mapping[int, str] = NOTHING_BETTER) -> NatCompatError:
     """Return the error for `what`, with errno `code` and the kernel's `text`."""
-    remedy = remedies.get(code) or REMEDIES.get(code, "")
-    return NatCompatError(code, f"{what}: {text or os.strerror(code)}", remedy)
+    return asking.failure(what, code, text, remedies, REMEDIES)
