@@ -24,8 +24,9 @@ versions of natcompat may add some, and raise the number if one changes its mean
     NAT-keepalives), ``sa_direction`` (SAs have a direction); ``reason`` and ``remedy`` of what is missing
 ``pfkey``
     IPsec over PF_KEY, which Linux takes only where NATCOMPAT_IPSEC=pfkey asks for it: ``asked`` (the
-    value of NATCOMPAT_IPSEC, or null), ``dialect`` (null: none is spoken here), ``usable`` (null: not
-    tried), ``reason``, ``remedy``, ``limits`` (a list of sentences: what it cannot do)
+    value of NATCOMPAT_IPSEC, or null), ``error`` (why that cannot be had, or null), ``dialect`` (null:
+    none is spoken here), ``usable`` (null: not tried), ``reason``, ``remedy``, ``limits`` (a list of
+    sentences: what it cannot do)
 ``privileges``
     ``user`` (effective user id), ``capabilities`` (name to true or false; null where there are none)
 ``tun``
@@ -92,7 +93,6 @@ _GVISOR: Final = "#1 SMP Sun Jan 10 15:06:54 PST 2016"
 def examine() -> dict[str, Any]:
     """Look at everything, and return the report; see the module for its keys. Takes well under a second."""
     from natcompat import __version__, backends
-    from natcompat.pfkey.examine import examine as examine_pfkey
 
     return {
         "schema": SCHEMA,
@@ -115,7 +115,7 @@ def examine() -> dict[str, Any]:
         ],
         "esp": _kernel_esp(),
         "xfrm": _xfrm(),
-        "pfkey": {"asked": os.environ.get("NATCOMPAT_IPSEC") or None, **examine_pfkey()},
+        "pfkey": _pfkey(),
         "privileges": {
             "user": os.geteuid() if hasattr(os, "geteuid") else None,
             "capabilities": _capabilities(),
@@ -201,6 +201,20 @@ def _xfrm() -> dict[str, Any]:
         reason, remedy = _sentence(error.strerror or ""), _sentence(error.remedy)
         return {**found, "bypass": False, "reason": reason, "remedy": remedy}
     return {**found, "bypass": True, "reason": "", "remedy": ""}
+
+
+def _pfkey() -> dict[str, Any]:
+    from natcompat.backends.linux import MAPPING_VARIABLE, asked_mapping
+    from natcompat.errors import NatCompatError
+    from natcompat.pfkey.examine import examine as examine_pfkey
+
+    found = {"asked": os.environ.get(MAPPING_VARIABLE) or None, "error": None, **examine_pfkey()}
+    if sys.platform == "linux":  # the variable means nothing elsewhere
+        try:
+            asked_mapping()
+        except NatCompatError as error:
+            found["error"] = f"{_sentence(error.strerror or '')} {_sentence(error.remedy)}"
+    return found
 
 
 def _userspace_esp(tun: dict[str, Any]) -> dict[str, Any]:

@@ -78,6 +78,8 @@ def show(report: dict[str, Any]) -> None:
     out.table(["", "", ""], [[pfkey["dialect"] or "none", usable, pfkey["reason"]]])
     if pfkey["remedy"]:
         out.line("  ", pfkey["remedy"])
+    if pfkey["error"]:
+        out.line(bad(f"  NATCOMPAT_IPSEC={pfkey['asked']} cannot be had: "), pfkey["error"])
     if pfkey["asked"] == "pfkey" or pfkey["dialect"] not in ("linux", None):
         for limit in pfkey["limits"]:
             out.line("  ", limit)

@@ -41,6 +41,7 @@ SHAPE = {
     },
     "pfkey": {
         "asked": (str, type(None)),
+        "error": (str, type(None)),
         "dialect": (str, type(None)),
         "usable": (bool, type(None)),
         "reason": str,
@@ -384,3 +385,11 @@ def _doctor_while_4500_is_taken() -> str:
 def test_names_a_data_path_that_cannot_be_had() -> None:
     shown = run("doctor", env={"NATCOMPAT_DATAPATH": "no-such"}).stdout
     assert "NATCOMPAT_DATAPATH=no-such cannot be had: There is no data path called 'no-such'." in shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the variable is for Linux")
+def test_names_a_mapping_of_ipsec_that_cannot_be_had() -> None:
+    shown = run("doctor", env={"NATCOMPAT_IPSEC": "no-such"}).stdout
+    assert "NATCOMPAT_IPSEC=no-such cannot be had: There is no mapping of IPsec called 'no-such'" in shown
+    assert "Choose among auto, xfrm, pfkey." in shown
+    assert report(env={"NATCOMPAT_IPSEC": "xfrm"})["pfkey"]["error"] is None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 UDP_ENCAP_ESPINUDP: Final = 2  # include/uapi/linux/udp.h
 MAPPING_VARIABLE: Final = "NATCOMPAT_IPSEC"
+_MAPPINGS: Final = ("auto", "xfrm", "pfkey")
 
 _UNFILTERED: Final[Mapping[Duty, Performer]] = {
     Duty.DROP_RUNTS: Performer.PROCESS,
@@ -63,20 +64,25 @@ class LinuxBackend:
         Its values are ``auto`` and ``xfrm``, and ``pfkey`` for af_key, which can do less (see
         `natcompat.pfkey.dialects`) and hands keys to every PF_KEY socket. EINVAL for another one.
         """
-        mapping = os.environ.get(MAPPING_VARIABLE) or "auto"
-        if mapping == "pfkey":
+        if asked_mapping() == "pfkey":
             from natcompat.pfkey import open_ipsec
 
             return open_ipsec("linux")
-        if mapping not in ("auto", "xfrm"):
-            raise NatCompatError(
-                errno.EINVAL,
-                f"there is no mapping of IPsec called {mapping!r} ({MAPPING_VARIABLE})",
-                "Choose among auto, xfrm, pfkey",
-            )
         from natcompat.xfrm.kernel import XfrmIPsec
 
         return XfrmIPsec()
+
+
+def asked_mapping() -> str:
+    """Return what NATCOMPAT_IPSEC asks for. EINVAL: nobody knows it."""
+    mapping = os.environ.get(MAPPING_VARIABLE) or _MAPPINGS[0]
+    if mapping not in _MAPPINGS:
+        raise NatCompatError(
+            errno.EINVAL,
+            f"there is no mapping of IPsec called {mapping!r} ({MAPPING_VARIABLE})",
+            f"Choose among {', '.join(_MAPPINGS)}",
+        )
+    return mapping
 
 
 class _Attachment:
