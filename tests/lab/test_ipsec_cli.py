@@ -22,7 +22,7 @@ from natcompat.ipsec import Direction, Lifetime, Policy, TrafficSelector, UDPEnc
 from natcompat.ipsec_cli.describe import describe_selector
 from natcompat.ipsec_cli.lines import policy_columns, sa_columns
 from natcompat.xfrm.kernel import XfrmIPsec
-from tests.lab.test_kernel import cbc, make, tunnel
+from tests.lab.making import cbc, make, tunnel
 from tests.lab.topology import wait_for
 from tests.running import becomes_nobody, run_on_terminal
 from tests.test_xfrm_probe import as_nobody

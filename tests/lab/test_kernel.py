@@ -9,20 +9,15 @@ import select
 import socket
 import struct
 import subprocess
-import traceback
-from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv4Address, ip_address
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
     Action,
     Direction,
     Encr,
-    EventsLost,
     Expire,
     Integ,
     Lifetime,
@@ -39,41 +34,10 @@ from natcompat.xfrm.netlink import attributes
 from natcompat.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
 from natcompat.xfrm.readback import decode
 from natcompat.xfrm.translate import INFO_END, encode_sa_id
+from tests.lab.making import PORTS, cbc, make, refused, tunnel
 from tests.lab.topology import wait_for
-from tests.test_xfrm_probe import as_nobody
 
 pytestmark = pytest.mark.kernel_esp
-
-OUTER = {4: ("192.0.2.1", "192.0.2.2"), 6: ("2001:db8::1", "2001:db8::2")}
-
-
-def make(spi: int = 0xC0DE0001, version: int = 4, **changes: Any) -> SecurityAssociation:
-    arguments: dict[str, Any] = {
-        "spi": spi,
-        "source": OUTER[version][0],
-        "destination": OUTER[version][1],
-        "direction": Direction.OUT,
-        "encryption": Encr.AES_GCM_16,
-        "encryption_key": bytes(range(1, 21)),
-        "reqid": 7,
-    }
-    return SecurityAssociation(**{**arguments, **changes})
-
-
-def cbc(spi: int = 0xC0DE0001, **changes: Any) -> SecurityAssociation:
-    return make(
-        spi,
-        **{
-            "encryption": Encr.AES_CBC,
-            "encryption_key": bytes(range(16)),
-            "integrity": Integ.HMAC_SHA2_256_128,
-            "integrity_key": bytes(range(32)),
-            **changes,
-        },
-    )
-
-
-PORTS = UDPEncapsulation(local_port=4500, remote_port=34567)
 
 
 def test_the_probes_say_available() -> None:
@@ -249,50 +213,6 @@ def test_an_spi_is_reserved_and_completed(ipsec: XfrmIPsec) -> None:
     assert found.association.encryption_key == bytes(range(1, 21))
 
 
-def test_a_larval_sa_of_another_process_is_completed(ipsec: XfrmIPsec) -> None:
-    with XfrmIPsec() as other:
-        spi = other.allocate_spi("192.0.2.1", "192.0.2.2")
-    ipsec.add_sa(make(spi, direction=Direction.IN))
-    assert [each.larval for each in ipsec.list_sas()] == [False]
-
-
-def test_a_reservation_outlives_the_larval_sa(ipsec: XfrmIPsec) -> None:
-    expires = Path("/proc/sys/net/core/xfrm_acq_expires")
-    before = expires.read_text()
-    expires.write_text("1")
-    try:
-        with ipsec.events() as events:
-            spi = ipsec.allocate_spi("192.0.2.1", "192.0.2.2", minimum=5000, maximum=5001)
-            wait_for("the larval SA to go", lambda: not ipsec.list_sas())
-            other = ipsec.allocate_spi("192.0.2.1", "192.0.2.2", minimum=5000, maximum=5001)
-            assert {spi, other} == {5000, 5001}
-            with pytest.raises(NatCompatError) as caught:
-                ipsec.allocate_spi("192.0.2.1", "192.0.2.2", minimum=5000, maximum=5001)
-            assert caught.value.errno == errno.ENOENT
-            wait_for("the larval SAs to go", lambda: not ipsec.list_sas())
-            ipsec.add_sa(make(spi, direction=Direction.IN))
-            ipsec.add_sa(make(other, direction=Direction.IN))
-            assert len(ipsec.list_sas()) == 2
-            assert events.read() == []
-    finally:
-        expires.write_text(before)
-
-
-def test_threads_take_turns(ipsec: XfrmIPsec) -> None:
-    def work(number: int) -> None:
-        for each in range(40):
-            spi = ipsec.allocate_spi("192.0.2.1", f"192.0.2.{10 + number}")
-            sa_id = ipsec.add_sa(make(spi, destination=f"192.0.2.{10 + number}", encapsulation=PORTS))
-            ipsec.update_sa(sa_id, source="192.0.2.7")
-            assert ipsec.get_sa(sa_id).packets == 0
-            if each % 2:
-                ipsec.delete_sa(sa_id)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(work, range(4)))
-    assert len(ipsec.list_sas()) == 80
-
-
 def test_an_spi_that_is_free_again(ipsec: XfrmIPsec) -> None:
     spi = ipsec.allocate_spi("192.0.2.1", "192.0.2.2", minimum=5000, maximum=5000, lifetime=0)
     ipsec.delete_sa(make(spi).sa_id)
@@ -300,12 +220,6 @@ def test_an_spi_that_is_free_again(ipsec: XfrmIPsec) -> None:
 
 
 # -- bad input
-
-
-def refused(what: Any, *arguments: Any, **options: Any) -> NatCompatError:
-    with pytest.raises(NatCompatError) as caught:
-        what(*arguments, **options)
-    return caught.value
 
 
 def test_duplicate_spi(ipsec: XfrmIPsec) -> None:
@@ -357,43 +271,6 @@ def test_a_missing_algorithm(ipsec: XfrmIPsec, monkeypatch: pytest.MonkeyPatch) 
     assert "Requested AEAD algorithm not found" in str(error)
     assert "modules gcm, ctr and ghash" in error.remedy
     assert ipsec.list_sas() == []
-
-
-def test_no_privilege() -> None:
-    def attempt() -> list[Any]:
-        try:
-            XfrmIPsec()
-        except NatCompatError as error:
-            return [error.errno, error.remedy]
-        return []
-
-    code, remedy = as_nobody(attempt)
-    assert code == errno.EPERM
-    assert "CAP_NET_ADMIN" in remedy
-
-
-def test_keys_are_not_in_the_locals_of_our_frames(ipsec: XfrmIPsec) -> None:
-    sa = make(encryption_key=b"swordfish-swordfish!")
-    ipsec.add_sa(sa)
-    ipsec.add_sa(make(destination="192.0.2.9"))
-    for error in (refused(ipsec.add_sa, sa), refused(ipsec.update_sa, sa.sa_id, destination="192.0.2.9")):
-        stack = traceback.TracebackException.from_exception(error, capture_locals=True).stack
-        shown = "".join(str(frame.locals) for frame in stack if "natcompat/xfrm" in frame.filename)
-        assert shown
-        assert "swordfish" not in shown
-
-
-def test_a_forked_child_is_told(ipsec: XfrmIPsec) -> None:
-    def attempt() -> list[Any]:
-        try:
-            ipsec.flush_sas()
-        except NatCompatError as error:
-            return [error.errno, error.remedy]
-        return []
-
-    code, remedy = as_nobody(attempt)
-    assert code == errno.EINVAL
-    assert "after fork" in remedy
 
 
 # -- moving an SA
@@ -531,17 +408,6 @@ def test_what_is_deleted_and_refused_is_put_back(ipsec: XfrmIPsec, monkeypatch: 
 # -- policies
 
 
-def tunnel(direction: Direction = Direction.IN, **changes: Any) -> Policy:
-    arguments: dict[str, Any] = {
-        "direction": direction,
-        "selector": TrafficSelector(source="10.2.0.0/24", destination="10.1.0.0/16"),
-        "source": "192.0.2.1",
-        "destination": "192.0.2.2",
-        "reqid": 7,
-    }
-    return Policy(**{**arguments, **changes})
-
-
 @pytest.mark.parametrize(
     "policy",
     [
@@ -603,15 +469,6 @@ def test_what_comes_in_may_be_forwarded(ipsec: XfrmIPsec) -> None:
     assert "dir fwd" not in shown
 
 
-def test_a_policy_is_installed_whole_or_not_at_all(ipsec: XfrmIPsec) -> None:
-    command = "ip xfrm policy add src 10.2.0.0/24 dst 10.1.0.0/16 dir fwd"
-    subprocess.run(command.split(), check=True)
-    error = refused(ipsec.add_policy, tunnel())
-    assert error.errno == errno.EEXIST
-    assert "marks" in error.remedy
-    assert ipsec.list_policies() == []
-
-
 def test_the_more_specific_policy_comes_first(ipsec: XfrmIPsec) -> None:
     selectors = [
         TrafficSelector(source="0.0.0.0/0", destination="0.0.0.0/0"),
@@ -626,15 +483,6 @@ def test_the_more_specific_policy_comes_first(ipsec: XfrmIPsec) -> None:
     ordered = [priorities[selector] or 0 for selector in selectors]
     assert ordered == sorted(ordered, reverse=True)
     assert len(set(ordered)) == len(ordered)
-
-
-def test_policies_of_others_are_left_out(ipsec: XfrmIPsec) -> None:
-    command = (
-        "ip xfrm policy add src 10.2.0.0/24 dst 10.1.0.0/16 dir out "
-        "tmpl proto ah mode transport tmpl proto esp mode transport"
-    )
-    subprocess.run(command.split(), check=True)
-    assert ipsec.list_policies() == []
 
 
 def test_sas_of_others_are_described(ipsec: XfrmIPsec) -> None:
@@ -687,20 +535,6 @@ def test_events_can_be_waited_for_in_event_loops(ipsec: XfrmIPsec) -> None:
                 asyncio.run(in_asyncio())
             assert events.read() == [Expire(sa_id=make().sa_id, reqid=7, hard=False)]
         ipsec.flush_sas()
-
-
-def test_lost_events_are_said_and_found_out(ipsec: XfrmIPsec) -> None:
-    with ipsec.events(receive_buffer=4096) as events:
-        for number in range(60):
-            ipsec.add_sa(make(3000 + number, lifetime=Lifetime(hard_seconds=1)))
-        ipsec.add_sa(make(9999, lifetime=Lifetime(soft_seconds=1)))
-        wait_for("the expiries", lambda: len(ipsec.list_sas()) == 1)
-        found = events.read()
-    assert EventsLost() in found
-    expired = {each.sa_id.spi for each in found if isinstance(each, Expire) and each.hard}
-    assert expired == {3000 + number for number in range(60)}
-    assert [each.sa_id.spi for each in found if isinstance(each, Expire) and not each.hard][-1:] == [9999]
-    assert [each.sa_id.spi for each in ipsec.list_sas()] == [9999]
 
 
 def test_features(ipsec: XfrmIPsec) -> None:
