@@ -342,8 +342,8 @@ class EspEngine(Control):
         with self._lock:
             if self._closed:
                 return
-            self.flush_sas()
-            self.flush_policies()
+            super().flush_sas()
+            super().flush_policies()  # routes that follow them are closed by who has them
             self._closed = True
             listeners = self._listeners
         if self._timer is not None:

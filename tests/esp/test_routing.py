@@ -688,6 +688,22 @@ def test_without_privilege_the_route_is_refused_and_the_error_names_it() -> None
     assert interfaces() == {"lo"}, "the descriptor is enough to remove it"
 
 
+@isolated(network=True)
+def test_without_privilege_any_more_it_still_ends() -> None:
+    """A daemon may have given them up: then the routes go with the interface, and nothing else stays."""
+    with open_process_ipsec() as ipsec:
+        ipsec.add_policy(policy("10.2.0.0/16"))
+        _drop_capabilities()
+        with pytest.raises(NatCompatError, match="CAP_NET_ADMIN"):
+            ipsec.add_policy(policy("10.3.0.0/16"))
+        with pytest.raises(NatCompatError, match="CAP_NET_ADMIN"):
+            ipsec.delete_policy(policy("10.2.0.0/16"))
+        assert [each.policy for each in ipsec.list_policies()] == [policy("10.2.0.0/16")]
+    with pytest.raises(NatCompatError, match="closed"):
+        ipsec.list_policies()
+    assert interfaces() == {"lo"}
+
+
 def _drop_capabilities() -> None:
     """Take all capabilities from this process (capset(2))."""
     import ctypes

@@ -11,6 +11,7 @@ import select
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -463,6 +464,17 @@ def test_endpoints_outlive_it_and_it_outlives_them(path: str) -> None:
         wait_until(lambda: passes() or far.endpoint.stats().esp > before, "nobody reads ESP any more")
         near.sock.sendto(b"IKE", far.sock.getsockname())
         assert far.sock.recvfrom(100)[0] == b"IKE"
+
+
+@PATHS
+@isolated(network=True)
+def test_it_stops_in_milliseconds(path: str) -> None:
+    with tunnel(path) as (near, far), datagrams(near, far) as (passes, _):
+        wait_until(passes)
+        begun = time.monotonic()
+        far.ipsec.carrier.close()
+        assert time.monotonic() - begun < 0.5, "tens of milliseconds, on a machine that does much else"
+        assert not passes()
 
 
 @PATHS
