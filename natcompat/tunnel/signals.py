@@ -42,9 +42,13 @@ class EndingSignals:
                 self._before[number] = signal.signal(number, self._note)
             if hasattr(signal, "SIGALRM"):
                 self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._stop_writing)
+            # a handler in Python runs only when a system call is over, which may just have begun
+            self._woken_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._before:
+            signal.set_wakeup_fd(self._woken_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._reader.close()
@@ -69,24 +73,24 @@ class EndingSignals:
         """Raise `Ended` out of a write that waits while the tunnel is to end."""
         self._writing = True
         try:
-            if self.number:
-                self._set_timer(GRACE)
+            self._set_timer(GRACE)
             yield
         finally:
             self._writing = False
-            if self.number:
-                self._set_timer(0)
+            self._set_timer(0)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.number = self.number or number
-        self.wake()
         if self._writing:
             self._set_timer(GRACE)
 
     def _set_timer(self, seconds: float) -> None:
+        """Have SIGALRM come again and again: one that comes just before a system call does not end it."""
         if hasattr(signal, "setitimer") and signal.SIGALRM in self._before:
-            signal.setitimer(signal.ITIMER_REAL, seconds)
+            signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
 
     def _stop_writing(self, *_: object) -> None:
-        if self._writing:
+        if self._writing and self.number:
+            self._writing = False
+            self._set_timer(0)
             raise Ended
