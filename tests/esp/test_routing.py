@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from natcompat import doctor, doctor_report
@@ -418,9 +418,11 @@ POLICIES = st.lists(
     max_size=6,
     unique_by=lambda each: each.selector,
 )
+QUIETLY = settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 ADDRESSES = [number << 29 for number in range(8)]
 
 
+@QUIETLY
 @given(POLICIES)
 def test_what_passes_by_the_device_the_policies_bypass(policies: list[Policy]) -> None:
     """Against the database by which packets are sealed, for every kind of packet that it can tell apart."""
@@ -444,6 +446,7 @@ def test_what_passes_by_the_device_the_policies_bypass(policies: list[Policy]) -
                     assert any(ip_address(source) in each for each in sources)
 
 
+@QUIETLY
 @given(POLICIES.filter(bool), st.randoms(use_true_random=False))
 def test_policies_that_come_and_go_want_the_routes_that_all_at_once_want(
     policies: list[Policy], random: Random
