@@ -126,6 +126,13 @@ class Diversion:
             for packet, source in burst:
                 self._call(consumer, packet, source)
 
+    def shed(self, count: int) -> None:
+        """Count ESP packets that were dropped unread, since more came than is taken."""
+        self.counters.esp += count
+        told: Any = getattr(self.consumer, "shed", None)
+        if told is not None:
+            self._call(told, count)
+
     def _sort_out(
         self, datagrams: list[tuple[memoryview, Address]], traffic_classes: list[int] | None
     ) -> tuple[list[tuple[memoryview, Address]], list[int] | None]:

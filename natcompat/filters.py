@@ -79,6 +79,16 @@ def steering(engines: int) -> Program:
     )
 
 
+def longer_than(length: int) -> Program:
+    """Return a socket filter: drops payloads of up to `length` bytes."""
+    return (
+        (_LD_W_LEN, 0, 0, 0),
+        (_JGE_K, 1, 0, _UDP_HEADER + length + 1),
+        (_RET_K, 0, 0, _DROP),
+        (_RET_K, 0, 0, _PASS),
+    )
+
+
 def attach_filter(sock: socket.socket, program: Program) -> None:
     """Put `program` on `sock`, over whatever filter is there: ask `has_filter` first.
 

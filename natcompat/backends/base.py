@@ -37,6 +37,8 @@ class EspInbound(Protocol):
     `traffic_classes` (default False) asks for the outer TOS or traffic class of each packet: where
     they are known `inbound` gets a list of them, one for each packet, as a second argument.
 
+    `shed(count)` is told of packets that were dropped before `inbound`, since more came than it takes.
+
     `read_sockets(sockets, diversion, take)` is asked who reads the sockets that ESP is steered to: it
     returns a `SocketReader`, or None for a thread of their own. `take(socket)` takes a burst from one to
     `inbound`; who does without it has to hand IKE back that is glued to ESP there. `engines` (default 1):

@@ -14,6 +14,7 @@ from typing import Any, Final, TypeAlias
 
 from natcompat import filters
 from natcompat.backends.base import Address, SocketReader
+from natcompat.backends.overload import QueueWatch
 from natcompat.backends.reading import SocketsOfThread
 from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER
 from natcompat.diversion import Diversion, HandBack
@@ -55,8 +56,7 @@ _Stray: TypeAlias = tuple[memoryview, Address, _Destination]
 _Diverted: TypeAlias = tuple[list[tuple[memoryview, Address]], list[int]]
 """What is not IKE, with its sources, and the outer traffic class of each."""
 
-_BURST: Final = 64  # datagrams taken from one socket before the next has its turn
-_MOST_SEGMENTS: Final = 256  # likewise, where several come as one
+_BURST: Final = 64  # datagrams taken from one socket before the next has its turn; a few more if coalesced
 _LARGEST: Final = 65535
 _ANCILLARY: Final = 3 * socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20) + socket.CMSG_SPACE(12)
 _TRAFFIC_CLASS: Final = ((socket.IPPROTO_IP, socket.IP_TOS), (socket.IPPROTO_IPV6, _IPV6_TCLASS))
@@ -75,6 +75,7 @@ class Steering:
         self._diversion = diversion
         self._port: int = sock.getsockname()[1]
         self._on_device = bool(_device(sock))
+        self._queues: dict[socket.socket, QueueWatch] = {}
         self._engines: list[socket.socket] = []
         with contextlib.ExitStack() as undo:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -172,6 +173,7 @@ class Steering:
         except BaseException:
             engine.close()
             raise
+        self._queues[engine] = QueueWatch(engine)
         return engine
 
     def _take(self, engine: socket.socket) -> bool:
@@ -187,9 +189,11 @@ class Steering:
         strays: list[_Stray] = []
         diverted: list[tuple[memoryview, Address]] = []
         traffic_classes: list[int] = []
-        more = True
+        more, coalesced, longest, shed = True, False, 0, 0
+        queue = self._queues[engine]
+        shedding = queue.shedding()
         for _ in range(_BURST):
-            if len(diverted) >= _MOST_SEGMENTS:
+            if len(diverted) >= _BURST:
                 break
             try:
                 data, ancillary, _, source = engine.recvmsg(_LARGEST, _ANCILLARY)
@@ -205,8 +209,18 @@ class Steering:
             if b"\0" in data[::size]:  # some begin as IKE does
                 strays += [(each, source, destination) for each, _ in segments if _is_ike(each)]
                 segments = [each for each in segments if not _is_ike(each[0])]
+            if size < len(data):
+                coalesced = True
+            elif len(data) > longest:
+                longest = len(data)
+            if shedding:
+                shed += len(segments)
+                continue
             diverted += segments
             traffic_classes += [traffic_class] * len(segments)
+        queue.note(longest, coalesced)
+        if shed:
+            self._diversion.shed(shed)
         return strays, (diverted, traffic_classes), more
 
     def _hand_back(

@@ -25,6 +25,7 @@ from natcompat.esp.datapath import Sealed
 from natcompat.esp.device import PacketDevice, QueueDevice
 from natcompat.esp.engine import EspEngine
 from natcompat.esp.mtu import device_mtu
+from natcompat.esp.results import Reason
 from natcompat.ipsec import Direction, Policy, SaId, SecurityAssociation
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class UserspaceIPsec(EspEngine):
     ) -> None:
         """Take diverted ESP, as the `esp` of `natcompat.set_nat_t_endpoint`."""
         self.carrier.inbound(burst, traffic_classes)
+
+    def shed(self, count: int) -> None:
+        """Count packets that an endpoint dropped since more came than is opened."""
+        self.count(Reason.QUEUE, count)
 
     def attached(self, outlet: EspOutlet) -> None:
         """Let ESP leave by an endpoint that hands its own to this object."""
