@@ -180,6 +180,7 @@ class PortableDataPath:
             opened = association.open_run(run, source, traffic_class, now)
             if association.due:
                 self._report(association)
+            sa = association.sa
             for kind, results in groupby(opened, type):
                 if kind is Dropped:
                     to.extend(results)  # type: ignore[arg-type]
@@ -187,7 +188,7 @@ class PortableDataPath:
                 for key, inner in runs(results):  # type: ignore[arg-type]
                     dropped = self._enter(association, key, now)
                     if dropped is None:
-                        to += [_new(Opened, (each, association.sa)) for each in inner]
+                        to += [_new(Opened, (each, sa)) for each in inner]
                     else:
                         to += [dropped] * len(inner)
             run = run[len(opened) :]
