@@ -17,10 +17,10 @@ WORKERS ?= 2
 # per cent of natcompat/, by branches; held where no test may skip
 COVERED := $(if $(filter true-0,$(CI)-$(UID)),--cov-fail-under=95)
 
-.PHONY: help verify test check pytest conformance lab-newer fuzz sanitize bench bench-datapath nox format clean
+.PHONY: help verify test check pytest conformance lab-newer fuzz sanitize bench bench-sockets bench-esp bench-datapath nox format clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 verify: .venv/.main ## run natcompat verify: every row of the contract on every backend (ARGS="--json")
 	@$(BIN)/natcompat verify $(ARGS)
@@ -55,8 +55,13 @@ fuzz: .venv/.fuzz ## throw bytes at what takes them from the network (ARGS="--se
 sanitize: .venv/.test ## the C data path under ASan, UBSan, TSan and valgrind (minutes)
 	@$(BIN)/python -m tests.native $(ARGS)
 
-bench: .venv/.test ## what natcompat costs, beside bare sockets (ARGS="--json")
+bench: bench-sockets bench-esp $(if $(filter 0,$(UID)),bench-datapath) ## all three that follow
+
+bench-sockets: .venv/.bench ## what natcompat costs, beside bare sockets (ARGS="--json")
 	@$(BIN)/python -m tests.bench $(ARGS)
+
+bench-esp: .venv/.bench ## sealing and opening beside scapy, many SAs, and what one weighs
+	@$(BIN)/python tests/bench/bench_esp.py
 
 bench-datapath: .venv/.bench ## ESP in user space beside strongSwan and wireguard-go, as root (ARGS="--write")
 	@$(BIN)/python tests/bench/bench_datapath.py $(ARGS)

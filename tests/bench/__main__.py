@@ -1,4 +1,4 @@
-"""What natcompat costs, each figure beside the bare socket's in the same run: ``make bench``.
+"""What natcompat costs, each figure beside the bare socket's in the same run: ``make bench-sockets``.
 
 Ratios and not times: the subjects of one round run interleaved, in an order that changes, and what is
 printed is the median over the rounds. Exit status 1 if a bar is missed.

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from tests.bench.tunnel_end import INNER, OUTER
 
@@ -48,7 +48,7 @@ class Design:
         self.ends = [f"natcompat-bench-{os.getpid()}-{next(_numbers)}" for _ in OUTER]
         self.processes: list[subprocess.Popen[str]] = []
 
-    def __enter__(self) -> Design:
+    def __enter__(self) -> Self:
         try:
             for end in self.ends:
                 run("ip", "netns", "add", end)
