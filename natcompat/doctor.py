@@ -204,12 +204,14 @@ def _xfrm() -> dict[str, Any]:
 
 
 def _pfkey() -> dict[str, Any]:
-    from natcompat.backends.linux import MAPPING_VARIABLE, asked_mapping
     from natcompat.errors import NatCompatError
     from natcompat.pfkey.examine import examine as examine_pfkey
 
-    found = {"asked": os.environ.get(MAPPING_VARIABLE) or None, "error": None, **examine_pfkey()}
+    found = {"asked": None, "error": None, **examine_pfkey()}
     if sys.platform == "linux":  # the variable means nothing elsewhere
+        from natcompat.backends.linux import MAPPING_VARIABLE, asked_mapping
+
+        found["asked"] = os.environ.get(MAPPING_VARIABLE) or None
         try:
             asked_mapping()
         except NatCompatError as error:
