@@ -20,6 +20,9 @@ NON_ESP_MARKER = bytes(4)
 NAT_KEEPALIVE = b"\xff"
 """The payload of a NAT-keepalive (RFC 3948, 2.3)."""
 
+IKE_PORT = 500
+"""The UDP port of IKE where no NAT is (RFC 7296, 2; host byte order)."""
+
 NAT_T_PORT = 4500
 """The UDP port of IKE and ESP behind a NAT (RFC 7296, 2.23; host byte order)."""
 

@@ -65,10 +65,9 @@ from typing import Any, Final
 
 import click
 
-from natcompat.contract import NAT_T_PORT, Duty
+from natcompat.contract import IKE_PORT, NAT_T_PORT, Duty
 
 SCHEMA: Final = 1
-IKE_PORT: Final = 500  # RFC 7296, 2
 
 _CAPABILITIES: Final = {
     "CAP_NET_BIND_SERVICE": 10,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from natcompat.contract import NAT_T_PORT, Duty
-from natcompat.doctor import IKE_PORT
+from natcompat.contract import IKE_PORT, NAT_T_PORT, Duty
 from natcompat.report import Printer, Words, bad, doubtful, good, quiet
 
 _WHAT_FOR: Final = {

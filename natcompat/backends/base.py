@@ -58,6 +58,9 @@ class EspInbound(Protocol):
 
 EspConsumer: TypeAlias = EspCallable | EspInbound
 
+TakeBurst: TypeAlias = Callable[[socket.socket], object]
+"""Takes a bounded burst of what has come to a socket."""
+
 
 class EspOutlet(Protocol):
     """Where ESP leaves by the port of an endpoint, without the marker. Any thread may use it."""

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeAlias
 
+from natcompat.backends.base import TakeBurst
+
 Take: TypeAlias = Callable[[int], object]
 """Takes a bounded burst from a descriptor; the argument is what `select.poll` said of it."""
 
@@ -143,7 +145,7 @@ class SocketsOfThread:
     def __init__(
         self,
         sockets: Sequence[socket.socket],
-        take: Callable[[socket.socket], object],
+        take: TakeBurst,
         thread: ReadingThread | None = None,
     ) -> None:
         """`take` takes a burst from one of `sockets`. `thread` None: one of their own."""

@@ -9,11 +9,11 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from typing import Final, Protocol
 
-from natcompat.backends.base import Address, EspOutlet, SocketReader
+from natcompat.backends.base import Address, EspOutlet, SocketReader, TakeBurst
 from natcompat.backends.reading import POLLERR, POLLHUP, ReadingThread, SocketsOfThread
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
@@ -58,10 +58,7 @@ class Carrier(Protocol):
         ...
 
     def read_sockets(
-        self,
-        sockets: Sequence[socket.socket],
-        diversion: Diversion,
-        take: Callable[[socket.socket], object],
+        self, sockets: Sequence[socket.socket], diversion: Diversion, take: TakeBurst
     ) -> SocketReader | None:
         """Return what reads `sockets`, as an `EspInbound`."""
         ...
@@ -129,10 +126,7 @@ class PortableCarrier:
             self._thread.add(descriptor, lambda events: self._take_inner(descriptor, events))
 
     def read_sockets(
-        self,
-        sockets: Sequence[socket.socket],
-        diversion: Diversion,
-        take: Callable[[socket.socket], object],
+        self, sockets: Sequence[socket.socket], diversion: Diversion, take: TakeBurst
     ) -> SocketReader | None:
         """Read `sockets`, to which ESP is steered, in the thread that also seals; None when it has ended."""
         with self._joining:

@@ -13,12 +13,12 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import repeat
 from typing import Any, Final
 
-from natcompat.backends.base import SocketReader
+from natcompat.backends.base import SocketReader, TakeBurst
 from natcompat.backends.reading import SocketsOfThread
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
@@ -112,10 +112,7 @@ class NativeCarrier(PortableCarrier):
                     self._device.set_offload(0)  # type: ignore[attr-defined]
 
     def read_sockets(
-        self,
-        sockets: Sequence[socket.socket],
-        diversion: Diversion,
-        take: Callable[[socket.socket], object],
+        self, sockets: Sequence[socket.socket], diversion: Diversion, take: TakeBurst
     ) -> SocketReader | None:
         """Read `sockets`, to which ESP is steered, in C, or where there is no loop, as the portable one."""
         with self._using:
@@ -226,7 +223,7 @@ class _LoopReader:
         carrier: NativeCarrier,
         sockets: Sequence[socket.socket],
         diversion: Diversion,
-        take: Callable[[socket.socket], object],
+        take: TakeBurst,
     ) -> None:
         """`take` takes a burst in Python instead."""
         self._carrier = carrier

@@ -13,10 +13,10 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from natcompat.backends.base import Address, EspOutlet, SocketReader
+from natcompat.backends.base import Address, EspOutlet, SocketReader, TakeBurst
 from natcompat.backends.own_esp import PROCESS_ESP
 from natcompat.errors import NatCompatError
 from natcompat.esp import datapaths
@@ -167,10 +167,7 @@ class UserspaceIPsec(EspEngine):
         return getattr(self.carrier, "engines", 1)
 
     def read_sockets(
-        self,
-        sockets: Sequence[socket.socket],
-        diversion: Diversion,
-        take: Callable[[socket.socket], object],
+        self, sockets: Sequence[socket.socket], diversion: Diversion, take: TakeBurst
     ) -> SocketReader | None:
         """Return what reads the sockets that ESP is steered to; None: a thread of their own shall."""
         return self.carrier.read_sockets(sockets, diversion, take)
