@@ -55,6 +55,7 @@ fuzz: .venv/.fuzz ## throw bytes at what takes them from the network (ARGS="--se
 sanitize: .venv/.test ## the C data path under ASan, UBSan, TSan and valgrind (minutes)
 	@$(BIN)/python -m tests.native $(ARGS)
 
+bench: override ARGS :=
 bench: bench-sockets bench-esp $(if $(filter 0,$(UID)),bench-datapath) ## all three that follow
 
 bench-sockets: .venv/.bench ## what natcompat costs, beside bare sockets (ARGS="--json")

@@ -114,8 +114,8 @@ static struct esp_sa *sa_new(struct esp_path *path, const struct esp_parameters 
         return NULL;
     memset(memory, 0, size);
     struct esp_sa *sa = (struct esp_sa *)((uint8_t *)memory + key_size);
-    if (!limits_new(&sa->limits, parameters) || !cipher->expand(memory, &transform, parameters->key, parameters->mac_key,
-                        parameters->mac_key_length)) {
+    if (!limits_new(&sa->limits, parameters)
+        || !cipher->expand(memory, &transform, parameters->key, parameters->mac_key, parameters->mac_key_length)) {
         free(sa->limits);
         cipher->wipe(memory);
         free(memory);

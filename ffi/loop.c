@@ -349,6 +349,8 @@ void loop_remove_socket(struct loop *loop, int number)
         }
     }
     pthread_mutex_unlock(&loop->lock);
+    if (removed)
+        loop_restore_queue(removed);
     free(removed);
 }
 

@@ -105,6 +105,8 @@ void loop_tun_failed(struct loop *loop, int error);
 
 /* loop_receive.c: one batch; returns whether there may be more. */
 int loop_receive(struct worker *worker, struct loop_socket *from);
+/* Give the socket, which no thread has any more, the queue that it had before the loop made it larger. */
+void loop_restore_queue(struct loop_socket *from);
 
 /* loop_send.c: what the TUN has, up to a limit; returns whether there may be more. */
 int loop_send(struct worker *worker);

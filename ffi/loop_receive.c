@@ -178,6 +178,12 @@ static void set_watch(struct loop_socket *from, int coalesced)
     from->watched = coalesced ? WATCHED : from->watched - (from->watched > 0);
 }
 
+void loop_restore_queue(struct loop_socket *from)
+{
+    if (from->watched)
+        set_queue(from, from->usual_queue);
+}
+
 static void watch_queue(struct loop_socket *from)
 {
     uint32_t info[SK_MEMINFO_VARS], limit;

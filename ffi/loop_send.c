@@ -166,7 +166,9 @@ static int wait_for_room(struct worker *worker, int fd)
 {
     struct pollfd wanted[2] = {{.fd = fd, .events = POLLOUT}, {.fd = worker->wake, .events = POLLIN}};
 
-    return !__atomic_load_n(&worker->loop->wanted, __ATOMIC_SEQ_CST) && poll(wanted, 2, PATIENCE) > 0 && wanted[0].revents & POLLOUT;
+    if (__atomic_load_n(&worker->loop->wanted, __ATOMIC_SEQ_CST))
+        return 0; /* and who wanted it has woken this thread, so that the rest of the batch does not wait, either */
+    return poll(wanted, 2, PATIENCE) > 0 && wanted[0].revents & POLLOUT;
 }
 
 static int send_messages(struct worker *worker, struct loop_socket *socket, int slot, int count)

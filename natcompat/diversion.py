@@ -126,8 +126,10 @@ class Diversion:
             for packet, source in burst:
                 self._call(consumer, packet, source)
 
-    def shed(self, count: int) -> None:
-        """Count ESP packets that were dropped unread, since more came than is taken."""
+    def shed(self, datagrams: list[tuple[memoryview, Address]]) -> None:
+        """Count what was dropped unread, since more came than is taken; none of it is IKE."""
+        burst, _ = self._sort_out(datagrams, None)
+        count = len(burst)
         self.counters.esp += count
         told: Any = getattr(self.consumer, "shed", None)
         if told is not None:

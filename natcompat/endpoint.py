@@ -22,6 +22,7 @@ from natcompat.backends.base import (
     OwnEsp,
     WholeAttachment,
 )
+from natcompat.backends.reading import is_reading_thread
 from natcompat.contract import NAT_KEEPALIVE, Duty, Performer
 from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
@@ -403,7 +404,7 @@ class NatTEndpoint:
         Whoever switches off waits for the thread that runs the consumer of ESP, so the consumer must
         not wait for him.
         """
-        in_consumer = threading.get_ident() in self._half.diversion.calling
+        in_consumer = threading.get_ident() in self._half.diversion.calling or is_reading_thread()
         lock = self._lock  # a fork in between makes another
         if not lock.acquire(timeout=1.0 if in_consumer else -1):
             raise NatCompatError(

@@ -32,6 +32,7 @@ _MOD_K: Final = 0x94
 _RET_K: Final = 0x06
 _RET_A: Final = 0x16
 
+_MEMINFO: Final = struct.Struct("=9I")
 _UDP_HEADER: Final = 8  # struct udphdr: a socket filter sees it in front of the payload
 _PASS: Final = 0xFFFFFFFF
 _DROP: Final = 0
@@ -79,11 +80,11 @@ def steering(engines: int) -> Program:
     )
 
 
-def longer_than(length: int) -> Program:
-    """Return a socket filter: drops payloads of up to `length` bytes."""
+def other_than(length: int) -> Program:
+    """Return a socket filter: drops payloads of exactly `length` bytes."""
     return (
         (_LD_W_LEN, 0, 0, 0),
-        (_JGE_K, 1, 0, _UDP_HEADER + length + 1),
+        (_JEQ_K, 0, 1, _UDP_HEADER + length),
         (_RET_K, 0, 0, _DROP),
         (_RET_K, 0, 0, _PASS),
     )
@@ -140,12 +141,22 @@ def drops(sock: socket.socket) -> int | None:
 
     By a filter, for a full queue or a bad checksum; the kernel does not tell them apart.
     """
+    info = _meminfo(sock)
+    return info[8] if info else None  # SK_MEMINFO_DROPS
+
+
+def queue(sock: socket.socket) -> tuple[int, int] | None:
+    """Return how much is in the receive queue of `sock`, and its size, in bytes; None: nothing tells."""
+    info = _meminfo(sock)
+    return (info[0], info[1]) if info else None  # SK_MEMINFO_RMEM_ALLOC, SK_MEMINFO_RCVBUF
+
+
+def _meminfo(sock: socket.socket) -> tuple[int, ...] | None:
+    """Return what SO_MEMINFO (Linux 4.12) tells, by the numbers of include/uapi/linux/sock_diag.h."""
     try:
-        info = sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 36)
-    except OSError:
+        return _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, _MEMINFO.size))
+    except (OSError, struct.error):
         return None
-    # SK_MEMINFO_DROPS, include/uapi/linux/sock_diag.h
-    return int(struct.unpack_from("=I", info, 32)[0]) if len(info) >= 36 else None
 
 
 def _attach(sock: socket.socket, option: int, program: Program) -> None:

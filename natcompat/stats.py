@@ -35,7 +35,7 @@ class Stats:
     """On the application's socket: by filter and for want of room together, since the kernel does not
     tell them apart. None where the kernel does not say."""
     esp_dropped_in_kernel: int | None
-    """On the sockets that ESP is steered to, for want of room; None where nothing is steered."""
+    """On the sockets that ESP is steered to, since more came than was taken; None: nothing is steered."""
     bypassed: bool | None
     """Whether the kernel's IPsec policies leave the socket alone. If not (it takes CAP_NET_ADMIN), a
     policy that blocks UDP blocks IKE and ESP-in-UDP. None where the kernel's IPsec is not used."""

@@ -1,24 +1,20 @@
 """The queue of a socket that ESP is steered to, when more comes than is taken (Linux).
 
 Where the kernel coalesces datagrams (UDP_GRO), it glues IKE to the ESP around it, and one that finds the
-queue full is dropped as a whole. So while they come coalesced the queue is kept from getting full: what is
-in one piece, and so is ESP alone, is dropped by a filter, and of the others ESP is dropped as they are read,
-which is quick. The data path in C sheds likewise (`ffi/loop_receive.c`), without the filter.
+queue full is dropped as a whole. So while they come coalesced the queue is kept from getting full: ESP is
+dropped as it is read, which is quick; and since datagrams that come by themselves take long to be read, a
+filter drops those of the length that they had last. The data path in C sheds likewise
+(`ffi/loop_receive.c`), without the filter.
 """
 
 from __future__ import annotations
 
 import contextlib
 import socket
-import struct
 from typing import Final
 
 from natcompat import filters
-
-_SO_RCVBUFFORCE: Final = 33  # include/uapi/asm-generic/socket.h
-_SO_MEMINFO: Final = 55
-_MEMINFO: Final = struct.Struct("=9I")
-"""What SO_MEMINFO tells, as linux/sock_diag.h numbers it: bytes in the queue and its size come first."""
+from natcompat.kernel.asking import SO_RCVBUFFORCE
 
 _MOST_QUEUED: Final = 6 << 20  # bytes as the kernel counts them: about half are packets
 _LARGE_QUEUE: Final = 64 << 20
@@ -33,23 +29,27 @@ class QueueWatch:
         self._usual = 0
         self._watched = 0
         self._shedding = False
-        self._longest = 0
+        self._single = 0
 
     def shedding(self) -> bool:
         """Tell whether the next burst's ESP is too much."""
         if self._watched:
-            try:
-                meminfo = self._sock.getsockopt(socket.SOL_SOCKET, _SO_MEMINFO, _MEMINFO.size)
-                queued, size = _MEMINFO.unpack(meminfo)[:2]
-            except (OSError, struct.error):  # before Linux 4.12 nothing tells
-                return False
-            limit = min(size // 4 * 3, _MOST_QUEUED)
-            self._shed(queued > (limit // 3 * 2 if self._shedding else limit))
+            queue = filters.queue(self._sock)
+            if queue is None:
+                self._shed(False)
+            else:
+                queued, size = queue
+                limit = min(size // 4 * 3, _MOST_QUEUED)
+                self._shed(queued > (limit // 3 * 2 if self._shedding else limit))
         return self._shedding
 
-    def note(self, longest: int, coalesced: bool) -> None:
-        """Note a burst: bytes of its `longest` datagram in one piece, and whether others were several."""
-        self._longest = max(self._longest, longest)
+    def emptied(self) -> None:
+        """Note that nothing is left in the queue: nobody would ask again before something comes."""
+        self._shed(False)
+
+    def note(self, single: int, coalesced: bool) -> None:
+        """Note a burst: bytes of a datagram that came by itself, 0: none; whether some came as one."""
+        self._single = single or self._single
         if coalesced and not self._watched:
             # larger, for what comes while others have the processor; else the kernel drops for less
             self._usual = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
@@ -67,9 +67,9 @@ class QueueWatch:
         with contextlib.suppress(OSError):  # a sandbox without filters
             if not on:
                 filters.detach_filter(self._sock)
-            elif self._longest:
-                filters.attach_filter(self._sock, filters.longer_than(self._longest))
+            elif self._single:
+                filters.attach_filter(self._sock, filters.other_than(self._single))
 
     def _resize(self, size: int) -> None:
         with contextlib.suppress(OSError):  # without CAP_NET_ADMIN it stays what it is
-            self._sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, size // 2)  # which the kernel doubles
+            self._sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size // 2)  # which the kernel doubles

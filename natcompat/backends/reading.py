@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import socket
@@ -13,6 +14,8 @@ from typing import Final, TypeAlias
 
 from natcompat.backends.base import TakeBurst
 
+_log = logging.getLogger("natcompat")
+
 Take: TypeAlias = Callable[[int], object]
 """Takes a bounded burst from a descriptor; the argument is what `select.poll` said of it."""
 
@@ -21,11 +24,22 @@ _ABANDONING: Final = 1.0  # seconds that a finalizer waits for whoever takes the
 _LOOK: Final = 0.05  # seconds after which who waits for a pass looks whether the thread is still there
 
 
+_reading: set[int] = set()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_reading.clear)
+
+
+def is_reading_thread() -> bool:
+    """Tell whether this thread is one for whose pass others wait, so that it may not wait for them."""
+    return threading.get_ident() in _reading
+
+
 class ReadingThread:
     """Waits for descriptors, and has a burst taken from each that is readable, in turn.
 
     One thread for all that one process moves: two would take the interpreter's lock from each other at
-    every system call. Any thread may call the methods; the one that reads may, too.
+    every system call. Any thread may call the methods; the one that reads may, too. What a `Take` raises is
+    logged, and the thread goes on.
     """
 
     def __init__(self, name: str) -> None:
@@ -61,7 +75,8 @@ class ReadingThread:
         """Wait for `descriptors` no more. When this returns no thread touches them; then `then` is called.
 
         With `patience`, in seconds, it returns after that in any case, and `then` is called when it may
-        be. A socket in which a thread still waits would stay in its SO_REUSEPORT group.
+        be; so it is where the reading thread itself calls, once that has come through what it is doing. A
+        socket in which a thread still waits would stay in its SO_REUSEPORT group.
         """
         for each in descriptors:
             self._takes.pop(each, None)
@@ -100,7 +115,22 @@ class ReadingThread:
         self._wake.close()
         self._awake.close()
 
+    @property
+    def alive(self) -> bool:
+        """Whether it reads, or is about to."""
+        return not self._ended and (self._thread.ident is None or self._thread.is_alive())
+
     def _run(self) -> None:
+        _reading.add(threading.get_ident())
+        try:
+            self._read()
+        finally:
+            self._ended = True
+            self._report_pass()
+            self._close()
+            _reading.discard(threading.get_ident())
+
+    def _read(self) -> None:
         waiting: Callable[[], list[tuple[int, int]]] = list
         while not self._ended:
             if self._changed:
@@ -113,20 +143,25 @@ class ReadingThread:
                     self._changed = True
                 elif take is not None:
                     if not self._ended:
-                        take(events)
+                        self._call(take, events)
                 else:
                     with contextlib.suppress(OSError):
                         self._awake.recv(4096)
             self._report_pass()
-        self._report_pass()
-        self._close()
 
     def _report_pass(self) -> None:
         while self._left:
             passed, then = self._left.pop()
             if then is not None:
-                then()
+                self._call(then)
             passed.set()
+
+    @staticmethod
+    def _call(function: Callable[..., object], *arguments: object) -> None:
+        try:
+            function(*arguments)
+        except BaseException:  # noqa: BLE001 - SystemExit, too, would end what others rely on
+            _log.exception("what reads ESP failed")
 
 
 def _poll(descriptors: Sequence[int]) -> Callable[[], list[tuple[int, int]]]:

@@ -176,20 +176,20 @@ class Steering:
         self._queues[engine] = QueueWatch(engine)
         return engine
 
-    def _take(self, engine: socket.socket) -> bool:
-        """Take one burst from `engine`; False when its queue is empty."""
-        strays, diverted, more = self._receive(engine)
+    def _take(self, engine: socket.socket) -> None:
+        """Take one burst from `engine`."""
+        strays, diverted, _ = self._receive(engine)
         for stray in strays:
             self._hand_back(engine, *stray)
         self._diversion.take(*diverted)
-        return more
 
     def _receive(self, engine: socket.socket) -> tuple[list[_Stray], _Diverted, bool]:
         """Return one burst from `engine`: IKE, everything else, and whether there may be more."""
         strays: list[_Stray] = []
         diverted: list[tuple[memoryview, Address]] = []
         traffic_classes: list[int] = []
-        more, coalesced, longest, shed = True, False, 0, 0
+        shed: list[tuple[memoryview, Address]] = []
+        more, coalesced, longest = True, False, 0
         queue = self._queues[engine]
         shedding = queue.shedding()
         for _ in range(_BURST):
@@ -199,6 +199,7 @@ class Steering:
                 data, ancillary, _, source = engine.recvmsg(_LARGEST, _ANCILLARY)
             except BlockingIOError:
                 more = False
+                queue.emptied()
                 break
             except OSError as error:  # an ICMP error of something sent by this socket
                 self._diversion.error(f"receive of ESP: {error}")
@@ -214,7 +215,7 @@ class Steering:
             elif len(data) > longest:
                 longest = len(data)
             if shedding:
-                shed += len(segments)
+                shed += segments
                 continue
             diverted += segments
             traffic_classes += [traffic_class] * len(segments)

@@ -23,8 +23,9 @@ from natcompat.esp.discovery import kernel_path_mtu
 from natcompat.esp.engine import EspEngine
 from natcompat.esp.mtu import PathMtus, TooBigReplies, may_fragment
 from natcompat.esp.results import Destination, Dropped, Opened, Reason
-from natcompat.esp.sending import Outcome, Way, Ways
+from natcompat.esp.sending import PATIENCE, Outcome, Way, Ways
 from natcompat.ipsec import SecurityAssociation
+from natcompat.kernel.asking import SO_RCVBUFFORCE
 
 _log = logging.getLogger("natcompat")
 
@@ -36,7 +37,6 @@ QUEUE: Final = 1 << 20
 """Bytes of each queue of a socket of ESP's: some hundred packets, so that a burst finds room."""
 
 _SO_SNDBUFFORCE: Final = 32  # include/uapi/asm-generic/socket.h
-_SO_RCVBUFFORCE: Final = 33
 
 
 class Carrier(Protocol):
@@ -82,7 +82,7 @@ class Carrier(Protocol):
 
 def widen(sock: socket.socket) -> None:
     """Give a socket of ESP's queues for the bursts that go through them, as far as the system permits."""
-    for option, forced in ((socket.SO_RCVBUF, _SO_RCVBUFFORCE), (socket.SO_SNDBUF, _SO_SNDBUFFORCE)):
+    for option, forced in ((socket.SO_RCVBUF, SO_RCVBUFFORCE), (socket.SO_SNDBUF, _SO_SNDBUFFORCE)):
         with contextlib.suppress(OSError):
             if sock.getsockopt(socket.SOL_SOCKET, option) >= 2 * QUEUE:  # Linux tells the double
                 continue
@@ -130,7 +130,7 @@ class PortableCarrier:
     ) -> SocketReader | None:
         """Read `sockets`, to which ESP is steered, in the thread that also seals; None when it has ended."""
         with self._joining:
-            if self._ended or os.getpid() != self._pid:
+            if self._ended or os.getpid() != self._pid or not self._thread.alive:
                 return None
             reader = SocketsOfThread(sockets, take, self._thread)
             self._joined.add(reader)
@@ -175,8 +175,11 @@ class PortableCarrier:
             readers = list(self._joined)
             self._joined.clear()
         self._thread.end()
-        for reader in readers:
-            self._thread.remove((), reader.leave)
+        if os.getpid() != self._pid:
+            return  # the sockets are its parent's
+        with contextlib.ExitStack() as each:  # whatever one of them raises
+            for reader in readers:
+                each.callback(self._thread.remove, (), reader.leave)
         while self._inside - {threading.get_ident()}:
             time.sleep(0.001)  # bursts are short
 
@@ -188,7 +191,8 @@ class PortableCarrier:
             burst = self._device.read_burst(BURST)
             if burst:
                 self._carry(burst)
-            elif events & (POLLERR | POLLHUP):  # it is gone, and would never be silent again
+            elif events & (POLLERR | POLLHUP) or self._device.fileno() != descriptor:
+                # it is gone, or closed, and would never be silent again
                 self._thread.remove([descriptor])
         except Exception:  # noqa: BLE001 - somebody else's device
             self._thread.remove([descriptor])
@@ -209,17 +213,19 @@ class PortableCarrier:
                     group = groups[id(destination)] = destination, [], []
                 group[1].append(octets)
                 group[2].append(inner)
+        until = time.monotonic() + PATIENCE  # not for each destination anew
         for destination, outer, inners in groups.values():
             way = self._ways.find(destination)
             if way is None:
                 self._engine.count(Reason.NO_ENDPOINT, len(outer))
                 continue
-            for each in self._try(way, outer, destination).too_long:
+            patience = until - time.monotonic()
+            for each in self._try(way, outer, destination, patience).too_long:
                 self._too_long(way, (outer[each], destination), inners[each])
 
-    def _try(self, way: Way, packets: Sequence[bytes], destination: Destination) -> Outcome:
+    def _try(self, way: Way, packets: Sequence[bytes], destination: Destination, patience: float) -> Outcome:
         try:
-            outcome = way.send(packets, destination)
+            outcome = way.send(packets, destination, patience)
         except OSError as error:  # the socket was just closed
             outcome = Outcome([], len(packets), error)
         if outcome.error is not None:
@@ -237,7 +243,7 @@ class PortableCarrier:
         if sa is not None and inner is not None:
             largest = self.paths.refused(sa, len(inner))
             if may_fragment(inner, largest):
-                outcome = self._try(way, [octets], _fragmentable(destination))
+                outcome = self._try(way, [octets], _fragmentable(destination), 0)
                 if not outcome.too_long:
                     return
             else:

@@ -18,7 +18,7 @@ from natcompat.esp.association import PortableInbound, PortableOutbound
 from natcompat.esp.base import Address, Association, Inbound, Link, Outbound
 from natcompat.esp.crypto import HEADER_LENGTH
 from natcompat.esp.databases import AssociationDatabase, PolicyDatabase, PolicyEntry, allows
-from natcompat.esp.packet import Flow, FlowKey, expand, runs
+from natcompat.esp.packet import LONGEST_RUN, Flow, FlowKey, expand, runs
 from natcompat.esp.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
 from natcompat.ipsec import Action, Direction, SecurityAssociation
 
@@ -155,7 +155,8 @@ class PortableDataPath:
         for (each, source), traffic_class in zip(burst, classes, strict=traffic_classes is not None):
             packet = each if isinstance(each, bytes) else bytes(each)
             short = len(packet) < HEADER_LENGTH
-            if short or packet[:4] != spi or source != origin or traffic_class != outer:
+            other = short or packet[:4] != spi or source != origin or traffic_class != outer
+            if other or len(run) == LONGEST_RUN:
                 self._open_run(run, origin, outer, now, results)
                 run = []
                 if short:

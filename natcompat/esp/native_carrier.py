@@ -29,6 +29,7 @@ from natcompat.esp.engine import EspEngine
 from natcompat.esp.native import NativeDataPath
 from natcompat.esp.native_association import ENDPOINT
 from natcompat.esp.results import Opened, Reason
+from natcompat.kernel.asking import SO_RCVBUFFORCE
 
 _log = logging.getLogger("natcompat")
 
@@ -38,7 +39,6 @@ _USO: Final = 0x20 | 0x40  # TUN_F_USO4, _USO6: Linux 6.2
 
 _RECEIVE_BUFFER: Final = 4 << 20
 """Bytes for each socket that ESP is steered to: a flight of a few milliseconds at full speed."""
-_SO_RCVBUFFORCE: Final = 33  # include/uapi/asm-generic/socket.h
 
 _AT_ONCE: Final = 256
 """Events that are collected before Python works on them."""
@@ -244,7 +244,7 @@ class _LoopReader:
 
     def _add(self, sock: socket.socket, thread: int) -> int:
         for option in (
-            _SO_RCVBUFFORCE,
+            SO_RCVBUFFORCE,
             socket.SO_RCVBUF,
         ):  # without CAP_NET_ADMIN net.core.rmem_max is the limit
             with contextlib.suppress(OSError):

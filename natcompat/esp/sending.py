@@ -28,7 +28,8 @@ _UDP_SEGMENT: Final = 103
 _MOST_SEGMENTS: Final = 64  # UDP_MAX_SEGMENTS
 _LARGEST_RUN: Final = 65000  # bytes, so that it fits in one datagram of either IP version
 
-_PATIENCE: Final = 0.02  # seconds that a burst waits for room in the queue of the socket, once
+PATIENCE: Final = 0.005
+"""Seconds that a burst waits for room in the queues of sockets: ESP that comes waits as long to be read."""
 _RECONSIDER: Final = 10.0  # seconds after which an address that this host does not have may be here
 
 _LINUX: Final = sys.platform == "linux"
@@ -150,13 +151,16 @@ class Way:
             else:
                 self.until = time.monotonic() + _RECONSIDER
 
-    def send(self, packets: Sequence[bytes], destination: Destination) -> Outcome:
-        """Send `packets` in order, each by itself in the end, with the header that `destination` says."""
+    def send(self, packets: Sequence[bytes], destination: Destination, patience: float = PATIENCE) -> Outcome:
+        """Send `packets` in order, each by itself in the end, with the header that `destination` says.
+
+        `patience`: seconds that it may wait for room, once.
+        """
         address = (f"::ffff:{destination[0]}", destination[1]) if self._mapped else destination
         ancillary = self._header(destination.traffic_class)
         too_long: list[int] = []
         lost, error = 0, None
-        patient = True
+        patient = patience > 0
         start, one_by_one = 0, 0  # up to which packet segmentation was refused
         lengths = list(map(len, packets))
         with self._lock:
@@ -177,7 +181,7 @@ class Way:
                         continue
                     if failure.errno in _NO_ROOM and patient:
                         patient = False
-                        _wait_writable(self._outlet.sock)
+                        _wait_writable(self._outlet.sock, patience)
                         continue
                     if failure.errno == errno.EMSGSIZE:
                         too_long.append(start)
@@ -217,7 +221,7 @@ _NO_ROOM: Final = (errno.EAGAIN, errno.EWOULDBLOCK, errno.ENOBUFS)
 def _run(lengths: list[int], start: int) -> int:
     """Return the end of the run from `start` on that one send takes: only the last may be shorter."""
     size = lengths[start]
-    most = min(start + min(_MOST_SEGMENTS, _LARGEST_RUN // size), len(lengths))
+    most = min(start + max(1, min(_MOST_SEGMENTS, _LARGEST_RUN // size)), len(lengths))
     run = lengths[start:most]
     if run.count(size) == len(run):
         return most
@@ -247,10 +251,10 @@ def _source_option(source: str, *, mapped: bool) -> tuple[int, int, bytes]:
     return socket.IPPROTO_IPV6, _IPV6_PKTINFO, struct.pack("=16si", packed, index)
 
 
-def _wait_writable(sock: socket.socket) -> None:
+def _wait_writable(sock: socket.socket, seconds: float) -> None:
     if hasattr(select, "poll"):
         poller = select.poll()
         poller.register(sock.fileno(), select.POLLOUT)
-        poller.poll(_PATIENCE * 1000)
+        poller.poll(seconds * 1000)
     else:
-        select.select([], [sock], [], _PATIENCE)
+        select.select([], [sock], [], seconds)

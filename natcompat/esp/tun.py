@@ -19,7 +19,8 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from ipaddress import ip_address, ip_interface, ip_network
 from typing import TYPE_CHECKING, Final, Self
 
@@ -100,8 +101,8 @@ class TunDevice:
         self._segments = False
         self._netlink: Rtnetlink | None = None
         self._descriptor = -1
-        self._undo = contextlib.ExitStack()
-        """Of an interface that stays: takes away what was given to it."""
+        self._undo: dict[object, Callable[[], object]] = {}
+        """Of an interface that stays: what takes away what was given to it."""
         try:
             flags = _IFF_TUN | _IFF_NO_PI | (_IFF_VNET_HDR if vnet_header else 0)
             self._descriptor, self.name, self._persists = _open(name, flags)
@@ -147,7 +148,8 @@ class TunDevice:
             if error.errno != errno.EEXIST or not self._persists or interface.ip in self.addresses:
                 raise
         else:
-            self._undo.callback(netlink.delete_address, *wanted)
+            if self._persists:
+                self._undo[interface] = partial(netlink.delete_address, *wanted)
         self.addresses.append(interface.ip)
 
     def add_route(
@@ -163,13 +165,16 @@ class TunDevice:
         netlink, network, table = self._routes(), ip_network(network), table or MAIN_TABLE
         preferred = None if source is None else ip_address(source)
         netlink.add_route(self.index, network, table=table, source=preferred)
-        self._undo.callback(netlink.delete_route, self.index, network, table=table)
+        if self._persists:
+            self._undo[network, table] = partial(netlink.delete_route, self.index, network, table=table)
 
     def remove_route(self, network: IPNetwork | str, *, table: int | None = None) -> None:
         """Undo `add_route`. ESRCH: there is none."""
         from natcompat.esp.rtnetlink import MAIN_TABLE
 
-        self._routes().delete_route(self.index, ip_network(network), table=table or MAIN_TABLE)
+        network, table = ip_network(network), table or MAIN_TABLE
+        self._routes().delete_route(self.index, network, table=table)
+        self._undo.pop((network, table), None)
 
     def set_offload(self, flags: int) -> None:
         """Say which work the reader of the descriptor takes over: TUN_F_* of linux/if_tun.h, 0: none.
@@ -196,6 +201,8 @@ class TunDevice:
         ESP of a longer one would leave in two, the second of them almost empty.
         """
         most = max(1, min(_MOST_SEGMENTS, _LARGEST_DATAGRAM // (self._mtu + _LARGEST_OVERHEAD)))
+        if self._persists:
+            return  # how it was made is its owner's affair
         size = _LARGEST_SEGMENTED
         if self._segments:
             size = min(size, most * max(0, self._mtu - _LONGEST_HEADERS) + _HEADERS_TO_COME)
@@ -256,10 +263,11 @@ class TunDevice:
         netlink, self._netlink = self._netlink, None
         if netlink is not None:
             # a poll in another thread would keep the interface alive for as long as it waits
-            with contextlib.suppress(OSError, AttributeError):  # it is gone, or privileges are
-                if self._persists:
-                    self._undo.close()
-                else:
+            for undo in reversed(self._undo.values()):
+                with contextlib.suppress(OSError):  # somebody else took it away, or privileges are gone
+                    undo()
+            with contextlib.suppress(OSError, AttributeError):
+                if not self._persists:
                     netlink.delete_link(self.index)
             netlink.close()
         if descriptor >= 0:

@@ -414,6 +414,50 @@ def test_whoever_takes_packets_may_close_it(stack: contextlib.ExitStack) -> None
     assert sock.recv(100) == b"IKE"
 
 
+def test_two_that_close_an_endpoint_do_not_wait_for_each_other(stack: contextlib.ExitStack) -> None:
+    """One of them in the thread that reads for all endpoints, and on behalf of another."""
+    inside, go = threading.Event(), threading.Event()
+    raised: list[NatCompatError] = []
+
+    def deliver(packets: list[bytes]) -> None:
+        inside.set()
+        go.wait(10)
+        try:
+            other.close()
+        except NatCompatError as error:
+            raised.append(error)
+
+    near, far = two_ends(stack, devices=(QueueDevice(), CallbackDevice(deliver)))
+    other = set_nat_t_endpoint(udp_socket(stack, "127.0.0.1"), backend="userspace", esp=far.ipsec)
+    near.device.put(question())
+    assert inside.wait(10)
+    closer = threading.Thread(target=other.close, daemon=True)
+    closer.start()
+    until(lambda: other.closed)  # it has the lock, and waits for the thread that reads
+    go.set()
+    closer.join(10)
+    assert not closer.is_alive()
+    assert {error.errno for error in raised} <= {errno.EDEADLK}
+
+
+def test_what_a_consumer_raises_does_not_end_reading(
+    stack: contextlib.ExitStack, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken: list[bytes] = []
+
+    def deliver(packets: list[bytes]) -> None:
+        taken.extend(packets)
+        if len(taken) == 1:
+            sys.exit("this is no way to end a program")
+
+    near, far = two_ends(stack, devices=(QueueDevice(), CallbackDevice(deliver)))
+    for number in range(1, 4):
+        near.device.put(question())
+        until(lambda: len(taken) == number)  # noqa: B023
+    assert far.endpoint.stats().esp == 3
+    assert "no way to end" in caplog.text
+
+
 def test_a_device_that_was_closed_costs_nothing(stack: contextlib.ExitStack) -> None:
     near, _ = two_ends(stack)
     thread: Any = near.ipsec.carrier._thread._thread  # type: ignore[attr-defined]

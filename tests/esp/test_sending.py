@@ -80,8 +80,8 @@ def test_packets_of_one_size_go_together(stack: contextlib.ExitStack) -> None:
 
 def test_no_run_is_longer_than_a_datagram(stack: contextlib.ExitStack) -> None:
     outlet = Scripted(udp_socket(stack, "127.0.0.1"))
-    Way(outlet, "", 4).send([bytes(20000)] * 7, destination(outlet.sock))
-    assert [len(each) for each in outlet.sent] == [3, 3, 1]
+    Way(outlet, "", 4).send([bytes(20000)] * 7 + [bytes(65507)] * 2, destination(outlet.sock))
+    assert [len(each) for each in outlet.sent] == [3, 3, 1, 1, 1]
 
 
 @pytest.mark.parametrize(
