@@ -46,11 +46,12 @@ bool crypto_describe(struct crypto_transform *transform, int encryption, int int
 
 const struct crypto_cipher *crypto_find(const char *provider, const struct crypto_transform *transform)
 {
-    const struct crypto_cipher *ciphers[] = {crypto_ipsec_mb(transform), crypto_libcrypto(transform)};
-    for (size_t each = 0; each < sizeof ciphers / sizeof *ciphers; ++each)
-        if (ciphers[each] && (!provider || !strcmp(provider, ciphers[each]->provider)))
-            return ciphers[each];
-    return NULL;
+    const struct crypto_cipher *found = NULL;
+    if (!provider || !strcmp(provider, "ipsec-mb"))
+        found = crypto_ipsec_mb(transform);
+    if (!found && (!provider || !strcmp(provider, "libcrypto")))
+        found = crypto_libcrypto(transform);
+    return found;
 }
 
 size_t crypto_associated(uint8_t associated[12], const uint8_t *packet, const uint8_t *high)

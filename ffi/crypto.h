@@ -41,6 +41,28 @@ struct crypto_transform {
     bool sealing;         /* which way the key is for */
 };
 
+/* One packet of many: header, IV, `length` bytes and the integrity check value. */
+struct crypto_job {
+    void *key;
+    uint8_t *packet;
+    size_t length;
+    bool esn, done;          /* done: out */
+    uint8_t high[4];         /* of the ESN */
+    uint8_t kept[4];         /* what stands where that has to stand */
+    uint8_t icv[32];         /* opening, out: what the integrity check value has to be */
+};
+
+/* How packets, each with its key, are done at once: the same for all ciphers that have it. It pays from FEWEST_JOBS
+ * on; MOST_JOBS fill the widest vectors, with a hash of 32 bits in each lane. */
+enum { FEWEST_JOBS = 8, MOST_JOBS = 16 };
+
+struct crypto_many {
+    /* Seals, or computes check values, which leaves packets as they were. False: not now, nothing was done. */
+    bool (*work)(struct crypto_job *jobs, int count, bool sealing);
+    /* As a cipher's `open`, with the check value that was computed. */
+    bool (*open)(void *key, uint8_t *packet, size_t length, const uint8_t *icv);
+};
+
 /* How one library does one transform. `key`: the keys of one SA, used by one thread at a time. */
 struct crypto_cipher {
     const char *provider;
@@ -55,13 +77,19 @@ struct crypto_cipher {
     bool (*open)(void *key, uint8_t *packet, size_t length, const uint8_t *high);
     /* Wipes what is secret and frees what `expand` took. */
     void (*wipe)(void *key);
+    const struct crypto_many *many;   /* NULL: one after the other */
 };
 
 /* NULL: this library does not do this transform here (NULL: any). */
 const struct crypto_cipher *crypto_ipsec_mb(const struct crypto_transform *transform);
 const struct crypto_cipher *crypto_libcrypto(const struct crypto_transform *transform);
 
-extern const struct crypto_cipher crypto_encrypt_then_mac;   /* by libcrypto, in a file of its own */
+/* Parts of them in files of their own. The first takes both libraries. */
+const struct crypto_cipher *crypto_jobs(const struct crypto_transform *transform);
+extern const struct crypto_cipher crypto_encrypt_then_mac;
+
+void *crypto_ipsec_mb_manager(void);   /* a new IMB_MGR *, or NULL */
+bool crypto_mac_decrypt(void *key, uint8_t *packet, size_t length);   /* what is authentic */
 
 /* Fills in the transform of a key of `key_length` bytes, salt included; false: it is not one of these. */
 bool crypto_describe(struct crypto_transform *transform, int encryption, int integrity, size_t key_length);

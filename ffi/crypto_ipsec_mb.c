@@ -1,7 +1,8 @@
 /* Intel's Multi-Buffer Crypto for IPsec: AES-GCM and ChaCha20-Poly1305, one packet per call.
+ * AES-CBC, which pays only for many at once, is in a file of its own.
  *
  * The library is found when the module is loaded, not when it is built, so that one build works with
- * and without it. Of its manager only the table of functions is used. Those keep no state there, so
+ * and without it. Of its manager only the table of functions is used here. Those keep no state there, so
  * any thread may call them.
  */
 #include "crypto.h"
@@ -19,7 +20,7 @@ static void *find(void *library, const char *name)
     return library ? dlsym(library, name) : NULL;
 }
 
-static void load(void)
+void *crypto_ipsec_mb_manager(void)
 {
     void *library = dlopen("libIPSec_MB.so.1", RTLD_NOW | RTLD_LOCAL);
     unsigned (*version)(void) = (unsigned (*)(void))find(library, "imb_get_version");
@@ -29,16 +30,21 @@ static void load(void)
     void (*release)(IMB_MGR *) = (void (*)(IMB_MGR *))find(library, "free_mb_mgr");
     /* the table only grows at its end: with the version of the header all of it is there */
     if (!version || !allocate || !start || !failed || !release || version() < IMB_VERSION_NUM)
-        return;
+        return NULL;
     IMB_MGR *made = allocate(0);
     if (!made)
-        return;
+        return NULL;
     IMB_ARCH architecture = IMB_ARCH_NONE;
     start(made, &architecture);
-    if (architecture == IMB_ARCH_NONE || failed(made))
-        release(made);   /* this processor is too old */
-    else
-        manager = made;
+    if (architecture != IMB_ARCH_NONE && !failed(made))
+        return made;
+    release(made);   /* this processor is too old */
+    return NULL;
+}
+
+static void load(void)
+{
+    manager = crypto_ipsec_mb_manager();
 }
 
 static size_t associate(uint8_t nonce[12], uint8_t associated[12], const uint8_t *salt, const uint8_t *packet,
@@ -106,7 +112,7 @@ static void gcm_wipe(void *memory)
 }
 
 static const struct crypto_cipher gcm = {"ipsec-mb", sizeof(struct gcm_key), gcm_expand, gcm_seal, gcm_open,
-                                         gcm_wipe};
+                                         gcm_wipe,   NULL};
 
 /* ChaCha20-Poly1305 (RFC 7634) */
 
@@ -157,8 +163,9 @@ static void chacha_wipe(void *memory)
     explicit_bzero(memory, sizeof(struct chacha_key));
 }
 
-static const struct crypto_cipher chacha20_poly1305 = {"ipsec-mb",   sizeof(struct chacha_key), chacha_expand,
-                                                       chacha_seal, chacha_open,               chacha_wipe};
+static const struct crypto_cipher chacha20_poly1305 = {"ipsec-mb",  sizeof(struct chacha_key), chacha_expand,
+                                                       chacha_seal, chacha_open,               chacha_wipe,
+                                                       NULL};
 
 const struct crypto_cipher *crypto_ipsec_mb(const struct crypto_transform *transform)
 {
@@ -173,6 +180,7 @@ const struct crypto_cipher *crypto_ipsec_mb(const struct crypto_transform *trans
     case ENCR_AES_GCM_12:
     case ENCR_AES_GCM_16: return &gcm;
     case ENCR_CHACHA20_POLY1305: return &chacha20_poly1305;
+    case ENCR_AES_CBC: return crypto_jobs(transform);
     }
     return NULL;
 }

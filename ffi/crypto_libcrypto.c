@@ -100,7 +100,7 @@ static void aead_wipe(void *memory)
 }
 
 static const struct crypto_cipher aead = {"libcrypto", sizeof(struct aead_key), aead_expand, aead_seal, aead_open,
-                                          aead_wipe};
+                                          aead_wipe,   NULL};
 
 const struct crypto_cipher *crypto_libcrypto(const struct crypto_transform *transform)
 {

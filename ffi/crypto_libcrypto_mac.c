@@ -120,13 +120,11 @@ static bool mac_seal(void *memory, uint8_t *packet, size_t length, const uint8_t
     return true;
 }
 
-static bool mac_open(void *memory, uint8_t *packet, size_t length, const uint8_t *high)
+bool crypto_mac_decrypt(void *memory, uint8_t *packet, size_t length)
 {
     const struct mac_key *key = memory;
-    uint8_t icv[EVP_MAX_MD_SIZE], *iv = packet + ESP_HEADER, *text = iv + key->iv_length;
+    uint8_t *iv = packet + ESP_HEADER, *text = iv + key->iv_length;
     int written;
-    if (!compute(key, packet, length, high, icv) || !crypto_equal(icv, text + length, key->icv_length))
-        return false;
     switch (key->encryption) {
     case ENCR_AES_CTR: return count(key, packet, length);
     case ENCR_AES_CBC:
@@ -134,6 +132,15 @@ static bool mac_open(void *memory, uint8_t *packet, size_t length, const uint8_t
                EVP_CipherUpdate(key->cipher, text, &written, text, (int)length);
     }
     return true;
+}
+
+static bool mac_open(void *memory, uint8_t *packet, size_t length, const uint8_t *high)
+{
+    const struct mac_key *key = memory;
+    uint8_t icv[EVP_MAX_MD_SIZE];
+    return compute(key, packet, length, high, icv) &&
+           crypto_equal(icv, packet + ESP_HEADER + key->iv_length + length, key->icv_length) &&
+           crypto_mac_decrypt(memory, packet, length);
 }
 
 static void mac_wipe(void *memory)
@@ -145,5 +152,5 @@ static void mac_wipe(void *memory)
 }
 
 const struct crypto_cipher crypto_encrypt_then_mac = {"libcrypto", sizeof(struct mac_key), mac_expand, mac_seal,
-                                                      mac_open,    mac_wipe};
+                                                      mac_open,    mac_wipe,               NULL};
 #endif

@@ -21,36 +21,117 @@ static void note_use(double *used, double now)
         __atomic_store(used, &now, __ATOMIC_RELAXED);
 }
 
-static enum esp_result open_one(struct esp_path *path, struct esp_packet *packet, pthread_mutex_t **held, double now)
+/* A burst, and the packets of it whose cipher does many at once (`struct crypto_many`). Sealing, all else is done in
+ * their turn, and those that wait are encrypted before the burst ends. Opening, check values are computed ahead, and
+ * all else is done in their turn: behind a stop packets are as they came, and what was computed is thrown away. */
+struct burst {
+    struct esp_path *path;
+    struct esp_packet *packets;
+    int count, done;
+    double now;
+    pthread_mutex_t *held;
+    uint64_t drops[ESP_REASONS];
+    int waiting;        /* how many there are of the last two */
+    int next, looked;   /* opening: the next of them, and the first packet that has not been looked at */
+    struct {
+        int packet;
+        struct esp_sa *sa;
+    } of[MOST_JOBS];
+    struct crypto_job jobs[MOST_JOBS];
+};
+
+static const struct spi_slot *find_spi(const struct esp_path *path, const struct esp_packet *packet)
 {
+    uint32_t spi = load32(packet->data);
+    const struct spi_slot *slot = spi ? &path->spis[path_index_find(path, spi)] : NULL;
+    return slot && slot->spi ? slot : NULL;
+}
+
+static void look_ahead(struct burst *burst, const struct crypto_many *many)
+{
+    int left = burst->count - burst->done;
+    burst->looked = burst->done + (left < MOST_JOBS ? left : MOST_JOBS);
+    burst->waiting = burst->next = 0;
+    if (left < FEWEST_JOBS)
+        return;
+    for (int each = burst->done; each < burst->looked; ++each) {
+        const struct esp_packet *packet = &burst->packets[each];
+        const struct spi_slot *slot = packet->length < ESP_HEADER ? NULL : find_spi(burst->path, packet);
+        if (!slot || !slot->sa || !slot->sa->cipher->many)
+            continue;
+        hold(&burst->held, sa_lock(slot->sa));
+        if (sa_look_ahead(slot->sa, packet, &burst->jobs[burst->waiting]))
+            burst->of[burst->waiting++].packet = each;
+    }
+    hold(&burst->held, NULL);
+    if (burst->waiting < FEWEST_JOBS || !many->work(burst->jobs, burst->waiting, false))
+        burst->waiting = 0;
+}
+
+/* Returns the job that has computed the check value of the packet whose turn it is, or NULL. */
+static const struct crypto_job *find_job(struct burst *burst, const struct crypto_many *many)
+{
+    if (burst->done >= burst->looked)
+        look_ahead(burst, many);
+    while (burst->next < burst->waiting && burst->of[burst->next].packet < burst->done)
+        ++burst->next;
+    bool found = burst->next < burst->waiting && burst->of[burst->next].packet == burst->done;
+    return found && burst->jobs[burst->next].done ? &burst->jobs[burst->next] : NULL;
+}
+
+static enum esp_result open_one(struct burst *burst, struct esp_packet *packet)
+{
+    struct esp_path *path = burst->path;
     packet->sa = 0;
     if (packet->length < ESP_HEADER)
         return ESP_SHORT;
-    uint32_t spi = load32(packet->data);
-    const struct spi_slot *slot = spi ? &path->spis[path_index_find(path, spi)] : NULL;
-    if (!slot || !slot->spi)
+    const struct spi_slot *slot = find_spi(path, packet);
+    if (!slot)
         return ESP_NO_SA;
     if (!slot->sa)
         return ESP_UP;
     struct esp_sa *sa = slot->sa;
-    hold(held, sa_lock(sa));
+    const struct crypto_job *known = sa->cipher->many ? find_job(burst, sa->cipher->many) : NULL;
+    hold(&burst->held, sa_lock(sa));
     packet->sa = sa->serial;
-    enum esp_result result = sa_open(sa, packet, now);
+    enum esp_result result = sa_open(sa, packet, burst->now, known);
     if (result != ESP_DONE)
         return result;
     struct esp_flow flow;
     if (!inner_flow(packet->data, packet->length, &flow))
         return ESP_MALFORMED;
-    const struct flow_slot *known = path_flow(path, &path->admitted, &flow, sa);
-    if (!known)
+    const struct flow_slot *entry = path_flow(path, &path->admitted, &flow, sa);
+    if (!entry)
         return ESP_ADMIT;
-    if (known->verdict == ESP_DONE)
-        note_use(known->used, now);
-    return known->verdict;
+    if (entry->verdict == ESP_DONE)
+        note_use(entry->used, burst->now);
+    return entry->verdict;
 }
 
-static enum esp_result seal_one(struct esp_path *path, struct esp_packet *packet, pthread_mutex_t **held, double now)
+/* Encrypts what waits for it. */
+static void seal_waiting(struct burst *burst)
 {
+    const struct crypto_many *many = burst->of[0].sa->cipher->many;
+    hold(&burst->held, NULL);
+    bool worked = burst->waiting >= FEWEST_JOBS && many->work(burst->jobs, burst->waiting, true);
+    for (int each = 0; each < burst->waiting; ++each) {
+        const struct crypto_job *job = &burst->jobs[each];
+        struct esp_sa *sa = burst->of[each].sa;
+        if (worked && job->done)
+            continue;
+        hold(&burst->held, sa_lock(sa));
+        if (worked || !sa_encrypt(sa, job)) {
+            sa_give_up(sa, job);
+            burst->packets[burst->of[each].packet].result = ESP_SEQUENCE;
+            ++burst->drops[ESP_SEQUENCE];
+        }
+    }
+    burst->waiting = 0;
+}
+
+static enum esp_result seal_one(struct burst *burst, struct esp_packet *packet)
+{
+    struct esp_path *path = burst->path;
     packet->sa = 0;
     size_t length = inner_length(packet->data, packet->length);
     struct esp_flow flow;
@@ -59,35 +140,52 @@ static enum esp_result seal_one(struct esp_path *path, struct esp_packet *packet
     const struct flow_slot *known = path_flow(path, &path->ways, &flow, NULL);
     if (!known)
         return ESP_UP;
-    note_use(known->used, now);
-    if (!known->sa)
+    note_use(known->used, burst->now);
+    struct esp_sa *sa = known->sa;
+    if (!sa)
         return known->verdict;
-    hold(held, sa_lock(known->sa));
-    return sa_seal(known->sa, packet, now);
+    if (!sa->cipher->many) {
+        hold(&burst->held, sa_lock(sa));
+        return sa_seal(sa, packet, burst->now, NULL);
+    }
+    if (burst->waiting == MOST_JOBS)
+        seal_waiting(burst);
+    hold(&burst->held, sa_lock(sa));
+    enum esp_result result = sa_seal(sa, packet, burst->now, &burst->jobs[burst->waiting]);
+    if (result == ESP_DONE) {
+        burst->of[burst->waiting].packet = burst->done;
+        burst->of[burst->waiting++].sa = sa;
+    }
+    return result;
 }
 
-typedef enum esp_result (*carry_one)(struct esp_path *, struct esp_packet *, pthread_mutex_t **, double);
+typedef enum esp_result (*carry_one)(struct burst *, struct esp_packet *);
 
 static int carry(struct esp_path *path, struct esp_packet *packets, int count, double now, carry_one one)
 {
-    uint64_t drops[ESP_REASONS] = {0};
-    pthread_mutex_t *held = NULL;
-    int done = 0, due = esp_due_pending(path);
+    struct burst burst;   /* most of it stays as it is if nothing waits */
+    burst.path = path, burst.packets = packets, burst.count = count, burst.now = now;
+    burst.held = NULL;
+    burst.done = burst.waiting = burst.next = burst.looked = 0;
+    memset(burst.drops, 0, sizeof burst.drops);
+    int due = esp_due_pending(path);
     bool stop = false;
     pthread_rwlock_rdlock(&path->guard);
-    while (done < count && !stop) {
-        enum esp_result result = one(path, &packets[done], &held, now);
-        packets[done++].result = (uint8_t)result;
+    while (burst.done < count && !stop) {
+        enum esp_result result = one(&burst, &packets[burst.done]);
+        packets[burst.done++].result = (uint8_t)result;
         if (result < ESP_REASONS)
-            ++drops[result];
+            ++burst.drops[result];
         stop = result >= ESP_REASONS || esp_due_pending(path) != due;
     }
-    hold(&held, NULL);
+    if (one == seal_one && burst.waiting)
+        seal_waiting(&burst);
+    hold(&burst.held, NULL);
     pthread_rwlock_unlock(&path->guard);
     for (int each = ESP_DONE + 1; each < ESP_REASONS; ++each)
-        if (drops[each])
-            __atomic_add_fetch(&path->drops[each], drops[each], __ATOMIC_RELAXED);
-    return done;
+        if (burst.drops[each])
+            __atomic_add_fetch(&path->drops[each], burst.drops[each], __ATOMIC_RELAXED);
+    return burst.done;
 }
 
 int esp_open_burst(struct esp_path *path, struct esp_packet *packets, int count, double now)

@@ -50,7 +50,8 @@ struct esp_view {
     uint8_t unused[5];
 };
 
-/* Which library would do this transform: "ipsec-mb", "libcrypto"; NULL: Python has to. */
+/* Which library would do this transform: "ipsec-mb", "libcrypto", "ipsec-mb and libcrypto" (many packets at once and
+ * few); NULL: Python has to. */
 const char *esp_provider(struct esp_path *path, int encryption, int integrity, size_t key_length);
 
 /* Encrypts or decrypts one packet with a key of its own, in place, for published vectors: `length` bytes

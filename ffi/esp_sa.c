@@ -81,6 +81,23 @@ static enum esp_result window_check(const struct esp_sa *sa, uint64_t sequence)
     return sa->in.window[sequence / BLOCK & sa->in.window_mask] >> sequence % BLOCK & 1 ? ESP_REPLAYED : ESP_DONE;
 }
 
+/* Whether a packet may be one that has not been here, if it is authentic. */
+static enum esp_result check(const struct esp_sa *sa, const struct esp_packet *packet, uint64_t *sequence)
+{
+    uint32_t low = load32(packet->data + 4);
+    *sequence = low;
+    if (sa->esn && !infer(sa, low, sequence))
+        return ESP_TOO_OLD;
+    return window_check(sa, *sequence);
+}
+
+/* A length that cannot be right is told as a check value that is not, which is what the kernel finds. */
+static bool has_length(const struct esp_sa *sa, const struct esp_packet *packet)
+{
+    uint32_t length = packet->length - sa->fixed;
+    return packet->length >= sa->fixed + 2u && !(length & (sa->block_length - 1u));
+}
+
 static void window_commit(struct esp_sa *sa, uint64_t sequence)
 {
     uint64_t block = sequence / BLOCK;
@@ -129,22 +146,36 @@ static int64_t payload_length(const uint8_t *text, size_t length)
     return rest;
 }
 
-enum esp_result sa_open(struct esp_sa *sa, struct esp_packet *packet, double now)
+bool sa_look_ahead(const struct esp_sa *sa, const struct esp_packet *packet, struct crypto_job *job)
 {
-    uint8_t high_bytes[4], *high = NULL, *text;
+    uint64_t sequence;
+    if (sa->gone || check(sa, packet, &sequence) != ESP_DONE || !has_length(sa, packet))
+        return false;
+    job->key = sa_key(sa);
+    job->packet = packet->data;
+    job->length = packet->length - sa->fixed;
+    job->esn = sa->esn;
+    store32(job->high, (uint32_t)(sequence >> 32));
+    return true;
+}
+
+static bool authentic(struct esp_sa *sa, uint8_t *packet, size_t length, uint64_t sequence,
+                      const struct crypto_job *known)
+{
+    uint8_t high[4];
+    store32(high, (uint32_t)(sequence >> 32));
+    /* packets in between may have moved the window to another upper half */
+    if (known && (!sa->esn || !memcmp(known->high, high, sizeof high)))
+        return sa->cipher->many->open(sa_key(sa), packet, length, known->icv);
+    return sa->cipher->open(sa_key(sa), packet, length, sa->esn ? high : NULL);
+}
+
+enum esp_result sa_open(struct esp_sa *sa, struct esp_packet *packet, double now, const struct crypto_job *known)
+{
+    uint64_t sequence;
     if (sa->gone)
         return ESP_NO_SA;
-    uint32_t low = load32(packet->data + 4);
-    uint64_t sequence = low;
-    enum esp_result verdict = ESP_DONE;
-    if (sa->esn) {
-        if (!infer(sa, low, &sequence))
-            verdict = ESP_TOO_OLD;
-        store32(high_bytes, (uint32_t)(sequence >> 32));
-        high = high_bytes;
-    }
-    if (verdict == ESP_DONE)
-        verdict = window_check(sa, sequence);
+    enum esp_result verdict = check(sa, packet, &sequence);
     if (verdict != ESP_DONE) {
         ++*(verdict == ESP_REPLAYED ? &sa->in.replay_drops : &sa->in.window_drops);
         return verdict;
@@ -152,9 +183,7 @@ enum esp_result sa_open(struct esp_sa *sa, struct esp_packet *packet, double now
     if (packet->length < sa->fixed)
         return ESP_SHORT;
     size_t length = packet->length - sa->fixed;
-    /* a length that cannot be right is told as a check value that is not, which is what the kernel finds */
-    if (length < 2 || length & (sa->block_length - 1u)
-        || !sa->cipher->open(sa_key(sa), packet->data, length, high)) {
+    if (!has_length(sa, packet) || !authentic(sa, packet->data, length, sequence, known)) {
         ++sa->in.integrity_drops;
         return ESP_INTEGRITY;
     }
@@ -164,7 +193,7 @@ enum esp_result sa_open(struct esp_sa *sa, struct esp_packet *packet, double now
     window_commit(sa, sequence);
     if (newest && !same(&packet->peer, &sa->in.home))
         notice(sa, &packet->peer);
-    text = packet->data + sa->prefix;
+    uint8_t *text = packet->data + sa->prefix;
     int64_t payload = payload_length(text, length);
     use(sa, payload > 0 ? (size_t)payload : 0, now);
     if (payload < 0)
@@ -185,8 +214,20 @@ enum esp_result sa_open(struct esp_sa *sa, struct esp_packet *packet, double now
     return ESP_DONE;
 }
 
+bool sa_encrypt(struct esp_sa *sa, const struct crypto_job *job)
+{
+    return sa->cipher->seal(sa_key(sa), job->packet, job->length, job->esn ? job->high : NULL);
+}
+
+void sa_give_up(struct esp_sa *sa, const struct crypto_job *job)
+{
+    memset(job->packet, 0, sa->prefix + job->length);   /* plaintext does not leave */
+    expire(sa, true);
+}
+
 /* Seals `packet`, whose payload counts as `octets`, less than it has when there is TFC padding. */
-static enum esp_result seal(struct esp_sa *sa, struct esp_packet *packet, uint8_t next_header, double now)
+static enum esp_result seal(struct esp_sa *sa, struct esp_packet *packet, uint8_t next_header, double now,
+                            struct crypto_job *later)
 {
     uint32_t octets = packet->length, length = octets < sa->tfc ? sa->tfc : octets;
     uint32_t block = sa->block_length > 4 ? sa->block_length : 4, padding = -(length + 2) & (block - 1);
@@ -203,7 +244,7 @@ static enum esp_result seal(struct esp_sa *sa, struct esp_packet *packet, uint8_
     }
     uint64_t sequence = ++sa->highest;   /* from here on it is used, whatever happens */
 
-    uint8_t *text = packet->data, *start = text - sa->prefix, high[4];
+    uint8_t *text = packet->data, *start = text - sa->prefix;
     memset(text + octets, 0, length - octets);
     for (uint32_t each = 0; each < padding; ++each)
         text[length + each] = (uint8_t)(each + 1);
@@ -211,15 +252,19 @@ static enum esp_result seal(struct esp_sa *sa, struct esp_packet *packet, uint8_
     text[plain - 1] = next_header;
     store32(start, sa->spi);
     store32(start + 4, (uint32_t)sequence);
-    store32(high, (uint32_t)(sequence >> 32));
     if (sa->out.ivs) {
         uint64_t iv = esp_next_iv(sa->out.ivs);
         store32(start + 8, (uint32_t)(iv >> 32));
         store32(start + 12, (uint32_t)iv);
     }
-    if (!sa->cipher->seal(sa_key(sa), start, plain, sa->esn ? high : NULL)) {
-        memset(start, 0, sa->prefix + plain);   /* plaintext does not leave */
-        expire(sa, true);
+    struct crypto_job own, *job = later ? later : &own;
+    job->key = sa_key(sa);
+    job->packet = start;
+    job->length = plain;
+    job->esn = sa->esn;
+    store32(job->high, (uint32_t)(sequence >> 32));
+    if (!later && !sa_encrypt(sa, job)) {
+        sa_give_up(sa, job);
         return ESP_SEQUENCE;
     }
     use(sa, octets, now);
@@ -232,7 +277,7 @@ static enum esp_result seal(struct esp_sa *sa, struct esp_packet *packet, uint8_
     return ESP_DONE;
 }
 
-enum esp_result sa_seal(struct esp_sa *sa, struct esp_packet *packet, double now)
+enum esp_result sa_seal(struct esp_sa *sa, struct esp_packet *packet, double now, struct crypto_job *later)
 {
     if (sa->gone)
         return ESP_UP;
@@ -240,7 +285,8 @@ enum esp_result sa_seal(struct esp_sa *sa, struct esp_packet *packet, double now
     uint8_t mask = (uint8_t)((sa->copy_dscp ? 0xFC : 0) | (sa->copy_ecn ? 3 : 0));
     uint8_t traffic_class = inner_traffic_class(packet->data) & mask;
     bool dont_fragment = sa->copy_df && inner_dont_fragment(packet->data);
-    enum esp_result result = seal(sa, packet, packet->data[0] >> 4 == 4 ? NEXT_IPV4 : NEXT_IPV6, now);
+    enum esp_result result = seal(sa, packet, packet->data[0] >> 4 == 4 ? NEXT_IPV4 : NEXT_IPV6, now,
+                                  later);
     packet->traffic_class = traffic_class;
     packet->dont_fragment = dont_fragment;
     return result;
@@ -251,7 +297,7 @@ int esp_sa_open(struct esp_sa *sa, struct esp_packet *packet, double now)
     if (packet->length < ESP_HEADER)
         return packet->result = ESP_SHORT;
     pthread_mutex_lock(sa_lock(sa));
-    packet->result = (uint8_t)sa_open(sa, packet, now);
+    packet->result = (uint8_t)sa_open(sa, packet, now, NULL);
     pthread_mutex_unlock(sa_lock(sa));
     return packet->result;
 }
@@ -259,7 +305,7 @@ int esp_sa_open(struct esp_sa *sa, struct esp_packet *packet, double now)
 int esp_sa_seal(struct esp_sa *sa, struct esp_packet *packet, double now)
 {
     pthread_mutex_lock(sa_lock(sa));
-    packet->result = (uint8_t)(sa->gone ? ESP_NO_SA : sa_seal(sa, packet, now));
+    packet->result = (uint8_t)(sa->gone ? ESP_NO_SA : sa_seal(sa, packet, now, NULL));
     pthread_mutex_unlock(sa_lock(sa));
     return packet->result;
 }
@@ -269,7 +315,7 @@ int esp_sa_seal_dummy(struct esp_sa *sa, struct esp_packet *packet, double now)
     pthread_mutex_lock(sa_lock(sa));
     uint16_t tfc = sa->tfc;
     sa->tfc = 0;   /* it is as long as it is */
-    packet->result = (uint8_t)(sa->gone ? ESP_NO_SA : seal(sa, packet, NEXT_DUMMY, now));
+    packet->result = (uint8_t)(sa->gone ? ESP_NO_SA : seal(sa, packet, NEXT_DUMMY, now, NULL));
     packet->traffic_class = packet->dont_fragment = 0;
     sa->tfc = tfc;
     pthread_mutex_unlock(sa_lock(sa));

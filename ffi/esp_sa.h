@@ -61,7 +61,7 @@ static inline size_t sa_key_size(const struct crypto_cipher *cipher)
     return (cipher->key_size + 7) & ~(size_t)7;
 }
 
-static inline void *sa_key(struct esp_sa *sa)
+static inline void *sa_key(const struct esp_sa *sa)
 {
     return (uint8_t *)sa - sa_key_size(sa->cipher);
 }
@@ -69,11 +69,22 @@ static inline void *sa_key(struct esp_sa *sa)
 /* The lock of an SA, which it shares with some others: they are held for microseconds. */
 pthread_mutex_t *sa_lock(const struct esp_sa *sa);
 
-/* The caller holds the lock. Opening: ESP_DONE or a reason; `packet` has a header. */
-enum esp_result sa_open(struct esp_sa *sa, struct esp_packet *packet, double now);
+/* The caller holds the lock. Opening: ESP_DONE or a reason; `packet` has a header. `known`: the job that has
+ * computed its check value, or NULL. */
+enum esp_result sa_open(struct esp_sa *sa, struct esp_packet *packet, double now, const struct crypto_job *known);
 
-/* `packet` is an IP packet of the right length. ESP_UP: there is too little room, or the SA is gone. */
-enum esp_result sa_seal(struct esp_sa *sa, struct esp_packet *packet, double now);
+/* Makes the job that computes the check value of `packet`. False: as it looks now, it will not be needed. */
+bool sa_look_ahead(const struct esp_sa *sa, const struct esp_packet *packet, struct crypto_job *job);
+
+/* `packet` is an IP packet of the right length. ESP_UP: there is too little room, or the SA is gone. `later`: the
+ * job that is then still to be done, or NULL. */
+enum esp_result sa_seal(struct esp_sa *sa, struct esp_packet *packet, double now, struct crypto_job *later);
+
+/* Does such a job by itself. */
+bool sa_encrypt(struct esp_sa *sa, const struct crypto_job *job);
+
+/* It could not be done. */
+void sa_give_up(struct esp_sa *sa, const struct crypto_job *job);
 
 /* By the path: remembers that `sa` has something due. */
 void path_note_due(struct esp_path *path, struct esp_sa *sa);

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from natcompat.esp import packet
 from natcompat.esp.crypto import make_cipher
+from natcompat.esp.engine import EspEngine
+from natcompat.esp.results import Dropped, Opened, Reason
+from natcompat.ipsec import Direction, TrafficSelector
 from natcompat.transforms import Encr, Integ, Key
-from tests.esp.making import native_providers
+from tests.esp.making import OUTER, native_providers, policy, sa
 
 
 def unhex(text: str) -> bytes:
@@ -303,6 +307,31 @@ def test_cbc(vector: CbcVector) -> None:
     block = Cipher(algorithms.AES(key), modes.ECB()).decryptor().update(published[8:24])
     padding = packet.trailers(vector.next_header)[-(length + 2) % 16]
     assert cipher.seal(published[:8] + block, unhex(vector.payload) + padding, b"") == expected
+
+
+@pytest.mark.parametrize("provider", native_providers())
+@pytest.mark.parametrize("vector", RFC3602[2:], ids=lambda vector: vector.case)
+def test_cbc_in_c(provider: str, vector: CbcVector) -> None:
+    """Those of tunnel mode, nine times in one burst, where they may be done at once."""
+    from natcompat.esp.native import NativeDataPath
+
+    published, mac_key = unhex(vector.packet), bytes(range(32))
+    arrived = published + hmac.digest(mac_key, published, "sha256")[:16]
+    arguments: dict[str, Any] = {
+        "spi": int.from_bytes(published[:4]),
+        "encryption": Encr.AES_CBC,
+        "encryption_key": unhex(vector.key),
+        "integrity": Integ.HMAC_SHA2_256_128,
+        "integrity_key": mac_key,
+    }
+    with EspEngine(timer=False, datapath=partial(NativeDataPath, provider=provider)) as engine:
+        engine.add_sa(sa(Direction.IN, **arguments))
+        selector = TrafficSelector(source="0.0.0.0/0", destination="0.0.0.0/0")
+        engine.add_policy(policy(Direction.IN, selector=selector))
+        first, *others = engine.open_burst([(arrived, (OUTER[4][1], 4500))] * 9)
+    assert isinstance(first, Opened)
+    assert first.inner == unhex(vector.payload)
+    assert [isinstance(each, Dropped) and each.reason for each in others] == [Reason.REPLAYED] * 8
 
 
 RFC3686 = [

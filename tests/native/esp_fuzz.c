@@ -1,8 +1,9 @@
 /* ESP in C under libFuzzer, or with its corpus under sanitizers and valgrind.
  *
  * An input: a byte that chooses the SAs, then steps of a byte, a length (two bytes) and so much payload.
- * Some payloads are sealed here first, as a peer with the keys and no manners does it. Buffers are as long
- * as what they hold, so that the sanitizer sees every byte too far.
+ * Some payloads are sealed here first, as a peer with the keys and no manners does it. A burst is as many copies
+ * as the highest bit of the step says. Buffers are as long as what they hold, so that the sanitizer sees every
+ * byte too far.
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,7 +11,7 @@
 
 #include "esp_path.h"
 
-enum { SPI_IN = 0x1001, SPI_OUT = 0x2002 };
+enum { SPI_IN = 0x1001, SPI_OUT = 0x2002, MANY = MOST_JOBS + FEWEST_JOBS + 1 };
 
 #define REQUIRE(condition) \
     do { \
@@ -30,6 +31,7 @@ struct world {
     uint64_t sequence, ivs;
     double now, used;
     uint8_t key_material[64];
+    int copies;
 };
 
 static void setup(struct world *world, uint8_t choice)
@@ -99,21 +101,40 @@ static void end(struct world *world)
     free(world->key);
 }
 
-static void open_packet(struct world *world, uint8_t *data, size_t length)
+static void open_packets(struct world *world, const uint8_t *data, size_t length)
 {
-    uint8_t *end_of_data = data + length;
-    struct esp_packet packet = {.data = data, .length = (uint32_t)length, .room = (uint32_t)length};
-    packet.peer = (struct esp_endpoint){.address = {192, 0, 2, 1}, .port = (uint16_t)(4500 + length % 2), .version = 4};
-    packet.traffic_class = (uint8_t)length;
-    REQUIRE(esp_open_burst(world->path, &packet, 1, world->now += 1) == 1);
-    if (packet.result == ESP_DONE || packet.result == ESP_ADMIT) {
-        REQUIRE(packet.data >= data && packet.data + packet.length <= end_of_data);
-        REQUIRE(packet.length == inner_length(packet.data, packet.length));
+    struct esp_packet packets[MANY];
+    uint8_t *memory[MANY];
+    for (int each = 0; each < world->copies; ++each) {
+        memory[each] = malloc(length);
+        memcpy(memory[each], data, length);
+        packets[each] = (struct esp_packet){
+            .data = memory[each],
+            .length = (uint32_t)length,
+            .room = (uint32_t)length,
+            .peer = {.address = {192, 0, 2, 1}, .port = (uint16_t)(4500 + length % 2), .version = 4},
+            .traffic_class = (uint8_t)length,
+        };
     }
-    struct esp_flow flow;
-    if (packet.result == ESP_ADMIT && inner_flow(packet.data, packet.length, &flow))
-        esp_admit(world->path, esp_generation(world->path), &flow, world->in, &world->used,
-                  packet.length % 5 ? ESP_DONE : ESP_SELECTOR);
+    for (int at = 0; at < world->copies;) {
+        int done = esp_open_burst(world->path, packets + at, world->copies - at, world->now += 1);
+        REQUIRE(done >= 1 && done <= world->copies - at);
+        for (; done; --done, ++at) {
+            struct esp_packet *packet = &packets[at];
+            struct esp_flow flow;
+            if (packet->result == ESP_DONE || packet->result == ESP_ADMIT) {
+                REQUIRE(packet->data >= memory[at] && packet->data + packet->length <= memory[at] + length);
+                REQUIRE(packet->length == inner_length(packet->data, packet->length));
+            }
+            if (packet->result == ESP_ADMIT && inner_flow(packet->data, packet->length, &flow))
+                esp_admit(world->path, esp_generation(world->path), &flow, world->in, &world->used,
+                          packet->length % 5 ? ESP_DONE : ESP_SELECTOR);
+        }
+        for (int rest = at; rest < world->copies; ++rest)   /* as it came */
+            REQUIRE(!length || !memcmp(memory[rest], data, length));
+    }
+    for (int each = 0; each < world->copies; ++each)
+        free(memory[each]);
 }
 
 /* Seals `payload`, a plaintext with its trailer, behind its first two bytes, which move the sequence number. */
@@ -137,28 +158,43 @@ static void authentic(struct world *world, const uint8_t *payload, size_t length
     REQUIRE(world->cipher->seal(world->key, packet, length, world->esn ? high : NULL));
     if (tamper)
         packet[whole * 5 / 7] ^= 1;
-    open_packet(world, packet, whole);
+    open_packets(world, packet, whole);
     free(packet);
 }
 
-static void seal_packet(struct world *world, const uint8_t *payload, size_t length, uint32_t room)
+static void seal_packets(struct world *world, const uint8_t *payload, size_t length, uint32_t room)
 {
-    uint8_t *memory = malloc(ESP_HEADROOM + length + room), *data = memory + ESP_HEADROOM;
-    REQUIRE(memory);
-    memcpy(data, payload, length);
-    struct esp_packet packet = {.data = data, .length = (uint32_t)length, .room = (uint32_t)length + room};
-    REQUIRE(esp_seal_burst(world->path, &packet, 1, world->now += 1) == 1);
-    struct esp_flow flow;
-    if (packet.result == ESP_DONE) {
-        REQUIRE(packet.data == data - ESP_HEADER - world->transform.iv_length);
-        REQUIRE(packet.data + packet.length <= data + length + room);
-        REQUIRE(load32(packet.data) == SPI_OUT);
-    } else if (packet.result == ESP_UP && inner_length(payload, length) == length &&
-               inner_flow(payload, length, &flow)) {
-        esp_way(world->path, esp_generation(world->path), &flow, length % 7 ? world->out : NULL, &world->used,
-                length % 7 ? ESP_DONE : ESP_DISCARD);
+    struct esp_packet packets[MANY];
+    uint8_t *memory[MANY];
+    for (int each = 0; each < world->copies; ++each) {
+        memory[each] = malloc(ESP_HEADROOM + length + room);
+        REQUIRE(memory[each]);
+        memcpy(memory[each] + ESP_HEADROOM, payload, length);
+        packets[each] = (struct esp_packet){
+            .data = memory[each] + ESP_HEADROOM, .length = (uint32_t)length, .room = (uint32_t)length + room};
     }
-    free(memory);
+    for (int at = 0; at < world->copies;) {
+        int done = esp_seal_burst(world->path, packets + at, world->copies - at, world->now += 1);
+        REQUIRE(done >= 1 && done <= world->copies - at);
+        for (; done; --done, ++at) {
+            const struct esp_packet *packet = &packets[at];
+            uint8_t *data = memory[at] + ESP_HEADROOM;
+            struct esp_flow flow;
+            if (packet->result == ESP_DONE) {
+                REQUIRE(packet->data == data - ESP_HEADER - world->transform.iv_length);
+                REQUIRE(packet->data + packet->length <= data + length + room);
+                REQUIRE(load32(packet->data) == SPI_OUT);
+            } else if (packet->result == ESP_UP && inner_length(payload, length) == length &&
+                       inner_flow(payload, length, &flow)) {
+                esp_way(world->path, esp_generation(world->path), &flow, length % 7 ? world->out : NULL, &world->used,
+                        length % 7 ? ESP_DONE : ESP_DISCARD);
+            }
+        }
+        for (int rest = at; rest < world->copies; ++rest)
+            REQUIRE(!length || !memcmp(memory[rest] + ESP_HEADROOM, payload, length));
+    }
+    for (int each = 0; each < world->copies; ++each)
+        free(memory[each]);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
@@ -173,20 +209,15 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         if (length > size - 3)
             length = size - 3;
         uint8_t step = *data;
+        world.copies = step & 128 ? MANY : 1;
         switch (step % 8) {
         case 0:
         case 1: authentic(&world, payload, length, false); break;
         case 2: authentic(&world, payload, length, true); break;
-        case 3: {
-            uint8_t *copy = malloc(length);
-            memcpy(copy, payload, length);
-            open_packet(&world, copy, length);
-            free(copy);
-            break;
-        }
+        case 3: open_packets(&world, payload, length); break;
         case 4:
-        case 5: seal_packet(&world, payload, length, step & 8 ? ESP_TAILROOM : ESP_TAILROOM + 100); break;
-        case 6: seal_packet(&world, payload, length, step >> 3); break;
+        case 5: seal_packets(&world, payload, length, step & 8 ? ESP_TAILROOM : ESP_TAILROOM + 100); break;
+        case 6: seal_packets(&world, payload, length, step >> 3); break;
         case 7: esp_forget(world.path); break;
         }
         data = payload + length, size -= length + 3;

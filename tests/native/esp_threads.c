@@ -38,21 +38,32 @@ static void packet_of(uint8_t *packet, int flow)
 
 static struct esp_sa *make(bool outbound, int number, int life)
 {
-    static const uint8_t key[20] = "not much of a secret";
+    static const struct {
+        uint8_t encryption, integrity, key_length;
+    } transforms[SAS] = {   /* half of the packets can be done many at once */
+        {ENCR_AES_GCM_16, AUTH_NONE, 20},
+        {ENCR_CHACHA20_POLY1305, AUTH_NONE, 36},
+        {ENCR_AES_CBC, AUTH_HMAC_SHA2_256_128, 16},
+        {ENCR_AES_CBC, AUTH_HMAC_SHA2_512_256, 32},
+    };
+    static const uint8_t key[64] = "not much of a secret";
     struct esp_parameters parameters = {
         .serial = (uint64_t)(2 * number + outbound + 1) << 32 | (uint32_t)life,
         .spi = 0x1000u + (uint32_t)number,
-        .encryption = number % 2 ? ENCR_CHACHA20_POLY1305 : ENCR_AES_GCM_16,
+        .encryption = transforms[number].encryption,
+        .integrity = transforms[number].integrity,
         .esn = 1,
         .replay_window = 1024,
         .permitted = UINT64_MAX,
         .soft_packets = 50,
-        .key = number % 2 ? (const uint8_t[36]){1} : key,
-        .key_length = number % 2 ? 36 : 20,
+        .key = key,
+        .key_length = transforms[number].key_length,
+        .mac_key = key,
+        .mac_key_length = sizeof key,
     };
     struct esp_sa *sa = (outbound ? esp_outbound_new : esp_inbound_new)(path, &parameters);
     REQUIRE(sa);
-    if (outbound)
+    if (outbound && transforms[number].encryption != ENCR_AES_CBC)
         esp_sa_draw_ivs(sa, &ivs);
     struct esp_endpoint peer = {.address = {192, 0, 2, 1}, .port = 4500, .version = 4};
     esp_sa_place(sa, &peer, &peer);
