@@ -191,7 +191,7 @@ class PortableInbound(PortableAssociation, Inbound):
     def open_run(
         self, run: Sequence[bytes], source: Address, traffic_class: int, now: float
     ) -> list[bytes | Dropped]:
-        """Return the inner packets of `run`; near a limit, of its first packet alone."""
+        """Return the inner packets of `run`, near a limit of its first alone, up to one that moves the SA."""
         results: list[bytes | Dropped] = []
         put = results.append
         with self.lock:
@@ -203,6 +203,8 @@ class PortableInbound(PortableAssociation, Inbound):
             used = octets = 0
             # one loop, not a function per packet: calls are what a packet costs most
             for packet in run:
+                if self.due and results:
+                    break  # what the owner does about it may concern the next ones
                 _, sequence = _HEADER.unpack_from(packet)
                 if esn:
                     sequence = window.infer(sequence)

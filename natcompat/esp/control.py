@@ -252,9 +252,7 @@ class Control:
         old_id = association.sa.sa_id
         if new.sa_id != old_id and self._associations.find(new.sa_id) is not None:
             raise NatCompatError(errno.EEXIST, f"there is an SA {new.sa_id}", "Delete it first")
-        self._associations.remove(old_id)
-        association.place(new, link)
-        self._associations.add(association)
+        self._associations.move(association, new, link)
         self._path.forget(association)
 
     def get_sa(self, sa_id: SaId) -> Usage:

@@ -18,6 +18,7 @@ from natcompat.ipsec import (
     Mode,
     Policy,
     SaId,
+    SecurityAssociation,
     TrafficSelector,
 )
 
@@ -68,6 +69,16 @@ class AssociationDatabase:
             _take(self._outbound, sa_id.spi, association)
             _take(self._linked, association.link, association)
         return association
+
+    def move(self, association: Association, sa: SecurityAssociation, link: Link) -> None:
+        """Give `association`, which is in, the addresses of `sa`; it keeps its turn among those alike."""
+        before = association.link
+        if not isinstance(association, Outbound) or link == before:
+            association.place(sa, link)
+            return
+        _take(self._linked, before, association)
+        association.place(sa, link)
+        _put(self._linked, link, association)
 
     def outbound_for(self, entry: PolicyEntry, flow: Flow) -> Outbound | None:
         """Return the newest SA of this policy that `flow` may take: the one that rekeying made last."""

@@ -179,9 +179,9 @@ class PortableDataPath:
                 return
             association = found[0] if len(found) == 1 else _choose(found, source)
             opened = association.open_run(run, source, traffic_class, now)
+            sa = association.sa  # as it brought them, wherever it moves now
             if association.due:
                 self._report(association)
-            sa = association.sa
             for kind, results in groupby(opened, type):
                 if kind is Dropped:
                     to.extend(results)  # type: ignore[arg-type]

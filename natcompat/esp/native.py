@@ -279,7 +279,7 @@ class NativeDataPath(PortableDataPath):
                 now,
                 views,
             )
-            association, inner = None, b""
+            association, inner, sa = None, b"", None
             for serial, at, length, result, _, _ in _VIEW.iter_unpack(ffi.buffer(views, step * _VIEW.size)):
                 if result in RESULTS:
                     put(RESULTS[result])
@@ -287,13 +287,15 @@ class NativeDataPath(PortableDataPath):
                     association, inner = named(serial), bytes(window[start + at : start + at + length])
                     if association is None:
                         put(DROPPED[Reason.NO_SA])  # it ended just now
-                    elif not result:
-                        put(_new(Opened, (inner, association.sa)))
+                        continue
+                    sa = association.sa
+                    if not result:
+                        put(_new(Opened, (inner, sa)))
             if lib.esp_due_pending(self._path):
                 self.see_to_due()
             if len(results) < done + step:  # the last one waits for Python
-                if isinstance(association, Inbound) and result == lib.ESP_ADMIT:
-                    put(self._decide(association, inner, now))
+                if isinstance(association, Inbound) and sa is not None and result == lib.ESP_ADMIT:
+                    put(self._decide(association, sa, inner, now))
                 else:
                     one = None if traffic_classes is None else [traffic_classes[len(results)]]
                     results += super().open_burst([items[len(results)]], one)
@@ -301,8 +303,10 @@ class NativeDataPath(PortableDataPath):
             done += step
         return results
 
-    def _decide(self, association: Inbound, inner: bytes, now: float) -> Opened | Dropped:
-        """Return what becomes of an inner packet whose flow C does not know yet."""
+    def _decide(
+        self, association: Inbound, sa: SecurityAssociation, inner: bytes, now: float
+    ) -> Opened | Dropped:
+        """Return what becomes of an inner packet that `sa` brought, whose flow C does not know yet."""
         key = flow_key(inner)
         admitted = None if key is None else self._admit(association, key)
         if admitted is None:
@@ -310,13 +314,13 @@ class NativeDataPath(PortableDataPath):
             return DROPPED[Reason.SELECTOR]
         if admitted[1] is not None:
             admitted[1].last_used = now
-        return Opened(inner, association.sa)
+        return Opened(inner, sa)
 
     def admit(self, serial: int, inner: bytes, now: float) -> Opened | Dropped:
         """Return what becomes of an inner packet that C opened by the SA with `serial` (ESP_ADMIT)."""
         association = self._register.get(serial)
         if isinstance(association, Inbound):
-            return self._decide(association, inner, now)
+            return self._decide(association, association.sa, inner, now)
         self.count([DROPPED[Reason.NO_SA]])
         return DROPPED[Reason.NO_SA]
 

@@ -582,6 +582,27 @@ def test_a_move_that_the_owner_makes_first_is_not_reported() -> None:
         assert not any(listener.read() for listener in twins.listeners)
 
 
+def test_a_peer_that_moves_within_a_burst() -> None:
+    """And an SA that moves stays the first of those that have its SPI."""
+    for provider in PROVIDERS:
+        twins = Twins(provider, follow_mapping=True)
+        with twins.running():
+            association = sa(Direction.IN)
+            twins.do("add_sa", association)
+            for each in policies(Direction.IN, 4, association.mode):
+                twins.do("add_policy", each)
+            twins.do("add_sa", sa(Direction.IN, destination="192.0.2.99"))
+            inside = ip_packet("10.2.0.1", "10.1.0.1", udp()) + bytes((0, IPV4))
+            forge = forger(association)
+            for start in (1, 5):  # the flow is known the second time
+                burst = [
+                    (forge(start + each, inside), ("192.0.2.9", 1000 + start + each // 2))
+                    for each in range(4)
+                ]
+                twins.do("open_burst", burst)
+            assert twins.do("get_sa", association.sa_id).packets == 8
+
+
 def test_padding_of_an_sa_that_comes_in_the_middle_of_a_burst() -> None:
     from natcompat.esp.native import NativeDataPath
 

@@ -467,7 +467,7 @@ def flow(packet: bytes) -> bytes:
     """Return the port that stands for a flow; of corrupt packets nothing, for their order does not matter."""
     transport = 20 if packet[0] == 0x45 else 40
     protocol = packet[9:10] if packet[0] == 0x45 else packet[6:7]
-    if len(packet) < transport + 8 or protocol not in (b"\x06", b"\x11"):
+    if packet[0] >> 4 not in (4, 6) or len(packet) < transport + 8 or protocol not in (b"\x06", b"\x11"):
         return b""
     whole = len(packet) == (
         int.from_bytes(packet[2:4]) if transport == 20 else int.from_bytes(packet[4:6]) + 40
