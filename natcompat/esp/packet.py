@@ -18,6 +18,7 @@ IPV4, IPV6, DUMMY = 4, 41, 59
 """Next headers of ESP (IANA protocol numbers): what tunnel mode carries, and what says nothing."""
 
 _TCP, _UDP = 6, 17
+_PLAIN: Final = (_TCP, _UDP)
 _PORTS: Final = frozenset({_TCP, _UDP, 33, 132, 136})
 _ICMP, _ICMPV6, _MOBILITY = 1, 58, 135
 _HOP_BY_HOP, _ROUTING, _FRAGMENT, _DESTINATION, _AH = 0, 43, 44, 60, 51
@@ -123,7 +124,10 @@ def runs(packets: Iterable[Packet]) -> Iterator[tuple[FlowKey | None, list[bytes
             if run:
                 yield key, run
                 run = []
-            key = flow_key(packet) if inner_length(packet) == size > 0 else None
+            if first == 0x45 and total == size and protocol in _PLAIN and not fragment & 0x3FFF:
+                key = packet[9:10] + packet[12:24]  # as flow_key says
+            else:
+                key = flow_key(packet) if inner_length(packet) == size > 0 else None
             like = start if isinstance(key, bytes) else None  # else there is more to look at
         run.append(packet)
     if run:
