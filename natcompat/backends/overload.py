@@ -32,7 +32,7 @@ class QueueWatch:
         self._single = 0
 
     def shedding(self) -> bool:
-        """Tell whether the next burst's ESP is too much."""
+        """Tell whether the next burst's ESP is too much. To be asked before and after a burst."""
         if self._watched:
             queue = filters.queue(self._sock)
             if queue is None:
@@ -42,10 +42,6 @@ class QueueWatch:
                 limit = min(size // 4 * 3, _MOST_QUEUED)
                 self._shed(queued > (limit // 3 * 2 if self._shedding else limit))
         return self._shedding
-
-    def emptied(self) -> None:
-        """Note that nothing is left in the queue: nobody would ask again before something comes."""
-        self._shed(False)
 
     def note(self, single: int, coalesced: bool) -> None:
         """Note a burst: bytes of a datagram that came by itself, 0: none; whether some came as one."""

@@ -199,7 +199,6 @@ class Steering:
                 data, ancillary, _, source = engine.recvmsg(_LARGEST, _ANCILLARY)
             except BlockingIOError:
                 more = False
-                queue.emptied()
                 break
             except OSError as error:  # an ICMP error of something sent by this socket
                 self._diversion.error(f"receive of ESP: {error}")
@@ -220,8 +219,9 @@ class Steering:
             diverted += segments
             traffic_classes += [traffic_class] * len(segments)
         queue.note(longest, coalesced)
-        if shed:
+        if shedding:
             self._diversion.shed(shed)
+            queue.shedding()  # again: when nothing is left that is let through, nobody would ask any more
         return strays, (diverted, traffic_classes), more
 
     def _hand_back(
