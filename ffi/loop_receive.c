@@ -293,8 +293,8 @@ int loop_receive(struct worker *worker, struct loop_socket *from)
     uint64_t bytes = 0, esp = 0, keepalives = 0, runts = 0;
 
     taken = receive_messages(receiver, from->fd, most);
-    if (taken < 0) {
-        if (errno != EAGAIN && errno != EINTR)
+    if (taken <= 0) {
+        if (taken < 0 && errno != EAGAIN && errno != EINTR)
             COUNT(from->counters.errors, 1); /* an ICMP error of something that was sent here */
         return 0;
     }

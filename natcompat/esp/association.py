@@ -105,9 +105,11 @@ class PortableAssociation(Association):
             octets = min(octets, lifetime.soft_bytes or UNLIMITED)
         self.next_packets, self.next_bytes = packets, octets
 
-    def _ample(self, packets: int, octets: int) -> bool:
+    def _ample(self, run: Sequence[bytes]) -> bool:
         """Tell whether so much more reaches no limit."""
-        return self.packets + packets < self.next_packets and self.octets + octets < self.next_bytes
+        if self.packets + len(run) >= self.next_packets:
+            return False
+        return self.next_bytes == UNLIMITED or self.octets + sum(map(len, run)) < self.next_bytes
 
     def _use(self, packets: int, octets: int, now: float) -> None:
         """Count packets, and note the limits that they reach."""
@@ -197,7 +199,7 @@ class PortableInbound(PortableAssociation, Inbound):
         with self.lock:
             if self.gone:
                 return [DROPPED[Reason.NO_SA]]
-            if not self._ample(len(run), sum(map(len, run))):
+            if not self._ample(run):
                 run = run[:1]
             window, esn, high = self.window, self._esn, b""
             used = octets = 0
@@ -304,7 +306,7 @@ class PortableOutbound(PortableAssociation, Outbound):
     owner reserves them bit by bit (`permit`).
     """
 
-    __slots__ = ("_destination", "_last", "highest", "ivs", "permitted")
+    __slots__ = ("_destination", "_last", "_longest", "highest", "ivs", "permitted")
 
     highest: int
     permitted: int
@@ -322,6 +324,14 @@ class PortableOutbound(PortableAssociation, Outbound):
 
     def _placed(self) -> None:
         self._destination: Destination | None = None
+        room = _LARGEST_UDP[self.sa.destination.version] - self._fixed
+        self._longest = room - (room & self._padded) - 2
+        """Bytes of the longest payload: with padding and trailer it fits in a UDP datagram."""
+
+    @property
+    def _padded(self) -> int:
+        """What the length of a plaintext is a multiple of, less 1: of a power of two."""
+        return self._remainder | 3
 
     def draw_ivs(self, counter: Iterator[int]) -> None:
         """Take IVs from `counter` from now on."""
@@ -344,18 +354,19 @@ class PortableOutbound(PortableAssociation, Outbound):
             next_header, payload = split
             left_out = len(first) - len(payload)
             payloads = [each[left_out:] for each in run]
-        octets = sum(map(len, payloads))
-        if self.sa.tfc:
-            payloads = [each.ljust(self.sa.tfc, b"\0") for each in payloads]
         with self.lock:
             if self.gone:
                 return [DROPPED[Reason.NO_SA]]
-            many = len(run)
-            if not self._ample(many, octets) or self._refusal(many, max(map(len, payloads))) is not None:
+            if not self._ample(payloads) or self.highest + len(run) > self.permitted:
+                payloads = payloads[:1]
+            octets = sum(map(len, payloads))
+            if self.sa.tfc:
+                payloads = [each.ljust(self.sa.tfc, b"\0") for each in payloads]
+            if max(map(len, payloads)) > self._longest:
                 payloads, octets = payloads[:1], len(first) - left_out
-                dropped = self._refused(len(payloads[0]))
-                if dropped is not None:
-                    return [dropped]
+            dropped = self._refused(len(payloads[0]))
+            if dropped is not None:
+                return [dropped]
             destination = self._destination_of(first)
             sealed = self._seal(payloads, next_header)
             self._use(len(payloads), octets, now)
@@ -373,25 +384,20 @@ class PortableOutbound(PortableAssociation, Outbound):
             self._use(1, length, now)
             return sealed, self.destination(0, False)
 
-    def _refusal(self, count: int, longest: int) -> Reason | None:
-        """Return why `count` packets with payloads of up to `longest` bytes cannot be sealed."""
-        pad = -(longest + 2) % max(self.cipher.block_length, 4)
-        if longest + 2 + pad + self._fixed > _LARGEST_UDP[self.sa.destination.version]:
-            return Reason.TOO_BIG
-        if self.highest + count <= self.permitted:
-            return None
-        return Reason.UNRESERVED if self.highest + count <= self._last else Reason.SEQUENCE
-
     def _refused(self, length: int) -> Dropped | None:
         """Return why not even one packet can be sealed; without a number left the SA is over."""
-        reason = self._refusal(1, length)
-        if reason is Reason.SEQUENCE:
-            self._expire(hard=True)
-        return None if reason is None else DROPPED[reason]
+        if length > self._longest:
+            return DROPPED[Reason.TOO_BIG]
+        if self.highest < self.permitted:
+            return None
+        if self.highest < self._last:
+            return DROPPED[Reason.UNRESERVED]
+        self._expire(hard=True)
+        return DROPPED[Reason.SEQUENCE]
 
     def _seal(self, payloads: Sequence[bytes], next_header: int) -> list[bytes]:
         cipher, ivs, spi = self.cipher, self.ivs, self.sa.spi
-        trailers, mask = packets.trailers(next_header), max(cipher.block_length, 4) - 1
+        trailers, mask = packets.trailers(next_header), self._padded
         sequence, high = self.highest, b""
         self.highest += len(payloads)  # from here on they are used, whatever happens
         sealed: list[bytes] = []

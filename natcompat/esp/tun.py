@@ -200,11 +200,11 @@ class TunDevice:
 
         ESP of a longer one would leave in two, the second of them almost empty.
         """
-        most = max(1, min(_MOST_SEGMENTS, _LARGEST_DATAGRAM // (self._mtu + _LARGEST_OVERHEAD)))
         if self._persists:
             return  # how it was made is its owner's affair
         size = _LARGEST_SEGMENTED
         if self._segments:
+            most = max(1, min(_MOST_SEGMENTS, _LARGEST_DATAGRAM // (self._mtu + _LARGEST_OVERHEAD)))
             size = min(size, most * max(0, self._mtu - _LONGEST_HEADERS) + _HEADERS_TO_COME)
         with contextlib.suppress(NatCompatError):  # this kernel has no such limit
             self._routes().set_link(self.index, segmented=size)
