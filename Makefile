@@ -44,7 +44,7 @@ pytest: .venv/.test ## run the tests alone (ARGS="-k steering")
 
 conformance: .venv/.test ## 100,000 random datagrams against the contract (a minute or two)
 	@NATCOMPAT_DATAGRAMS=$${NATCOMPAT_DATAGRAMS:-100000} \
-	  $(BIN)/python -m pytest -s --timeout 3600 tests/test_differential.py $(ARGS)
+	  $(BIN)/python -m pytest -s --timeout 3600 tests/backends/test_differential.py $(ARGS)
 
 lab-newer: .venv/.test ## the tests of kernel ESP on a newer kernel, emulated (many minutes)
 	@tests/lab/newer-kernel $(ARGS)
@@ -53,7 +53,7 @@ fuzz: .venv/.fuzz ## throw bytes at what takes them from the network (ARGS="--se
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 sanitize: .venv/.test ## the C data path under ASan, UBSan, TSan and valgrind (minutes)
-	@$(BIN)/python -m tests.native $(ARGS)
+	@$(BIN)/python -m tests.ffi $(ARGS)
 
 bench: override ARGS :=
 bench: bench-sockets bench-esp $(if $(filter 0,$(UID)),bench-datapath) ## all three that follow
@@ -75,16 +75,16 @@ format: .venv/.test ## format and sort the sources
 
 clean: ## remove everything that was made
 	rm -rf .venv .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* build dist *.egg-info
-	rm -f natcompat/esp/_datapath.*.so
+	rm -f natcompat/esp/datapath/compiled.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- set-up, done once ------------------------------------------------------------------------------
 
-.venv/.main: pyproject.toml .ci/setup $(wildcard ffi/*.[ch] ffi/*.py) | .venv/.system-main-$(UID)
+.venv/.main: pyproject.toml .ci/setup $(wildcard ffi/*/*.[ch] ffi/*.py ffi/*/*.py) | .venv/.system-main-$(UID)
 	@.ci/setup python
 	@touch $@
 
-.venv/.test: pyproject.toml .ci/setup $(wildcard ffi/*.[ch] ffi/*.py) | .venv/.system-test-$(UID)
+.venv/.test: pyproject.toml .ci/setup $(wildcard ffi/*/*.[ch] ffi/*.py ffi/*/*.py) | .venv/.system-test-$(UID)
 	@.ci/setup python test,check
 	@touch $@ .venv/.main
 

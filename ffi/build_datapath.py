@@ -1,4 +1,4 @@
-"""Builds natcompat.esp._datapath, the C data path: cffi in API mode, out of line, no GIL in calls.
+"""Builds natcompat.esp.datapath.compiled, the C data path: cffi in API mode, out of line, no GIL in calls.
 
     python ffi/build_datapath.py                       builds it in place, for working in this tree
     python ffi/build_datapath.py --into DIR -- FLAGS   builds it into a directory, with flags of yours
@@ -24,10 +24,10 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 HERE: Final = Path(__file__).parent
-NAME: Final = "natcompat.esp._datapath"
+NAME: Final = "natcompat.esp.datapath.compiled"
 _SOLARIS: Final = "natcompat.backends._solaris"
 
-HEADERS: Final = ["esp.h", "esp_control.h", "checksum.h", "offload.h", "loop.h"]
+HEADERS: Final = ["esp/esp.h", "esp/esp_control.h", "offload/checksum.h", "offload/offload.h", "loop/loop.h"]
 """What Python sees of it stands in these between two marks, and is put together in this order."""
 
 FLAGS: Final = ["-O2", "-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
@@ -68,13 +68,13 @@ class BuildDatapath(build_ext):  # type: ignore[misc]
 
     def get_source_files(self) -> list[str]:
         """Return what goes into the source distribution, which is for every system."""
-        return [*super().get_source_files(), "ffi/build_solaris.py"]
+        return [*super().get_source_files(), "ffi/solaris/build_solaris.py"]
 
     def build_extension(self, ext: Extension) -> None:
         """Build the data path, or what Solaris has instead."""
         if ext.name == _SOLARIS:
             # by its path: the root of the project is not on sys.path here
-            runpy.run_path(str(HERE / "build_solaris.py"))["prepare"](ext, self.build_temp)
+            runpy.run_path(str(HERE / "solaris" / "build_solaris.py"))["prepare"](ext, self.build_temp)
             super().build_extension(ext)
             return
         if sys.platform != "linux":
@@ -89,11 +89,11 @@ class BuildDatapath(build_ext):  # type: ignore[misc]
         builder = cffi.FFI()
         builder.cdef(definitions())
         builder.set_source(NAME, "".join(f'#include "{name}"\n' for name in HEADERS))
-        target = Path(self.build_temp) / "_datapath.c"
+        target = Path(self.build_temp) / "compiled.c"
         target.parent.mkdir(parents=True, exist_ok=True)
         builder.emit_c_code(str(target))
         ext.sources = [str(target), *(str(HERE.parent / name) for name in ext.sources)]
-        ext.depends = [str(each) for each in HERE.glob("*.[ch]")]
+        ext.depends = [str(each) for each in HERE.rglob("*.[ch]")]
         ext.include_dirs = [str(HERE)]
         ext.extra_compile_args = [*FLAGS, *ext.extra_compile_args]
         ext.define_macros = [("WITH_LIBCRYPTO", str(int(libcrypto))), ("WITH_IPSEC_MB", str(int(ipsec_mb)))]
@@ -125,7 +125,7 @@ def main() -> None:
         Distribution(
             {
                 "name": "natcompat",
-                "packages": ["natcompat", "natcompat.esp"],
+                "packages": ["natcompat", "natcompat.esp", "natcompat.esp.datapath"],
                 "package_dir": {"": str(HERE.parent)},
                 "ext_modules": [
                     Extension(

@@ -30,14 +30,14 @@ if TYPE_CHECKING:
         Verdict,
         classify,
     )
-    from natcompat.endpoint import NatTEndpoint
+    from natcompat.endpoint import get_nat_t_endpoint, set_nat_t_endpoint
+    from natcompat.endpoint.endpoint import NatTEndpoint
+    from natcompat.endpoint.keepalive import Keepalive
+    from natcompat.endpoint.socket_class import NatTSocket
+    from natcompat.endpoint.solaris_option import install, uninstall
+    from natcompat.endpoint.stats import Stats
     from natcompat.errors import BackendUnavailableError, NatCompatError
     from natcompat.ipsec import SecurityAssociation
-    from natcompat.keepalive import Keepalive
-    from natcompat.option import install, uninstall
-    from natcompat.setting import get_nat_t_endpoint, set_nat_t_endpoint
-    from natcompat.sockets import NatTSocket
-    from natcompat.stats import Stats
 
 __version__ = "0.1.0"
 
@@ -54,14 +54,14 @@ _HOMES = {
         "Verdict",
         "classify",
     ),
-    "natcompat.endpoint": ("NatTEndpoint",),
+    "natcompat.endpoint.endpoint": ("NatTEndpoint",),
     "natcompat.errors": ("BackendUnavailableError", "NatCompatError"),
     "natcompat.ipsec": ("SecurityAssociation",),
-    "natcompat.keepalive": ("Keepalive",),
-    "natcompat.option": ("install", "uninstall"),
-    "natcompat.setting": ("get_nat_t_endpoint", "set_nat_t_endpoint"),
-    "natcompat.sockets": ("NatTSocket",),
-    "natcompat.stats": ("Stats",),
+    "natcompat.endpoint.keepalive": ("Keepalive",),
+    "natcompat.endpoint.solaris_option": ("install", "uninstall"),
+    "natcompat.endpoint": ("get_nat_t_endpoint", "set_nat_t_endpoint"),
+    "natcompat.endpoint.socket_class": ("NatTSocket",),
+    "natcompat.endpoint.stats": ("Stats",),
 }
 
 __all__ = [

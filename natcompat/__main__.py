@@ -2,7 +2,7 @@
 
 import sys
 
-from natcompat.cli import main
+from natcompat.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

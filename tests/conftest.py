@@ -9,14 +9,14 @@ from collections.abc import Callable, Generator, Iterator
 
 import pytest
 
-from tests.pairs import KINDS, Kind, Pair
+from tests.support.pairs import KINDS, Kind, Pair
 
 pytest_plugins = ("tests.lab.plugin",)
-pytest.register_assert_rewrite("natcompat.testing_ipsec")  # before any module of the tests imports it
+pytest.register_assert_rewrite("natcompat.testing.ipsec")  # before any module of the tests imports it
 
 MakeSocket = Callable[..., socket.socket]
 
-if _built := os.environ.get("NATCOMPAT_TEST_DATAPATH"):  # another build of the C data path, by tests/native
+if _built := os.environ.get("NATCOMPAT_TEST_DATAPATH"):  # another build of the C data path, by tests/ffi
     import natcompat.esp
 
     natcompat.esp.__path__.insert(0, _built)
@@ -70,16 +70,16 @@ def pair(kind: Kind, family: socket.AddressFamily) -> Iterator[Pair]:
 @pytest.fixture(scope="module", params=["python", "c"])
 def datapath(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both data paths: every engine that a module makes, or `open_ipsec`, while it has this fixture."""
-    from natcompat.esp import datapaths
-    from natcompat.esp.datapath import DataPathFactory, PortableDataPath
-    from natcompat.esp.engine import EspEngine
-    from tests.esp.making import native_providers
+    from natcompat.esp import choice as datapaths
+    from natcompat.esp.engine.engine import EspEngine
+    from natcompat.esp.engine.portable import DataPathFactory, PortableDataPath
+    from tests.support.esp import native_providers
 
     path: DataPathFactory = PortableDataPath
     if request.param == "c":
         if not native_providers():
             pytest.skip("the C data path is not built: python ffi/build_datapath.py")
-        from natcompat.esp.native import NativeDataPath
+        from natcompat.esp.datapath.native import NativeDataPath
 
         path = NativeDataPath
     with pytest.MonkeyPatch.context() as patch:

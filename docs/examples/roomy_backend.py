@@ -10,8 +10,8 @@ import socket
 from collections.abc import Mapping
 
 from natcompat.backends.base import Attachment, Viability
+from natcompat.backends.diversion import Diversion
 from natcompat.contract import Duty, Performer
-from natcompat.diversion import Diversion
 
 ROOM = 1 << 20  # bytes
 _QUEUE = (socket.SOL_SOCKET, socket.SO_RCVBUF)

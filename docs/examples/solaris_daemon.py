@@ -1,6 +1,7 @@
 """A daemon written for Solaris: it knows nothing but the socket option.
 
-On Solaris: ``python solaris_daemon.py PORT``; elsewhere: ``python -m natcompat.run solaris_daemon.py PORT``.
+On Solaris: ``python solaris_daemon.py PORT``; elsewhere:
+``python -m natcompat.commands.run solaris_daemon.py PORT``.
 Answers every IKE message with an IKE header of its own, until it gets one with exchange type 0.
 """
 

@@ -19,7 +19,7 @@ from natcompat.errors import BackendUnavailableError, NatCompatError
 
 if TYPE_CHECKING:
     from natcompat.backends.base import IPsecBackend
-    from natcompat.esp.device import PacketDevice
+    from natcompat.esp.device.queue import PacketDevice
     from natcompat.esp.userspace import UserspaceIPsec
     from natcompat.ipsec import IPsec
 

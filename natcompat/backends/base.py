@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 from natcompat.contract import Duty, Performer
 
 if TYPE_CHECKING:
-    from natcompat.diversion import Diversion
+    from natcompat.backends.diversion import Diversion
     from natcompat.ipsec import IPsec
 
 Address: TypeAlias = tuple[Any, ...]

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Final
 
 from natcompat.backends import sysctl
 from natcompat.backends.base import Attachment, Viability
+from natcompat.backends.diversion import Diversion
 from natcompat.backends.sysctl import Sysctl
 from natcompat.contract import NON_ESP_MARKER, TABLE, Duty, Performer, Verdict
-from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
 
 if TYPE_CHECKING:
     from natcompat.ipsec import IPsec
-    from natcompat.pfkey.dialects import Dialect
+    from natcompat.kernel.pfkey.dialects import Dialect
 
 _INET, _INET6 = int(socket.AF_INET), int(socket.AF_INET6)
 _IN_PROCESS: Final[Mapping[Duty, Performer]] = dict.fromkeys(Duty, Performer.PROCESS)
@@ -175,7 +175,7 @@ class BsdBackend:
 
     def open_ipsec(self) -> IPsec:
         """Open the kernel's SAD and SPD over PF_KEY."""
-        from natcompat.pfkey import open_ipsec
+        from natcompat.kernel.pfkey import open_ipsec
 
         return open_ipsec(self.name)
 
@@ -383,7 +383,7 @@ def _try_port(half: SocketHalf) -> str:
 
 def _asks_pf_key(name: str) -> tuple[bool, str]:
     """Return whether this process may install SAs, and why the kernel has none at all."""
-    from natcompat.pfkey import numbers
+    from natcompat.kernel.pfkey import numbers
 
     try:
         socket.socket(_dialect(name).family, socket.SOCK_RAW, numbers.PF_KEY_V2).close()
@@ -393,14 +393,14 @@ def _asks_pf_key(name: str) -> tuple[bool, str]:
 
 
 def _dialect(name: str) -> Dialect:
-    from natcompat.pfkey.dialects import DIALECTS
+    from natcompat.kernel.pfkey.dialects import DIALECTS
 
     return DIALECTS[name]
 
 
 def _exempt(half: SocketHalf, sock: socket.socket) -> list[tuple[int, int, bytes]] | None:
     """Let IPsec policies leave `sock` alone; return what undoes it, None where this process may not."""
-    from natcompat.pfkey import bypass
+    from natcompat.kernel.pfkey import bypass
 
     dialect = _dialect(half.name)
     try:

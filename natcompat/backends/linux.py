@@ -9,14 +9,13 @@ import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
-from natcompat import filters
-from natcompat.backends import features
 from natcompat.backends.base import Attachment, Viability
-from natcompat.backends.steering import UDP_ENCAP
+from natcompat.backends.diversion import Diversion
+from natcompat.backends.linux_sockets import features, filters
+from natcompat.backends.linux_sockets.steering import UDP_ENCAP
 from natcompat.contract import TABLE, Duty, Performer, Verdict
-from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
-from natcompat.xfrm.bypass import bypass, undo_bypass
+from natcompat.kernel.xfrm.bypass import bypass, undo_bypass
 
 if TYPE_CHECKING:
     from natcompat.ipsec import IPsec
@@ -62,13 +61,13 @@ class LinuxBackend:
         """Open the kernel's SAD and SPD: over XFRM, or as NATCOMPAT_IPSEC says.
 
         Its values are ``auto`` and ``xfrm``, and ``pfkey`` for af_key, which can do less (see
-        `natcompat.pfkey.dialects`) and hands keys to every PF_KEY socket. EINVAL for another one.
+        `natcompat.kernel.pfkey.dialects`) and hands keys to every PF_KEY socket. EINVAL for another one.
         """
         if asked_mapping() == "pfkey":
-            from natcompat.pfkey import open_ipsec
+            from natcompat.kernel.pfkey import open_ipsec
 
             return open_ipsec("linux")
-        from natcompat.xfrm.kernel import XfrmIPsec
+        from natcompat.kernel.xfrm.kernel import XfrmIPsec
 
         return XfrmIPsec()
 
@@ -145,7 +144,7 @@ def _bypass(sock: socket.socket) -> bool:
 
 
 def _viability() -> Viability:
-    from natcompat.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
+    from natcompat.kernel.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
 
     no_filter = features.filter_refused()
     duties = _UNFILTERED if no_filter else _FILTERED

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from natcompat.backends import sunos
 from natcompat.backends.base import Attachment, Viability
+from natcompat.backends.diversion import Diversion
 from natcompat.contract import NAT_KEEPALIVE, Duty, Performer
-from natcompat.diversion import Diversion
 from natcompat.errors import NatCompatError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class SolarisBackend:
 
     def open_ipsec(self) -> IPsec:
         """Open the kernel's SAD over PF_KEY."""
-        from natcompat.pfkey import open_ipsec
+        from natcompat.kernel.pfkey import open_ipsec
 
         return open_ipsec(self.name)
 

@@ -1,7 +1,7 @@
 """What Solaris and illumos offer besides sockets: their numbers, privileges and kernel statistics.
 
-Through the extension `natcompat.backends._solaris` (ffi/build_solaris.py), which takes every number and
-layout from the headers of the system that it is built on; without it by ctypes, with the numbers that
+Through the extension `natcompat.backends._solaris` (ffi/solaris/build_solaris.py), which takes every number
+and layout from the headers of the system that it is built on; without it by ctypes, with the numbers that
 those headers have had since 2008. Nothing here has run on the system itself: see docs/backends.md.
 """
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from natcompat.backends.base import Attachment, Viability
-from natcompat.backends.own_esp import PROCESS_ESP
+from natcompat.backends.diversion import Diversion
+from natcompat.backends.process_esp import PROCESS_ESP
 from natcompat.contract import Duty, Performer
-from natcompat.diversion import Diversion
 
 if TYPE_CHECKING:
-    from natcompat.esp.device import PacketDevice
+    from natcompat.esp.device.queue import PacketDevice
     from natcompat.esp.userspace import UserspaceIPsec
 
 _PROCESS: Final[Mapping[Duty, Performer]] = dict.fromkeys(Duty, Performer.PROCESS)
@@ -84,7 +84,7 @@ class UserspaceBackend:
             return Viability(
                 self.name, True, _PROCESS, "demultiplexing in line: steering is a feature of Linux"
             )
-        from natcompat.backends import features
+        from natcompat.backends.linux_sockets import features
 
         steering, filtering = features.steering_refused(), features.filter_refused()
         no_filter = f"; no filter: {filtering}" if filtering else ""
@@ -120,8 +120,7 @@ class _LinuxAttachment(InLineAttachment):
     """Steering, filter and UDP_GRO on one socket of Linux, as far as each can be had."""
 
     def __init__(self, sock: socket.socket, diversion: Diversion) -> None:
-        from natcompat import filters
-        from natcompat.backends import features, steering
+        from natcompat.backends.linux_sockets import features, filters, steering
 
         super().__init__("")
         self._steering: steering.Steering | None = None
@@ -153,8 +152,8 @@ class _LinuxAttachment(InLineAttachment):
             undo.pop_all()
 
     def _steer(self, sock: socket.socket, diversion: Diversion, undo: contextlib.ExitStack) -> str:
-        from natcompat.backends.features import steering_refused
-        from natcompat.backends.steering import Steering, refusal
+        from natcompat.backends.linux_sockets.features import steering_refused
+        from natcompat.backends.linux_sockets.steering import Steering, refusal
 
         reason = refusal(sock) or steering_refused()
         if reason:
@@ -172,8 +171,8 @@ class _LinuxAttachment(InLineAttachment):
 
     def _filter(self, sock: socket.socket, diversion: Diversion, undo: contextlib.ExitStack) -> None:
         """Put a filter on: against what may only be ESP for nobody, or at least against runts."""
-        from natcompat import filters
-        from natcompat.backends.features import put_filter, take_filter_off
+        from natcompat.backends.linux_sockets import filters
+        from natcompat.backends.linux_sockets.features import put_filter, take_filter_off
 
         strict = self._steering is not None or not diversion.wanted
         refused = put_filter(sock, filters.IKE_ONLY if strict else filters.NO_RUNTS)
@@ -201,7 +200,7 @@ class _LinuxAttachment(InLineAttachment):
 
     def detach(self, sock: socket.socket) -> None:
         """Leave the group, take the filter off, give UDP_GRO back."""
-        from natcompat.backends.features import restore_gro, take_filter_off
+        from natcompat.backends.linux_sockets.features import restore_gro, take_filter_off
 
         with contextlib.ExitStack() as each:  # all of them, whatever one of them raises
             each.callback(restore_gro, sock, self.hidden)

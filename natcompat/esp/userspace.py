@@ -17,20 +17,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from natcompat.backends.base import Address, EspOutlet, SocketReader, TakeBurst
-from natcompat.backends.own_esp import PROCESS_ESP
+from natcompat.backends.process_esp import PROCESS_ESP
 from natcompat.errors import NatCompatError
-from natcompat.esp import datapaths
-from natcompat.esp.carrier import Carrier
-from natcompat.esp.datapath import Sealed
-from natcompat.esp.device import PacketDevice, QueueDevice
-from natcompat.esp.engine import EspEngine
-from natcompat.esp.mtu import device_mtu
-from natcompat.esp.results import Reason
+from natcompat.esp import choice as datapaths
+from natcompat.esp.carrier.mtu import device_mtu
+from natcompat.esp.carrier.portable import Carrier
+from natcompat.esp.device.queue import PacketDevice, QueueDevice
+from natcompat.esp.engine.engine import EspEngine
+from natcompat.esp.engine.portable import Sealed
+from natcompat.esp.engine.results import Reason
 from natcompat.ipsec import Direction, Policy, SaId, SecurityAssociation
 
 if TYPE_CHECKING:
-    from natcompat.diversion import Diversion
-    from natcompat.esp.routing import DeviceRoutes
+    from natcompat.backends.diversion import Diversion
+    from natcompat.esp.device.routes import DeviceRoutes
 
 _log = logging.getLogger("natcompat")
 
@@ -213,8 +213,9 @@ def open_process_ipsec(*, device: PacketDevice | None = None, follow_mapping: bo
     """Open the ESP of this process: what endpoints of the backend userspace hand their ESP to.
 
     Those that were given another consumer keep it (`esp` of `natcompat.set_nat_t_endpoint`). `device`
-    is closed with what is returned. None: a `natcompat.esp.tun.TunDevice` where this process may make one,
-    with routes that follow the outbound policies (`natcompat.esp.routing`); else a `QueueDevice`.
+    is closed with what is returned. None: a `natcompat.esp.device.tun.TunDevice` where this process may make
+    one,
+    with routes that follow the outbound policies (`natcompat.esp.device.routes`); else a `QueueDevice`.
 
     There is one at a time, since a port gives its ESP to one: EBUSY while it is open. A forked child may
     open its own, which then shares the ports of its parent.
@@ -241,8 +242,8 @@ def _default_device(undo: contextlib.ExitStack) -> tuple[PacketDevice, DeviceRou
     """Return the system's device, if there can be one, else a queue."""
     if sys.platform != "linux":
         return QueueDevice(), None
-    from natcompat.esp.routing import DeviceRoutes
-    from natcompat.esp.tun import TunDevice
+    from natcompat.esp.device.routes import DeviceRoutes
+    from natcompat.esp.device.tun import TunDevice
 
     try:
         device = undo.enter_context(TunDevice(vnet_header=datapaths.select().name == "c"))

@@ -1,1 +1,1 @@
-"""IPsec in a kernel: what XFRM (`natcompat.xfrm`) and PF_KEY (`natcompat.pfkey`) have in common."""
+"""IPsec in a kernel: what `natcompat.kernel.xfrm` and `natcompat.kernel.pfkey` have in common."""

@@ -14,7 +14,7 @@ from natcompat.ipsec import LARGEST_SPI, SMALLEST_SPI, IPAddress, Policy, SaId, 
 from natcompat.kernel.events import Known
 
 if TYPE_CHECKING:
-    from natcompat.xfrm.keepalive import KeepaliveSender
+    from natcompat.kernel.xfrm.keepalive import KeepaliveSender
 
 _Answer = TypeVar("_Answer")
 _ALLOCATION_ATTEMPTS = 16

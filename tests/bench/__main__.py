@@ -27,7 +27,7 @@ from rich.table import Table
 from natcompat import Viability, set_nat_t_endpoint
 from natcompat.backends.base import Backend
 from natcompat.backends.linux import LinuxBackend
-from natcompat.xfrm.bypass import bypass
+from natcompat.kernel.xfrm.bypass import bypass
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 PAYLOAD: Final = b"\xa5" * 1400

@@ -25,9 +25,9 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from natcompat.esp.datapath import DataPathFactory, PortableDataPath
-from natcompat.esp.engine import EspEngine
-from natcompat.esp.results import Dropped, Opened
+from natcompat.esp.engine.engine import EspEngine
+from natcompat.esp.engine.portable import DataPathFactory, PortableDataPath
+from natcompat.esp.engine.results import Dropped, Opened
 from natcompat.ipsec import (
     Direction,
     Encr,
@@ -36,7 +36,7 @@ from natcompat.ipsec import (
     TrafficSelector,
     UDPEncapsulation,
 )
-from tests.esp.making import native_providers
+from tests.support.esp import native_providers
 
 SIZE = 1400
 BURST = 64
@@ -47,7 +47,7 @@ SOURCE = (str(REMOTE), 4500)
 
 def inner_packet(number: int, size: int = SIZE) -> bytes:
     """Return a UDP packet from a host behind this end to host `number` behind the other."""
-    from natcompat.esp.packet import checksum
+    from natcompat.esp.engine.packet import checksum
 
     addresses = IPv4Address("10.0.0.1").packed + (0x0B000000 + number).to_bytes(4)
     start = bytes((0x45, 0)) + size.to_bytes(2) + bytes((0, 0, 0x40, 0, 64, 17))
@@ -93,7 +93,7 @@ def paths() -> dict[str, DataPathFactory]:
     found: dict[str, DataPathFactory] = {"python": PortableDataPath}
     providers = native_providers()
     if providers:
-        from natcompat.esp.native import NativeDataPath
+        from natcompat.esp.datapath.native import NativeDataPath
 
         found |= {f"c, {provider}": partial(NativeDataPath, provider=provider) for provider in providers}
     return found

@@ -20,9 +20,10 @@ from ipaddress import IPv4Address
 from typing import Any, Final
 
 from natcompat import set_nat_t_endpoint
-from natcompat.esp import datapaths, native_carrier
-from natcompat.esp.native import NativeDataPath
-from natcompat.esp.tun import TunDevice
+from natcompat.esp import choice as datapaths
+from natcompat.esp.carrier import native as native_carrier
+from natcompat.esp.datapath.native import NativeDataPath
+from natcompat.esp.device.tun import TunDevice
 from natcompat.esp.userspace import UserspaceIPsec
 from natcompat.ipsec import (
     Direction,

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 
 from natcompat.ipsec import Direction, Encr, SecurityAssociation, UDPEncapsulation
-from natcompat.xfrm.kernel import XfrmIPsec
-from natcompat.xfrm.translate import encode_sa, encode_sa_id
+from natcompat.kernel.xfrm.kernel import XfrmIPsec
+from natcompat.kernel.xfrm.translate import encode_sa, encode_sa_id
 
 ROUNDS = 3
 

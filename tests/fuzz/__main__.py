@@ -1,11 +1,11 @@
-"""Runs the fuzzers, one after the other, from the corpora of tests/corpora.
+"""Runs the fuzzers, one after the other, from the corpora of tests/fuzz/corpora.
 
     python -m tests.fuzz [--seconds N] [--keep] [TARGET...]
 
 A corpus is a file of inputs in hexadecimal, one a line; the ordinary tests try all of them
-(tests/test_fuzz.py). With --keep, what reaches more code than before is added to it. An input that makes a
-target fail is printed and ends the run; it belongs into the corpus when the failure is repaired. The target
-esp_c is C and takes clang with its run-time libraries (libclang-rt-dev); the others take atheris.
+(tests/fuzz/test_corpora.py). With --keep, what reaches more code than before is added to it. An input that
+makes a target fail is printed and ends the run; it belongs into the corpus when the failure is repaired. The
+target esp_c is C and takes clang with its run-time libraries (libclang-rt-dev); the others take atheris.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.native.building import build
+from tests.ffi.building import build
 
-CORPORA = Path(__file__).parents[1] / "corpora"
+CORPORA = Path(__file__).with_name("corpora")
 LONGEST = 512
 """Bytes of an input."""
 

@@ -12,14 +12,14 @@ from ipaddress import ip_address
 from typing import Any
 
 from natcompat.contract import NON_ESP_MARKER, Verdict, classify
-from natcompat.esp import packet as packets
-from natcompat.esp.crypto import make_cipher
-from natcompat.esp.datapath import DataPathFactory, PortableDataPath
-from natcompat.esp.engine import EspEngine
-from natcompat.esp.mtu import may_fragment, too_big
-from natcompat.esp.results import Dropped, Opened, Reason
+from natcompat.esp.carrier.mtu import may_fragment, too_big
+from natcompat.esp.engine import packet as packets
+from natcompat.esp.engine.crypto import make_cipher
+from natcompat.esp.engine.engine import EspEngine
+from natcompat.esp.engine.portable import DataPathFactory, PortableDataPath
+from natcompat.esp.engine.results import Dropped, Opened, Reason
 from natcompat.ipsec import Direction, Encr, Integ, Mode, TrafficSelector
-from tests.esp.making import INNER, OUTER, SPI, keys, native_providers, policy, sa
+from tests.support.esp import INNER, OUTER, SPI, keys, native_providers, policy, sa
 
 TRANSFORMS = (
     (Encr.AES_GCM_16, Integ.NONE),
@@ -34,7 +34,7 @@ def data_paths() -> list[DataPathFactory]:
     """Return the portable data path, and the one in C where it is built."""
     if not native_providers():
         return [PortableDataPath]
-    from natcompat.esp.native import NativeDataPath
+    from natcompat.esp.datapath.native import NativeDataPath
 
     return [PortableDataPath, NativeDataPath]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from natcompat.xfrm.kernel import XfrmIPsec
+from natcompat.kernel.xfrm.kernel import XfrmIPsec
 from tests.lab.topology import Network
 
 

@@ -20,11 +20,11 @@ from contextlib import ExitStack
 from ipaddress import ip_address
 from typing import Any
 
-from natcompat.esp.packet import checksum
-from natcompat.testing_ipsec.harness import NETWORKS, OUTER, PATIENCE
-from natcompat.testing_ipsec.traffic import PEER_PORTS, udp_packet
-from natcompat.xfrm.bypass import bypass
-from natcompat.xfrm.probe import UDP_ENCAP, UDP_ENCAP_ESPINUDP
+from natcompat.esp.engine.packet import checksum
+from natcompat.kernel.xfrm.bypass import bypass
+from natcompat.kernel.xfrm.probe import UDP_ENCAP, UDP_ENCAP_ESPINUDP
+from natcompat.testing.ipsec.harness import NETWORKS, OUTER, PATIENCE
+from natcompat.testing.ipsec.traffic import PEER_PORTS, udp_packet
 from tests.lab.topology import inside
 
 TUNSETIFF, IFF_TUN, IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # linux/if_tun.h

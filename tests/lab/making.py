@@ -18,9 +18,9 @@ from natcompat.ipsec import (
     TrafficSelector,
     UDPEncapsulation,
 )
-from natcompat.pfkey import open_ipsec
-from natcompat.pfkey.kernel import PfKeyIPsec
-from natcompat.xfrm.kernel import XfrmIPsec
+from natcompat.kernel.pfkey import open_ipsec
+from natcompat.kernel.pfkey.kernel import PfKeyIPsec
+from natcompat.kernel.xfrm.kernel import XfrmIPsec
 
 Opened = TypeVar("Opened", bound=XfrmIPsec | PfKeyIPsec)
 

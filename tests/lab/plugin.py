@@ -236,7 +236,7 @@ def _run(names: list[str], root: Path, coverage: bool, abandoned: threading.Even
 def _kernel_has_esp() -> bool:
     if sys.platform != "linux" or os.geteuid() != 0:
         return False
-    from natcompat.xfrm.probe import probe_esp
+    from natcompat.kernel.xfrm.probe import probe_esp
 
     return bool(probe_esp()) and bool(probe_esp("rfc4106(gcm(aes))", "", family=socket.AF_INET6))
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from natcompat.esp.crypto import make_cipher
-from natcompat.esp.engine import EspEngine
-from natcompat.esp.packet import DUMMY, IPV4, IPV6, PADDINGS
-from natcompat.esp.results import Dropped, Opened
+from natcompat.esp.engine.crypto import make_cipher
+from natcompat.esp.engine.engine import EspEngine
+from natcompat.esp.engine.packet import DUMMY, IPV4, IPV6, PADDINGS
+from natcompat.esp.engine.results import Dropped, Opened
 from natcompat.ipsec import Direction, Encr, Integ, Mode, Policy, SecurityAssociation
-from natcompat.testing_ipsec.harness import HOSTS, OUTER, SPI, IPsecHarness, policy
-from natcompat.testing_ipsec.traffic import _comparable, udp_packet
-from natcompat.xfrm.kernel import XfrmIPsec
-from tests.esp.making import IN_C, TRANSFORMS, keys, name, native_providers
+from natcompat.kernel.xfrm.kernel import XfrmIPsec
+from natcompat.testing.ipsec.harness import HOSTS, OUTER, SPI, IPsecHarness, policy
+from natcompat.testing.ipsec.traffic import _comparable, udp_packet
 from tests.lab.kernel_esp import KernelEsp
 from tests.lab.topology import inside
+from tests.support.esp import IN_C, TRANSFORMS, keys, name, native_providers
 
 pytestmark = pytest.mark.kernel_esp
 
@@ -121,7 +121,7 @@ def engines_in_c(sa: SecurityAssociation) -> Iterator[list[EspEngine]]:
     with contextlib.ExitStack() as stack:
         engines = []
         for provider in native_providers():
-            from natcompat.esp.native import NativeDataPath
+            from natcompat.esp.datapath.native import NativeDataPath
 
             by = partial(NativeDataPath, provider=provider)
             engine = stack.enter_context(EspEngine(timer=False, datapath=by))

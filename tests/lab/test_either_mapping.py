@@ -15,11 +15,11 @@ import pytest
 import natcompat
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import Direction, EventsLost, Expire, Lifetime, UDPEncapsulation
-from natcompat.pfkey.kernel import PfKeyIPsec
-from natcompat.xfrm.kernel import XfrmIPsec
+from natcompat.kernel.pfkey.kernel import PfKeyIPsec
+from natcompat.kernel.xfrm.kernel import XfrmIPsec
+from tests.kernel.xfrm.test_probe import as_nobody
 from tests.lab.making import PORTS, emptied, modest, open_pfkey, refused, tunnel
 from tests.lab.topology import wait_for
-from tests.test_xfrm_probe import as_nobody
 
 pytestmark = pytest.mark.kernel_esp
 

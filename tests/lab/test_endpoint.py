@@ -9,8 +9,8 @@ import pytest
 
 from natcompat import Duty, NatCompatError, Performer, open_ipsec, probe, set_nat_t_endpoint
 from natcompat.ipsec import Action, Direction, Policy, TrafficSelector
+from natcompat.kernel.xfrm.kernel import XfrmIPsec
 from natcompat.testing import EndpointConformance
-from natcompat.xfrm.kernel import XfrmIPsec
 from tests.lab.topology import Network, wait_for
 
 pytestmark = pytest.mark.kernel_esp

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import pytest
 
 from natcompat.contract import NON_ESP_MARKER
-from natcompat.esp.engine import EspEngine
-from natcompat.esp.packet import checksum
-from natcompat.esp.results import Dropped, Opened
+from natcompat.esp.engine.engine import EspEngine
+from natcompat.esp.engine.packet import checksum
+from natcompat.esp.engine.results import Dropped, Opened
 from natcompat.ipsec import (
     Direction,
     IPsec,
@@ -24,9 +24,9 @@ from natcompat.ipsec import (
     TrafficSelector,
     UDPEncapsulation,
 )
-from natcompat.testing_ipsec.traffic import udp_packet
-from tests.esp.making import IN_C, TRANSFORMS, keys
+from natcompat.testing.ipsec.traffic import udp_packet
 from tests.lab.topology import Network, iptables
+from tests.support.esp import IN_C, TRANSFORMS, keys
 
 pytestmark = pytest.mark.kernel_esp
 

@@ -16,16 +16,16 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from natcompat import ipsec_cli
-from natcompat.cli import natcompat
+from natcompat.commands import ipsec as ipsec_cli
+from natcompat.commands.ipsec.describe import describe_selector
+from natcompat.commands.ipsec.lines import policy_columns, sa_columns
+from natcompat.commands.main import natcompat
 from natcompat.ipsec import Direction, Lifetime, Policy, TrafficSelector, UDPEncapsulation
-from natcompat.ipsec_cli.describe import describe_selector
-from natcompat.ipsec_cli.lines import policy_columns, sa_columns
-from natcompat.xfrm.kernel import XfrmIPsec
+from natcompat.kernel.xfrm.kernel import XfrmIPsec
+from tests.kernel.xfrm.test_probe import as_nobody
 from tests.lab.making import cbc, make, tunnel
 from tests.lab.topology import wait_for
-from tests.running import becomes_nobody, run_on_terminal
-from tests.test_xfrm_probe import as_nobody
+from tests.support.running import becomes_nobody, run_on_terminal
 
 KEY = bytes(range(1, 21)).hex()
 

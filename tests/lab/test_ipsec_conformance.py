@@ -9,11 +9,11 @@ from typing import ClassVar
 import pytest
 
 from natcompat.ipsec import IPsec, Mode
-from natcompat.testing_ipsec import IPsecConformance, IPsecTrafficConformance
-from natcompat.xfrm.kernel import XfrmIPsec
-from tests.esp.making import IN_C, TRANSFORMS
+from natcompat.kernel.xfrm.kernel import XfrmIPsec
+from natcompat.testing.ipsec import IPsecConformance, IPsecTrafficConformance
 from tests.lab.kernel_esp import KernelEsp
 from tests.lab.topology import inside
+from tests.support.esp import IN_C, TRANSFORMS
 
 pytestmark = pytest.mark.kernel_esp
 

@@ -28,12 +28,12 @@ from natcompat.ipsec import (
     TrafficSelector,
     UDPEncapsulation,
 )
-from natcompat.xfrm import _messages as messages
-from natcompat.xfrm.kernel import XfrmIPsec
-from natcompat.xfrm.netlink import attributes
-from natcompat.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
-from natcompat.xfrm.readback import decode
-from natcompat.xfrm.translate import INFO_END, encode_sa_id
+from natcompat.kernel.xfrm import messages
+from natcompat.kernel.xfrm.kernel import XfrmIPsec
+from natcompat.kernel.xfrm.netlink import attributes
+from natcompat.kernel.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
+from natcompat.kernel.xfrm.readback import decode
+from natcompat.kernel.xfrm.translate import INFO_END, encode_sa_id
 from tests.lab.making import PORTS, cbc, make, refused, tunnel
 from tests.lab.topology import wait_for
 
@@ -260,7 +260,7 @@ def test_unknown_sa(ipsec: XfrmIPsec) -> None:
 
 def test_a_missing_algorithm(ipsec: XfrmIPsec, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this kernel had no GCM: the request names an algorithm that nobody has."""
-    from natcompat.xfrm import probe, translate
+    from natcompat.kernel.xfrm import probe, translate
 
     monkeypatch.setitem(translate.ENCRYPTION_NAMES, Encr.AES_GCM_16, "rfc4106(rot13(aes))")
     monkeypatch.setitem(probe.MODULES, "rfc4106(rot13(aes))", "gcm, ctr and ghash")
@@ -387,7 +387,7 @@ def test_a_move_that_fails_leaves_everything(ipsec: XfrmIPsec) -> None:
 
 
 def test_what_is_deleted_and_refused_is_put_back(ipsec: XfrmIPsec, monkeypatch: pytest.MonkeyPatch) -> None:
-    from natcompat.xfrm import move
+    from natcompat.kernel.xfrm import move
 
     sa = make(encapsulation=PORTS)
     sa_id = ipsec.add_sa(sa)

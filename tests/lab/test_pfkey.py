@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from natcompat.commands.ipsec.databases import sad, spd
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
     Acquire,
@@ -31,13 +32,12 @@ from natcompat.ipsec import (
     TrafficSelector,
     UDPEncapsulation,
 )
-from natcompat.ipsec_cli.databases import sad, spd
-from natcompat.pfkey import numbers as n
-from natcompat.pfkey.dialects import LINUX
-from natcompat.pfkey.kernel import PfKeyIPsec
-from natcompat.pfkey.messages import decode, read_key
-from natcompat.pfkey.transport import PfKeySocket
-from natcompat.xfrm.kernel import XfrmIPsec
+from natcompat.kernel.pfkey import numbers as n
+from natcompat.kernel.pfkey.dialects import LINUX
+from natcompat.kernel.pfkey.kernel import PfKeyIPsec
+from natcompat.kernel.pfkey.messages import decode, read_key
+from natcompat.kernel.pfkey.transport import PfKeySocket
+from natcompat.kernel.xfrm.kernel import XfrmIPsec
 from tests.lab.making import PORTS, SELECTOR, emptied, modest, open_pfkey, refused, tunnel
 from tests.lab.topology import Network, inside, wait_for
 
@@ -179,8 +179,8 @@ def test_what_af_key_cannot_say(pfkey: PfKeyIPsec, changes: dict[str, Any], code
 
 def test_why_a_short_check_value_is_refused(pfkey: PfKeyIPsec) -> None:
     """What the refusal says is so: the kernel would cut HMAC-SHA-256 to 96 bits."""
-    from natcompat.pfkey.messages import Message
-    from natcompat.pfkey.translate import encode_sa
+    from natcompat.kernel.pfkey.messages import Message
+    from natcompat.kernel.pfkey.translate import encode_sa
 
     sa = modest(integrity=Integ.HMAC_SHA1_96, integrity_key=bytes(20))
     message = encode_sa(LINUX, sa, n.SADB_ADD)
@@ -473,9 +473,9 @@ def test_a_mapping_change_of_somebody_elses_sa(network: Network) -> None:
             **keys,
         )
         ipsec.add_sa(sa)
-        from natcompat.esp.engine import EspEngine
-        from natcompat.esp.results import Dropped
-        from natcompat.testing_ipsec.traffic import udp_packet
+        from natcompat.esp.engine.engine import EspEngine
+        from natcompat.esp.engine.results import Dropped
+        from natcompat.testing.ipsec.traffic import udp_packet
 
         with EspEngine(timer=False) as peer:
             peer.add_sa(

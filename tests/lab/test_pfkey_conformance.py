@@ -9,9 +9,9 @@ import pytest
 
 from natcompat.backends.linux import MAPPING_VARIABLE, LinuxBackend
 from natcompat.ipsec import Encr, Integ, IPsec
-from natcompat.pfkey.kernel import PfKeyIPsec
-from natcompat.testing_ipsec import IPsecConformance, IPsecHarness, IPsecTrafficConformance
-from natcompat.testing_ipsec.harness import keys
+from natcompat.kernel.pfkey.kernel import PfKeyIPsec
+from natcompat.testing.ipsec import IPsecConformance, IPsecHarness, IPsecTrafficConformance
+from natcompat.testing.ipsec.harness import keys
 from tests.lab.kernel_esp import KernelEsp
 from tests.lab.topology import inside
 

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from natcompat.xfrm.probe import UDP_ENCAP, UDP_ENCAP_ESPINUDP
+from natcompat.kernel.xfrm.probe import UDP_ENCAP, UDP_ENCAP_ESPINUDP
 
 if sys.platform != "linux":
     pytest.skip("the socket option of Linux", allow_module_level=True)

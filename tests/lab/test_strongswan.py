@@ -8,7 +8,7 @@ import pytest
 
 from natcompat.ipsec import Direction, Encr
 from tests.lab.topology import Host, Network
-from tests.strongswan import Side, lacking, negotiated
+from tests.support.strongswan import Side, lacking, negotiated
 
 REASON = lacking(libipsec=False)
 pytestmark = [pytest.mark.kernel_esp, pytest.mark.skipif(bool(REASON), reason=REASON)]

@@ -31,8 +31,8 @@ from natcompat.ipsec import (
     TrafficSelector,
     UDPEncapsulation,
 )
-from natcompat.xfrm.bypass import bypass, undo_bypass
-from natcompat.xfrm.kernel import XfrmIPsec
+from natcompat.kernel.xfrm.bypass import bypass, undo_bypass
+from natcompat.kernel.xfrm.kernel import XfrmIPsec
 from tests.lab.topology import Host, Network, inside, wait_for
 
 pytestmark = pytest.mark.kernel_esp

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.running import run
+from tests.support.running import run
 
 pytestmark = pytest.mark.kernel_esp
 

@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from natcompat.xfrm.events import XfrmEvents
-from natcompat.xfrm.kernel import XfrmIPsec
-from natcompat.xfrm.probe import UDP_ENCAP, UDP_ENCAP_ESPINUDP
+from natcompat.kernel.xfrm.events import XfrmEvents
+from natcompat.kernel.xfrm.kernel import XfrmIPsec
+from natcompat.kernel.xfrm.probe import UDP_ENCAP, UDP_ENCAP_ESPINUDP
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.otheros.kernels import KERNELS, header
-from tests.running import ROOT
+from tests.support.running import ROOT
 
 HERE: Final = Path(__file__).parent
 COMPILER: Final = shutil.which("cc") or shutil.which("gcc")

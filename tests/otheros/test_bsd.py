@@ -174,7 +174,7 @@ for family in LOOPBACK:
 def test_doctor_and_verify(make_model: MakeModel, system: str) -> None:
     options: dict[str, Any] = {"port": free_port() if system == "openbsd" else 0}
     for arguments in (["doctor"], ["verify", "--no-nat", "--backend", system]):
-        code = f"from natcompat.cli import main\nsys.argv = ['natcompat', *{arguments!r}]\nmain()\n"
+        code = f"from natcompat.commands.main import main\nsys.argv = ['natcompat', *{arguments!r}]\nmain()\n"
         done = make_model(system).run(code, **options)
         assert done.returncode == 0, done.stdout + done.stderr
         if arguments == ["doctor"]:

@@ -18,10 +18,10 @@ import pytest
 from natcompat.backends import sunos
 from natcompat.backends.solaris import send_raw_keepalive
 from natcompat.contract import NAT_KEEPALIVE
-from natcompat.pfkey import numbers as pf_key
+from natcompat.kernel.pfkey import numbers as pf_key
 from tests.otheros.conftest import MakeModel
 from tests.otheros.running import COMPILER, HERE
-from tests.running import ROOT
+from tests.support.running import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the model runs on Linux")
 
@@ -57,7 +57,7 @@ def extension(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(platform, "system", lambda: "SunOS")
         build = runpy.run_path(str(ROOT / "ffi/build_datapath.py"))["BuildDatapath"]
         # as pyproject.toml has it, without the libraries
-        made = Extension("natcompat.backends._solaris", ["ffi/build_solaris.py"])
+        made = Extension("natcompat.backends._solaris", ["ffi/solaris/build_solaris.py"])
         made.include_dirs = [str(HERE / "include")]
         command = build(Distribution({"name": "natcompat", "ext_modules": [made]}))
         command.build_temp = command.build_lib = str(directory)
@@ -284,14 +284,14 @@ with udp() as sock, udp() as peer:
 
 def test_doctor_and_verify(make_model: MakeModel) -> None:
     done = make_model("solaris").run("""
-from natcompat.cli import main
+from natcompat.commands.main import main
 sys.argv = ["natcompat", "doctor"]
 main()
 """)
     assert done.returncode == 0, done.stderr
     assert "auto takes solaris here" in done.stdout
     done = make_model("solaris").run("""
-from natcompat.cli import main
+from natcompat.commands.main import main
 sys.argv = ["natcompat", "verify", "--no-nat", "--backend", "solaris"]
 main()
 """)
@@ -366,7 +366,7 @@ def test_on_another_system_nothing_is_found() -> None:
 
 
 def test_it_is_built_on_sunos_alone() -> None:
-    builder = runpy.run_path(str(ROOT / "ffi/build_solaris.py"))
+    builder = runpy.run_path(str(ROOT / "ffi/solaris/build_solaris.py"))
     with pytest.raises(SystemExit, match="for Solaris"):
         builder["main"]()
 

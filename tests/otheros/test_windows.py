@@ -9,24 +9,24 @@ from pathlib import Path
 
 import pytest
 
-from tests.running import ROOT, environment
+from tests.support.running import ROOT, environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the model takes away what Linux has")
 
 ELSEWHERE = {
-    "natcompat.backends.features": "filters and steering are of Linux",
+    "natcompat.backends.linux_sockets.features": "filters and steering are of Linux",
     "natcompat.backends.linux": "for Linux",
-    "natcompat.backends.steering": "steering is of Linux",
-    "natcompat.esp.native": "the C data path is not built there",
-    "natcompat.esp.native_association": "the C data path is not built there",
-    "natcompat.esp.native_carrier": "the C data path is not built there",
-    "natcompat.esp.routing": "of Linux",
-    "natcompat.esp.rtnetlink": "of Linux",
-    "natcompat.esp.tun": "TUN devices of Linux",
-    "natcompat.xfrm.netlink": "of Linux",
+    "natcompat.backends.linux_sockets.steering": "steering is of Linux",
+    "natcompat.esp.datapath.native": "the C data path is not built there",
+    "natcompat.esp.datapath.native_association": "the C data path is not built there",
+    "natcompat.esp.carrier.native": "the C data path is not built there",
+    "natcompat.esp.device.routes": "of Linux",
+    "natcompat.esp.device.rtnetlink": "of Linux",
+    "natcompat.esp.device.tun": "TUN devices of Linux",
+    "natcompat.kernel.xfrm.netlink": "of Linux",
 }
 """Modules that cannot be imported there, and need not."""
-FOR_PYROUTE2 = "natcompat.xfrm."
+FOR_PYROUTE2 = "natcompat.kernel.xfrm."
 """What declares messages of netlink."""
 
 
@@ -110,13 +110,13 @@ found = {each.backend: each for each in natcompat.probe()}
 assert [name for name, each in found.items() if each.viable] == ["userspace", "userspace:in-line"]
 assert all("this is win32" in found[name].reason for name in found if not found[name].viable)
 assert backends.select().name == backends.select(hands_over_esp=True).name == "userspace"
-from natcompat.cli import main
+from natcompat.commands.main import main
 sys.argv = ["natcompat", "doctor"]
 main()
 """)
     assert "auto takes userspace here" in said
     succeeds("""
-from natcompat.cli import main
+from natcompat.commands.main import main
 sys.argv = ["natcompat", "verify", "--no-nat"]
 main()
 """)
@@ -130,7 +130,7 @@ def test_esp_goes_through_queues() -> None:
 THROUGH_QUEUES = """
 import socket
 from natcompat import open_ipsec, set_nat_t_endpoint
-from natcompat.esp.device import QueueDevice
+from natcompat.esp.device.queue import QueueDevice
 from natcompat.esp.userspace import UserspaceIPsec
 from natcompat.ipsec import (
     Direction, Encr, Mode, Policy, SecurityAssociation, TrafficSelector, UDPEncapsulation

@@ -1,4 +1,4 @@
-/* What ffi/build_solaris.py takes of Solaris' kstat.h and sys/kstat.h, written from kstat(3KSTAT). */
+/* What ffi/solaris/build_solaris.py takes of Solaris' kstat.h and sys/kstat.h, written from kstat(3KSTAT). */
 #pragma once
 #include <stdint.h>
 

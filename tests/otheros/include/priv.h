@@ -1,4 +1,4 @@
-/* What ffi/build_solaris.py takes of Solaris' priv.h, written from priv_set(3C) and privileges(7). */
+/* What ffi/solaris/build_solaris.py takes of Solaris' priv.h, written from priv_set(3C) and privileges(7). */
 #pragma once
 
 #define PRIV_SYS_IP_CONFIG ((const char *)"sys_ip_config")

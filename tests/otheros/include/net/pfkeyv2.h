@@ -1,4 +1,4 @@
-/* What ffi/build_solaris.py takes of Solaris' net/pfkeyv2.h, written from RFC 2367 and pf_key(4P). */
+/* What ffi/solaris/build_solaris.py takes of Solaris' net/pfkeyv2.h, written from RFC 2367 and pf_key(4P). */
 #pragma once
 #include <stdint.h>
 

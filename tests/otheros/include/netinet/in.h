@@ -1,4 +1,4 @@
-/* What ffi/build_solaris.py takes of Solaris' netinet/in.h, written from ipsec(4P); the rest is this system's. */
+/* What ffi/solaris/build_solaris.py takes of Solaris' netinet/in.h, written from ipsec(4P); the rest is this system's. */
 #pragma once
 #include_next <netinet/in.h>
 #include <stdint.h>

@@ -1,0 +1,1 @@
+"""``natcompat doctor``: what works on this machine, why, and what would help."""

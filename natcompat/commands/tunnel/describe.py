@@ -1,0 +1,125 @@
+"""What a tunnel's file asks for, for people and for programs; never keys."""
+
+from __future__ import annotations
+
+from natcompat.commands.ipsec.describe import Row, describe_policy, describe_sa
+from natcompat.commands.report import Printer, doubtful
+from natcompat.commands.tunnel.file import Tunnel
+from natcompat.ipsec import InstalledSA, Policy, PolicyUsage, SecurityAssociation, Usage
+
+_UNUSED = Usage(
+    packets=0,
+    octets=0,
+    added=0.0,
+    first_used=None,
+    last_used=None,
+    replay_drops=0,
+    window_drops=0,
+    integrity_drops=0,
+    sequence=0,
+)
+_NOT_YET = frozenset(_UNUSED.__slots__) | {"state", "description", "mark", "interface_id"}
+
+
+def describe(tunnel: Tunnel) -> Row:
+    """Return the tunnel as a JSON object: SAs and policies as ``natcompat sad`` and ``spd`` say them."""
+    endpoint, device = tunnel.endpoint, tunnel.device
+    return {
+        "file": str(tunnel.path),
+        "backend": endpoint.backend,
+        "state_file": None if tunnel.state is None else str(tunnel.state),
+        "endpoint": {
+            "local_address": str(endpoint.local_address),
+            "local_port": endpoint.local_port,
+            "remote_address": str(endpoint.remote_address),
+            "remote_port": endpoint.remote_port,
+            "follow_mapping": endpoint.follow_mapping,
+        },
+        "device": None
+        if device is None
+        else {
+            "name": device.name,
+            "addresses": [str(each) for each in device.addresses],
+            "routes": [str(each) for each in device.routes],
+            "mtu": device.mtu,
+        },
+        "sas": [_sa(each) for each in tunnel.associations],
+        "policies": [_policy(each) for each in tunnel.policies],
+        "notes": list(tunnel.notes),
+    }
+
+
+def _sa(sa: SecurityAssociation) -> Row:
+    row = describe_sa(InstalledSA(sa_id=sa.sa_id, association=sa, usage=_UNUSED))
+    return {name: value for name, value in row.items() if name not in _NOT_YET}
+
+
+def _policy(policy: Policy) -> Row:
+    row = describe_policy(PolicyUsage(policy=policy, added=0.0, last_used=None))
+    return {name: value for name, value in row.items() if name not in _NOT_YET}
+
+
+def show(tunnel: Tunnel) -> None:
+    """Print what the tunnel would be."""
+    said = describe(tunnel)
+    endpoint, device = said["endpoint"], said["device"]
+    out = Printer()
+    out.heading(f"{said['file']}: right", "This is what it asks for. Nothing has been done.")
+    rows = [
+        ["backend", said["backend"]],
+        ["endpoint", f"{endpoint['local_address']} port {endpoint['local_port']}"],
+        ["peer", f"{endpoint['remote_address']} port {endpoint['remote_port']}"],
+        ["its mapping", "is followed when it changes" if endpoint["follow_mapping"] else "is not followed"],
+        ["state file", said["state_file"] or "none"],
+        ["device", "none" if device is None else device["name"]],
+    ]
+    if device is not None:
+        rows += [
+            ["  addresses", ", ".join(device["addresses"]) or "none"],
+            ["  routes", ", ".join(device["routes"]) or "none"],
+            ["  MTU", str(device["mtu"] or "what the SAs leave of the outer path's")],
+        ]
+    out.table(["", ""], rows)
+    out.heading("SAs")
+    out.table(
+        ["SPI", "way", "source", "destination", "UDP", "mode", "transform", "window", "reqid"],
+        [
+            [
+                each["spi"],
+                each["direction"],
+                each["source"],
+                each["destination"],
+                f"{each['local_port']}-{each['remote_port']}",
+                each["mode"],
+                _transform(each),
+                str(each["replay_window"]) if each["direction"] == "in" else "",
+                str(each["reqid"]),
+            ]
+            for each in said["sas"]
+        ],
+    )
+    out.heading("Policies")
+    out.table(
+        ["way", "selector", "action", "mode", "tunnel", "reqid"],
+        [
+            [
+                each["direction"],
+                each["selector"],
+                each["action"] + (" if possible" if each["optional"] else ""),
+                each["mode"] if each["action"] == "protect" else "",
+                f"{each['source']} to {each['destination']}" if each["source"] else "",
+                str(each["reqid"]),
+            ]
+            for each in said["policies"]
+        ],
+    )
+    for note in tunnel.notes:
+        out.line("")
+        out.line(doubtful("Note: "), note)
+
+
+def _transform(row: Row) -> str:
+    words = [row["encryption"], str(row["encryption_bits"] or "")]
+    words += [row["integrity"]] if row["integrity"] != "NONE" else []
+    words += ["ESN"] if row["esn"] else []
+    return " ".join(each for each in words if each)

@@ -1,0 +1,195 @@
+"""What a running tunnel tells: a live table on a terminal, plain lines in a pipe, or JSON.
+
+``natcompat tunnel --json`` prints one object a line. Each has ``time`` (seconds since the epoch) and
+``event``; later versions may add more:
+
+``up``
+    what ``--check --json`` prints: ``file``, ``backend``, ``state_file``, ``endpoint``, ``device`` (null:
+    none; ``name``, ``addresses``, ``routes``, ``mtu``), ``sas`` and ``policies`` (as ``natcompat sad`` and
+    ``spd`` say them, natcompat/commands/ipsec/__init__.py), ``notes``
+``counters``
+    each round: ``sas`` (an array as that of ``natcompat top --json``), ``drops`` (why packets went no
+    further, and how many so far, as natcompat/esp/engine/results.py counts them; empty with the
+    backend linux)
+``soft expire``, ``hard expire``, ``mapping change``, ``acquire``, ``events lost``
+    as ``natcompat events --json`` says them
+``warning``
+    ``text``: what is to be known, such as that the state file cannot be written
+``down``
+    the tunnel is about to be taken down; ``status`` is that of the exit
+
+``--check --json`` prints what ``up`` says, as one object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TextIO
+
+from natcompat.commands.ipsec.describe import Row, describe_event
+from natcompat.commands.ipsec.lines import event_line
+from natcompat.commands.ipsec.tables import plain, table
+from natcompat.commands.tunnel.describe import describe
+from natcompat.commands.tunnel.file import Tunnel
+from natcompat.ipsec import Event
+
+_REMEMBERED = 6
+
+
+class Reporter(Protocol):
+    """Takes what happens, in one thread. A method may wait as long as nobody reads what it writes."""
+
+    def up(self, tunnel: Tunnel, device: str | None, mtu: int | None) -> None:
+        """The tunnel is up; `device` is the name of its TUN device."""
+
+    def counters(self, rows: Sequence[Row], drops: Mapping[str, int]) -> None:
+        """A round is over."""
+
+    def event(self, event: Event) -> None:
+        """Something happened to an SA."""
+
+    def warn(self, text: str) -> None:
+        """Something is to be known."""
+
+    def down(self, status: int) -> None:
+        """The tunnel is about to be taken down."""
+
+    def close(self) -> None:
+        """Nothing more comes."""
+
+
+def reporter(stream: TextIO, *, as_json: bool) -> Reporter:
+    """Return what suits `stream`."""
+    if as_json:
+        return JsonReporter(stream)
+    return LiveReporter(stream) if stream.isatty() else PlainReporter(stream)
+
+
+class JsonReporter:
+    """An object a line."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def up(self, tunnel: Tunnel, device: str | None, mtu: int | None) -> None:  # noqa: D102
+        said = describe(tunnel)
+        if said["device"] is not None and device is not None:
+            said["device"] |= {"name": device, "mtu": mtu}
+        self._print("up", said)
+
+    def counters(self, rows: Sequence[Row], drops: Mapping[str, int]) -> None:  # noqa: D102
+        self._print("counters", {"sas": list(rows), "drops": dict(drops)})
+
+    def event(self, event: Event) -> None:  # noqa: D102
+        said = describe_event(event)
+        self._print(said.pop("event"), said)
+
+    def warn(self, text: str) -> None:  # noqa: D102
+        self._print("warning", {"text": text})
+
+    def down(self, status: int) -> None:  # noqa: D102
+        self._print("down", {"status": status})
+
+    def close(self) -> None:  # noqa: D102
+        pass
+
+    def _print(self, event: str, said: Row) -> None:
+        self._stream.write(json.dumps({"time": time.time(), "event": event, **said}) + "\n")
+        self._stream.flush()
+
+
+class PlainReporter:
+    """Lines of text; warnings on stderr."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def up(self, tunnel: Tunnel, device: str | None, mtu: int | None) -> None:  # noqa: D102
+        self._say(_up(tunnel, device, mtu))
+        for note in tunnel.notes:
+            self.warn(note)
+
+    def counters(self, rows: Sequence[Row], drops: Mapping[str, int]) -> None:  # noqa: D102
+        lines = plain(list(rows)).rstrip("\n")
+        self._say(f"{lines}\n{_drops(drops)}\n" if drops else f"{lines}\n")
+
+    def event(self, event: Event) -> None:  # noqa: D102
+        self._say(event_line(describe_event(event)))
+
+    def warn(self, text: str) -> None:  # noqa: D102
+        print(f"natcompat: {text.rstrip('.')}.", file=sys.stderr, flush=True)
+
+    def down(self, status: int) -> None:  # noqa: D102
+        self._say(f"{time.strftime('%H:%M:%S')}  going down")
+
+    def close(self) -> None:  # noqa: D102
+        pass
+
+    def _say(self, text: str) -> None:
+        self._stream.write(f"{text}\n")
+        self._stream.flush()
+
+
+class LiveReporter:
+    """A table that changes where it stands, and the last events below it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._live = Live(console=Console(file=stream, highlight=False, emoji=False), auto_refresh=False)
+        self._title = ""
+        self._rows: list[Row] = []
+        self._drops: Mapping[str, int] = {}
+        self._recent: deque[str] = deque(maxlen=_REMEMBERED)
+        self._live.start()
+
+    def up(self, tunnel: Tunnel, device: str | None, mtu: int | None) -> None:  # noqa: D102
+        self._title = _up(tunnel, device, mtu)
+        for note in tunnel.notes:
+            self.warn(note)
+
+    def counters(self, rows: Sequence[Row], drops: Mapping[str, int]) -> None:  # noqa: D102
+        self._rows, self._drops = list(rows), drops
+        self._draw()
+
+    def event(self, event: Event) -> None:  # noqa: D102
+        self._recent.append(event_line(describe_event(event)))
+        self._draw()
+
+    def warn(self, text: str) -> None:  # noqa: D102
+        self._recent.append(text)
+        self._draw()
+
+    def down(self, status: int) -> None:  # noqa: D102
+        self._draw()
+
+    def close(self) -> None:  # noqa: D102
+        self._live.stop()
+
+    def _draw(self) -> None:
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[Any] = [Text(self._title, style="bold"), table("SAs", self._rows)]
+        if self._drops:
+            parts.append(Text(_drops(self._drops)))
+        parts += map(Text, self._recent)
+        self._live.update(Group(*parts), refresh=True)
+
+
+def _up(tunnel: Tunnel, device: str | None, mtu: int | None) -> str:
+    endpoint = tunnel.endpoint
+    where = f", device {device} with MTU {mtu}" if device else ""
+    return (
+        f"Up: {endpoint.local_address} port {endpoint.local_port} to {endpoint.remote_address} port "
+        f"{endpoint.remote_port}, backend {endpoint.backend}{where}"
+    )
+
+
+def _drops(drops: Mapping[str, int]) -> str:
+    return "dropped: " + ", ".join(f"{count} {reason}" for reason, count in drops.items())

@@ -1,0 +1,127 @@
+"""The backend ``userspace`` under a tunnel: ESP in this process, inner packets by a TUN device."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Callable, Mapping, Sequence
+
+from natcompat.commands.tunnel.file import Device, Tunnel
+from natcompat.commands.tunnel.reserve import Numbers
+from natcompat.errors import NatCompatError
+from natcompat.esp.device.queue import PacketDevice
+from natcompat.ipsec import InstalledSA, MappingChange, SaId, SecurityAssociation
+
+ETHERNET_MTU = 1500
+"""The path MTU where the kernel does not tell one."""
+
+
+class ProcessSide:
+    """The ESP of this process, until `close`. A TUN device takes CAP_NET_ADMIN: EPERM."""
+
+    def __init__(self, tunnel: Tunnel, sock: socket.socket) -> None:
+        from natcompat import set_nat_t_endpoint
+        from natcompat.esp.userspace import UserspaceIPsec, open_process_ipsec
+
+        self._tunnel = tunnel
+        self._names = {(sa.direction, sa.spi) for sa in tunnel.associations}
+        self.device: str | None = None
+        self.mtu: int | None = None
+        self._bring_up: Callable[[], None] = _nothing
+        self._undo = contextlib.ExitStack()
+        try:
+            device = _nowhere() if tunnel.device is None else self._make_device(tunnel.device, sock)
+            self._undo.callback(device.close)
+            self.ipsec: UserspaceIPsec = open_process_ipsec(
+                device=device, follow_mapping=tunnel.endpoint.follow_mapping
+            )
+            self._undo.callback(self.ipsec.close)
+            self.permit: Callable[[SaId, int], object] | None = self.ipsec.permit
+            for policy in tunnel.policies:
+                self.ipsec.add_policy(policy)
+            set_nat_t_endpoint(sock, backend="userspace")
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_device(self, wanted: Device, sock: socket.socket) -> PacketDevice:
+        """Make the TUN device, and keep what `sock` sends out of it; nothing leads there yet."""
+        from natcompat.esp import choice as datapaths
+        from natcompat.esp.carrier.mtu import device_mtu
+        from natcompat.esp.carrier.path_mtu import kernel_path_mtu
+        from natcompat.esp.device.routes import DeviceRoutes
+        from natcompat.esp.device.tun import TunDevice
+
+        mtu = wanted.mtu or device_mtu(
+            self._tunnel.associations, lambda host: kernel_path_mtu(host, sock) or ETHERNET_MTU
+        )
+        in_c = datapaths.select().name == "c"  # segments are then cut and joined there
+        try:
+            tun = self._undo.enter_context(TunDevice(wanted.name, mtu=mtu, vnet_header=in_c))
+        except NatCompatError as error:
+            remedies = [error.remedy] if error.remedy else []
+            remedies.append('Without a device (kind = "none" in [device]) this end only receives')
+            raise NatCompatError(error.errno or 0, error.strerror or "", ". ".join(remedies)) from None
+        routes = self._undo.enter_context(DeviceRoutes(tun))
+        routes.exempt(sock)
+        self.device, self.mtu = tun.name, mtu
+        peers = {str(self._tunnel.endpoint.remote_address)}
+
+        def bring_up() -> None:
+            for each in wanted.addresses:
+                tun.add_address(str(each))
+            for network in wanted.routes:
+                own = (each.ip for each in wanted.addresses if each.version == network.version)
+                routes.add(network, next(own, None), peers=peers)
+            for peer in peers:
+                routes.check_peer(peer)
+
+        self._bring_up = bring_up
+        return tun
+
+    def add_sa(self, sa: SecurityAssociation, sequence: int | None, permitted: int | None) -> None:
+        """Install an SA."""
+        self.ipsec.add_sa(sa, sequence=sequence, permitted=permitted)
+
+    def open_device(self) -> None:
+        """Give the device its addresses and routes."""
+        self._bring_up()
+
+    def installed(self) -> Sequence[InstalledSA]:
+        """Return the SAs that are there."""
+        return [each for each in self.ipsec.list_sas() if not each.larval]
+
+    def numbers(self) -> Numbers:
+        """Return their names now, and what they have sent or received last."""
+        return {
+            (each.association.direction, each.sa_id.spi): (each.sa_id, each.usage.sequence or 0)
+            for each in self.installed()
+            if each.association is not None
+        }
+
+    def drops(self) -> Mapping[str, int]:
+        """Return how many packets went no further, by reason."""
+        return {reason.value: count for reason, count in sorted(self.ipsec.counters().items(), key=str)}
+
+    def follow(self, event: MappingChange) -> None:
+        """Do nothing: the engine has done it."""
+
+    def stop(self) -> Numbers:
+        """Carry no more packets; return what the SAs have done, which is final."""
+        self.ipsec.carrier.close()
+        return self.numbers()
+
+    def close(self) -> None:
+        """Take all away."""
+        self._undo.close()
+
+
+def _nowhere() -> PacketDevice:
+    """Return a device that nothing comes from, and that drops what it gets."""
+    from natcompat.esp.device.queue import CallbackDevice
+
+    return CallbackDevice(_nothing)
+
+
+def _nothing(*_: object) -> None:
+    pass

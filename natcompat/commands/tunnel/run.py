@@ -1,0 +1,235 @@
+"""A tunnel from its beginning to its end: everything that is made is taken down, whatever ends it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from natcompat.commands.ipsec.describe import describe_sa
+from natcompat.commands.ipsec.lines import Rates
+from natcompat.commands.tunnel.display import Reporter
+from natcompat.commands.tunnel.file import Endpoint, Tunnel
+from natcompat.commands.tunnel.reserve import Numbers, Reservations
+from natcompat.commands.tunnel.signals import Ended, EndingSignals
+from natcompat.commands.tunnel.state import StateFile
+from natcompat.errors import NatCompatError
+from natcompat.ipsec import (
+    Direction,
+    Event,
+    Events,
+    Expire,
+    InstalledSA,
+    IPsec,
+    MappingChange,
+    SaId,
+    SecurityAssociation,
+)
+
+_MOST_AT_ONCE = 64
+
+
+class Side(Protocol):
+    """What is different between ESP in the kernel and in this process."""
+
+    device: str | None
+    """The name of the TUN device."""
+    mtu: int | None
+    permit: Callable[[SaId, int], object] | None
+    """Let an SA use sequence numbers up to this one; None: it takes no such limit."""
+
+    @property
+    def ipsec(self) -> IPsec:
+        """The SAs and policies."""
+        ...
+
+    def add_sa(self, sa: SecurityAssociation, sequence: int | None, permitted: int | None) -> None:
+        """Install an SA that goes on behind `sequence`, and may use numbers up to `permitted`."""
+
+    def open_device(self) -> None:
+        """Let inner packets in and out."""
+
+    def installed(self) -> Sequence[InstalledSA]:
+        """Return the SAs of this tunnel that are there."""
+
+    def numbers(self) -> Numbers:
+        """Return their names now, and what they have sent or received last."""
+
+    def drops(self) -> Mapping[str, int]:
+        """Return how many packets went no further, by reason."""
+
+    def follow(self, event: MappingChange) -> None:
+        """Send where the peer is now."""
+
+    def stop(self) -> Numbers:
+        """Seal nothing more; return what SAs have done of which that is certain."""
+
+    def close(self) -> None:
+        """Take all away that was made."""
+
+
+def run(tunnel: Tunnel, *, create_state: bool, interval: float, count: int | None, reporter: Reporter) -> int:
+    """Run `tunnel` in the foreground until a signal or `count` rounds end it; return the exit status.
+
+    Raises `NatCompatError` if it cannot come up, and has changed nothing then.
+    """
+    with EndingSignals() as signals, contextlib.ExitStack() as stack:
+        stack.callback(reporter.close)
+        state = stack.enter_context(StateFile(tunnel.state, create=create_state)) if tunnel.state else None
+        if create_state and state is None:
+            raise NatCompatError(errno.EINVAL, "the file names no state file", "Leave --create-state out")
+        with contextlib.ExitStack() as unused:
+            if create_state and state is not None:
+                unused.callback(state.discard)
+            sock = stack.enter_context(open_socket(tunnel.endpoint))
+            side = stack.enter_context(contextlib.closing(open_side(tunnel, sock)))
+            unused.pop_all()
+        foreground = _Foreground(tunnel, side, sock, signals, reporter)
+        reservations = _install(tunnel, side, state, foreground.complain)
+        if reservations is not None:
+            stack.callback(_finish, reservations, side)
+            stack.callback(reservations.close)
+            reservations.start()
+        events = stack.enter_context(side.ipsec.events())
+        side.open_device()
+        try:
+            return foreground.serve(events, interval, count)
+        except Ended:
+            return 128 + signals.number
+
+
+def open_socket(endpoint: Endpoint) -> socket.socket:
+    """Return a UDP socket that is bound to the local end."""
+    address, port = str(endpoint.local_address), endpoint.local_port
+    family = socket.AF_INET if endpoint.local_address.version == 4 else socket.AF_INET6
+    sock = socket.socket(family, socket.SOCK_DGRAM)
+    try:
+        sock.bind((address, port))
+    except OSError as error:
+        sock.close()
+        remedies = {
+            errno.EADDRINUSE: "End who has it (natcompat doctor tells), or choose another local_port",
+            errno.EADDRNOTAVAIL: "Let local_address be one that this host has (ip address)",
+            errno.EACCES: "Choose a local_port above 1023, or run as root",
+        }
+        raise NatCompatError(
+            error.errno or errno.EIO,
+            f"{address} port {port} cannot be bound: {error.strerror}",
+            remedies.get(error.errno or 0, ""),
+        ) from None
+    sock.setblocking(False)
+    return sock
+
+
+def open_side(tunnel: Tunnel, sock: socket.socket) -> Side:
+    """Open the IPsec that the file asks for, and put its policies there."""
+    if tunnel.endpoint.backend == "linux":
+        from natcompat.commands.tunnel.kernel import KernelSide
+
+        return KernelSide(tunnel, sock)
+    from natcompat.commands.tunnel.process import ProcessSide
+
+    return ProcessSide(tunnel, sock)
+
+
+def _install(
+    tunnel: Tunnel, side: Side, state: StateFile | None, complain: Callable[[str], object]
+) -> Reservations | None:
+    """Install the SAs, inbound ones first: nobody shall send before the other can receive."""
+    reservations = None
+    numbers = {}
+    if state is not None:
+        reservations = Reservations(
+            state, tunnel.associations, numbers=side.numbers, permit=side.permit, complain=complain
+        )
+        numbers = reservations.begin()
+    for sa in sorted(tunnel.associations, key=lambda each: each.direction is Direction.OUT):
+        sequence, permitted = numbers.get((sa.direction, sa.spi), (None, None))
+        side.add_sa(sa, sequence, permitted)
+    return reservations
+
+
+def _finish(reservations: Reservations, side: Side) -> None:
+    with contextlib.suppress(OSError):  # the file then says what may have been used, which is right, too
+        reservations.finish(side.stop())
+
+
+class _Foreground:
+    """The main thread of a tunnel that is up: it tells what happens, and waits for the end."""
+
+    def __init__(
+        self, tunnel: Tunnel, side: Side, sock: socket.socket, signals: EndingSignals, reporter: Reporter
+    ) -> None:
+        self._tunnel, self._side, self._sock = tunnel, side, sock
+        self._signals, self._reporter = signals, reporter
+        self._complaints: deque[str] = deque()
+        self._rates = Rates(lambda row: (row.get("direction"), row["spi"]))  # its addresses may change
+
+    def complain(self, text: str) -> None:
+        """Have `text` written, by the main thread: a write may wait for its reader. From any thread."""
+        self._complaints.append(text)
+        self._signals.wake()
+
+    def serve(self, events: Events, interval: float, count: int | None) -> int:
+        """Return the exit status when it is over."""
+        with self._signals.writing():
+            self._reporter.up(self._tunnel, self._side.device, self._side.mtu)
+        status = self._serve(events, interval, count)
+        with self._signals.writing():
+            self._reporter.down(status)
+        return status
+
+    def _serve(self, events: Events, interval: float, count: int | None) -> int:
+        sources: list[Any] = [self._sock, events, self._signals]
+        finished, due = 0, time.monotonic()
+        while not self._signals.number:
+            if time.monotonic() >= due:
+                installed = self._side.installed()
+                with self._signals.writing():
+                    lines = self._rates.lines(map(describe_sa, installed))
+                    self._reporter.counters(lines, self._side.drops())
+                finished += 1
+                if finished == count:
+                    return 0
+                if not installed:
+                    self._warn("the last SA has expired")
+                    return 1
+                due += interval * max(1, (time.monotonic() - due) // interval)
+            wait = max(0.0, due - time.monotonic())
+            ready = select.select(sources, [], [], wait)[0]
+            if self._sock in ready:
+                _drain(self._sock)
+            if self._signals in ready:
+                self._signals.rest()
+            while self._complaints:
+                self._warn(self._complaints.popleft())
+            for event in events.read() if events in ready else ():
+                self._handle(event)
+                if isinstance(event, Expire) and event.hard:
+                    due = min(due, time.monotonic())
+        return 128 + self._signals.number
+
+    def _handle(self, event: Event) -> None:
+        with self._signals.writing():
+            self._reporter.event(event)
+        if isinstance(event, MappingChange) and self._tunnel.endpoint.follow_mapping:
+            try:
+                self._side.follow(event)
+            except NatCompatError as error:
+                self._warn(f"{error.strerror}. {error.remedy}")
+
+    def _warn(self, text: str) -> None:
+        with self._signals.writing():
+            self._reporter.warn(text)
+
+
+def _drain(sock: socket.socket) -> None:
+    """Drop IKE, since nobody speaks it here; ESP in line is taken out of it on the way."""
+    with contextlib.suppress(OSError):
+        for _ in range(_MOST_AT_ONCE):
+            sock.recv(65535)

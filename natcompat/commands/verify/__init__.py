@@ -1,0 +1,1 @@
+"""``natcompat verify``: the contract, tried row by row on real sockets."""

@@ -1,0 +1,414 @@
+"""``natcompat verify``: every trial that can be had here, and the report.
+
+``--json`` prints this; ``"schema": 1`` stands for these keys, and later versions may add some:
+
+``natcompat``, ``passed``
+    version; whether there was no difference
+``platform``
+    ``system``, ``release``, ``machine``, ``python``, and ``root``: whether it ran with user id 0
+    (null where there are none)
+``trials``
+    a list: ``backend``, ``path`` (``loopback``, ``from behind NAT``, ``to behind NAT``), ``version``
+    (of IP), ``mode``, ``reason``, ``duties`` (drop_runts, divert_esp, strip_marker, insert_marker:
+    kernel, filter, steering or process), ``passed``, ``outcomes``: a list of the keys of
+    `natcompat.commands.verify.trials.Outcome`
+``replays``
+    a list: ``backend``, ``mode``, ``duties``, ``passed``, ``counts``: a list of the keys of
+    `natcompat.commands.verify.recorded.Count`
+``nat``
+    ``nft``, ``iptables`` or ``iptables-legacy``; null without a NAT
+``skipped``
+    a list: ``what``, ``reason``, ``remedy``
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import click
+
+from natcompat.commands.verify.recorded import Replay, replay
+from natcompat.commands.verify.trials import FAMILY, LOOPBACK, Path, Trial, run
+
+SCHEMA: Final = 1
+_BEHIND: Final = "from behind NAT", "to behind NAT"
+_TITLES: Final = {
+    "inbound": "what arrives",
+    "outbound": "what is sent, and is on the wire",
+    "socket": "the socket",
+}
+_HEADS: Final = {"loopback": "loop", "from behind NAT": "NAT>", "to behind NAT": "<NAT"}
+
+
+@dataclass(slots=True)
+class Verification:
+    """What was found, and what was not looked at."""
+
+    trials: list[Trial] = field(default_factory=list)
+    replays: list[Replay] = field(default_factory=list)
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    nat: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether something was verified, and nothing differed."""
+        trials, replays = (all(each.passed for each in found) for found in (self.trials, self.replays))
+        return bool(self.trials) and trials and replays
+
+    def skip(self, what: str, reason: str, remedy: str = "") -> None:
+        """Note that something was not looked at."""
+        self.skipped.append({"what": what, "reason": reason, "remedy": remedy})
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the report; see the module."""
+        from natcompat import __version__
+
+        return {
+            "schema": SCHEMA,
+            "natcompat": __version__,
+            "platform": _platform(),
+            "passed": self.passed,
+            "trials": [{**asdict(each), "passed": each.passed} for each in self.trials],
+            "replays": [{**asdict(each), "passed": each.passed} for each in self.replays],
+            "nat": self.nat,
+            "skipped": self.skipped,
+        }
+
+
+def _platform() -> dict[str, str | bool | None]:
+    return {
+        "system": platform.system(),
+        "release": platform.release(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "root": os.geteuid() == 0 if hasattr(os, "geteuid") else None,
+    }
+
+
+def verify(names: tuple[str, ...], *, nat: bool, progress: Callable[[str], object]) -> Verification:
+    """Verify the backends called `names` (none: all that are viable), also through a NAT if `nat`.
+
+    `progress` is told what comes next. Raises `natcompat.errors.BackendUnavailableError` if a
+    backend that was named is unknown or not viable.
+    """
+    from natcompat import backends
+    from natcompat.backends.base import families_of
+    from natcompat.commands.verify.conversation import load
+
+    found = Verification()
+    if names:
+        chosen = [backends.select(name).name for name in dict.fromkeys(names)]
+    else:
+        chosen = []
+        for each in backends.probe():
+            if each.viable:
+                chosen.append(each.backend)
+            elif backends.is_for_this_system(each.backend):
+                found.skip(f"backend {each.backend}", each.reason, each.remedy)
+    versions = [version for version in (4, 6) if _has_loopback(found, version)]
+    with contextlib.ExitStack() as stack:
+        network = None
+        if nat:
+            network = _topology(found, stack, progress)
+        else:
+            found.skip("NAT", "--no-nat was given")
+        for name in chosen:
+            families = families_of(backends.get(name))
+            for version in versions:
+                if FAMILY[version] not in families:
+                    found.skip(f"backend {name}, IPv{version}", "its kernel serves the other alone")
+                    continue
+                progress(f"{name}, loopback, IPv{version}")
+                with _bound(version, LOOPBACK[version]) as peer:
+                    path = Path("loopback", LOOPBACK[version], 0, LOOPBACK[version], endpoint_begins=False)
+                    found.trials.append(run(name, version, path, peer))
+                if network is not None:
+                    found.trials.extend(_through_nat(found, network, name, version, progress))
+            if 4 in versions:
+                progress(f"{name}, recorded conversation")
+                found.replays.append(replay(name, load()))
+    return found
+
+
+def steps(names: tuple[str, ...], *, nat: bool) -> int:
+    """Return about how often `verify` will report progress."""
+    from natcompat import backends
+
+    count = len(names) or sum(each.viable for each in backends.probe())
+    return count * (7 if nat else 3) + nat
+
+
+def _has_loopback(found: Verification, version: int) -> bool:
+    try:
+        with _bound(version, LOOPBACK[version]) as sock:
+            sock.sendto(b"", sock.getsockname())
+        return True
+    except OSError as error:
+        found.skip(
+            f"IPv{version}",
+            f"{LOOPBACK[version]} cannot be used: {error.strerror}",
+            f"Set the loopback interface up with IPv{version} (ip link set lo up, sysctl "
+            "net.ipv6.conf.lo.disable_ipv6=0)",
+        )
+        return False
+
+
+def _bound(version: int, host: str) -> socket.socket:
+    sock = socket.socket(FAMILY[version], socket.SOCK_DGRAM)
+    try:
+        sock.bind((host, 0))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _topology(found: Verification, stack: contextlib.ExitStack, progress: Callable[[str], object]) -> Any:
+    """Return the network with the NAT, or None and say why there is none."""
+    from natcompat.commands.verify.namespaces import Topology
+    from natcompat.errors import NatCompatError
+
+    progress("making a NAT between network namespaces")
+    try:
+        network = stack.enter_context(Topology())
+    except NatCompatError as error:
+        found.skip("NAT", error.strerror or "", error.remedy)
+        return None
+    found.nat = network.nat
+    return network
+
+
+def _through_nat(
+    found: Verification, network: Any, name: str, version: int, progress: Callable[[str], object]
+) -> Iterator[Trial]:
+    """Yield a trial with the peer behind the NAT, and one with the endpoint there."""
+    from natcompat.commands.verify.namespaces import INITIATOR, RESPONDER
+    from natcompat.contract import NAT_T_PORT
+    from natcompat.errors import BackendUnavailableError
+
+    for title, here, host, there, peer_host in (
+        (_BEHIND[0], network.responder, RESPONDER, network.initiator, INITIATOR),
+        (_BEHIND[1], network.initiator, INITIATOR, network.responder, RESPONDER),
+    ):
+        progress(f"{name}, {title}, IPv{version}")
+        path = Path(title, host[version], NAT_T_PORT, peer_host[version], here is network.initiator)
+        with there.socket(FAMILY[version]) as peer:
+            peer.bind((peer_host[version], 0))
+            try:
+                yield here.call(run, name, version, path, peer)
+            except BackendUnavailableError as error:
+                found.skip(f"backend {name}, {title}, IPv{version}", error.strerror or "", error.remedy)
+
+
+def show(found: Verification) -> None:
+    """Print the report for people."""
+    from natcompat.commands.report import Printer, bad, doubtful, good, quiet
+
+    out = Printer()
+    for name in dict.fromkeys(each.backend for each in found.trials):
+        trials = [each for each in found.trials if each.backend == name]
+        for section, title in _TITLES.items():
+            _show_section(out, f"{name}: {title}", section, trials)
+        modes = dict.fromkeys((each.mode, each.reason) for each in trials)
+        for mode, reason in modes:
+            out.line(f"  Mode {mode}{f' ({reason})' if reason else ''}; {_duties(trials[0].duties)}.")
+        if any(outcome.woke for each in trials for outcome in each.outcomes):
+            out.line("  select may wake for what the process drops: no kernel helps in this mode.")
+        for each in found.replays:
+            if each.backend == name:
+                _show_replay(out, each)
+    if found.trials:
+        out.heading("Paths")
+        out.table(
+            ["", ""],
+            [[_HEADS[each], _describe(each)] for each in dict.fromkeys(trial.path for trial in found.trials)],
+        )
+    limits = list(
+        dict.fromkeys(
+            f"{trial.backend}, {each.row}: {each.limit}"
+            for trial in found.trials
+            for each in trial.outcomes
+            if each.limit
+        )
+    )
+    if limits:
+        out.heading("Limits", "what the kernel denies to every socket that is served in this way")
+        for line in limits:
+            out.line(doubtful("  limit  "), line)
+    differences = list(_differences(found))
+    if differences:
+        out.heading("Differences")
+        for line in differences:
+            out.line(bad("  differs  "), line)
+    if found.skipped:
+        out.heading("Not looked at")
+        out.table(
+            ["", "", ""],
+            [[each["what"], each["reason"].rstrip(".") + ".", each["remedy"]] for each in found.skipped],
+        )
+    checks = [each.passed for trial in found.trials for each in trial.outcomes]
+    checks += [each.passed for replayed in found.replays for each in replayed.counts]
+    out.heading("Result")
+    if found.passed:
+        but = " but what the limits say" if limits else ""
+        out.line(good("As on Solaris"), f": {len(checks)} checks, no difference{but}.")
+    elif differences:
+        out.line(bad("Not as on Solaris"), f": {checks.count(False)} of {len(checks)} checks differ.")
+    else:
+        out.line(bad("Nothing was verified."), quiet(" See above."))
+
+
+def _show_section(out: Any, title: str, section: str, trials: list[Trial]) -> None:
+    """Print one table: a row for each row of the contract, a column for each path."""
+    from natcompat.commands.report import bad, doubtful, good
+
+    outcomes = [[(trial, each) for each in trial.outcomes if each.section == section] for trial in trials]
+    paths = list(dict.fromkeys(each.path for each in trials))
+    rows = []
+    for same in zip(*outcomes, strict=True):
+        worst = next((each for _, each in same if not each.passed), same[0][1])
+        cells = []
+        for path in paths:
+            differ = [f"v{trial.version}" for trial, each in same if trial.path == path and not each.passed]
+            limited = any(each.limit for trial, each in same if trial.path == path)
+            cells.append(
+                bad(f"DIFFERS {' '.join(differ)}") if differ else doubtful("limit") if limited else good("ok")
+            )
+        here = worst.arrived if worst.passed else bad(worst.arrived)
+        rows.append([worst.row, worst.sent, worst.solaris, here, worst.performer, *cells])
+    out.heading(title)
+    out.table(["row", "bytes", "Solaris", "here", "by", *(_HEADS[each] for each in paths)], rows)
+
+
+def _show_replay(out: Any, found: Replay) -> None:
+    from natcompat.commands.report import bad, good
+
+    out.heading(
+        f"{found.backend}: a recorded conversation",
+        "IKEv2, ESP in UDP and keepalives of two strongSwan daemons, replayed over loopback",
+    )
+    names = {"ike": "IKE", "esp": "ESP", "keepalive": "NAT-keepalives", "runt": "runts", "sent": "IKE sent"}
+    out.table(
+        ["datagrams", "recorded", "here", "by", ""],
+        [
+            [
+                names[each.what],
+                str(each.recorded),
+                each.arrived,
+                each.performer,
+                good("ok") if each.passed else bad("DIFFERS"),
+            ]
+            for each in found.counts
+        ],
+    )
+
+
+def _describe(path: str) -> str:
+    return {
+        "loopback": "both on this host",
+        _BEHIND[0]: "the peer is behind a NAT that changes ports, the endpoint has a public address",
+        _BEHIND[1]: "the endpoint is behind the NAT, the peer answers through the mapping",
+    }[path]
+
+
+def _duties(duties: dict[str, str]) -> str:
+    words = {
+        "drop_runts": "drops runts",
+        "divert_esp": "diverts ESP",
+        "strip_marker": "strips the marker",
+        "insert_marker": "inserts it",
+    }
+    done = {who: [words[duty] for duty, each in duties.items() if each == who] for who in duties.values()}
+    return "; ".join(f"{who} {', '.join(what)}" for who, what in done.items())
+
+
+def _differences(found: Verification) -> Iterator[str]:
+    """Yield what differs, a line for each row: the paths on which it does so in the same way are with it."""
+    where: dict[str, list[str]] = {}
+    for trial in found.trials:
+        for each in trial.outcomes:
+            if not each.passed:
+                what = (
+                    f"{trial.backend}, {each.section}, row {each.row!r}: Solaris: {each.solaris}; "
+                    f"here: {each.arrived} (by {each.performer})"
+                )
+                where.setdefault(what, []).append(f"{trial.path} IPv{trial.version}")
+    for what, paths in where.items():
+        yield f"{what}; {', '.join(paths)}"
+    for replayed in found.replays:
+        for count in replayed.counts:
+            if not count.passed:
+                yield (
+                    f"{replayed.backend}, recorded conversation, {count.what}: {count.recorded} recorded; "
+                    f"here: {count.arrived} (by {count.performer})"
+                )
+
+
+@contextlib.contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], object]]:
+    """Show a progress bar on a terminal, on stderr, so that stdout is for the report alone."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield lambda what: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda what: bar.update(task, advance=1, description=what)
+
+
+@click.command("verify", short_help="Prove on real sockets that every backend keeps the contract.")
+@click.option(
+    "--backend", "names", metavar="NAME", multiple=True, help="Verify this backend; may be repeated."
+)
+@click.option("--no-nat", is_flag=True, help="Stay on loopback: make no network namespaces.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print JSON; natcompat/commands/verify/command.py has the keys."
+)
+def command(names: tuple[str, ...], no_nat: bool, as_json: bool) -> int:
+    """Prove on real sockets that every backend keeps the contract.
+
+    For each backend that is viable here, over IPv4 and IPv6, every row of the contract is sent to an
+    endpoint and from it: over loopback, and in both directions through a NAT that changes ports,
+    between network namespaces. The report tells for each row what arrived, what Solaris does, and who
+    did it: the kernel, a filter or steering in the kernel, or this process. Further: that select does
+    not wake for what the kernel drops, the largest message and EMSGSIZE above it, ICMP errors, and
+    switching off. Then a recorded conversation of two strongSwan daemons goes through an endpoint.
+
+    The NAT needs root or user namespaces, and nft or iptables. What cannot be had is left out, and the
+    report says why and what would help; the rest needs no privilege. What the kernel denies to every
+    program that uses it in the same way is a limit: it is found on a plain socket alongside, told, and
+    not counted as a difference. The namespaces have no names and
+    end with the command, however it ends. Nothing else on the system is touched.
+
+    \b
+    Exit status:
+      0  everything that was looked at is as on Solaris
+      1  something differs (the report names backend, path and row), or a backend
+         that was asked for is not viable
+      2  the command line is wrong
+
+    \b
+    Examples:
+      natcompat verify
+      natcompat verify --backend userspace --backend userspace:in-line --no-nat
+      natcompat verify --json | jq '.trials[].outcomes[] | select(.passed | not)'
+    """
+    with _progress(steps(names, nat=not no_nat)) as progress:
+        found = verify(names, nat=not no_nat, progress=progress)
+    if as_json:
+        from natcompat.commands.report import print_json
+
+        print_json(found.as_json())
+    else:
+        show(found)
+    return 0 if found.passed else 1

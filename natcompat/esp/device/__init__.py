@@ -1,0 +1,5 @@
+"""Packet devices: where the ESP of this process takes inner packets from, and delivers them to."""
+
+from natcompat.esp.device.queue import CallbackDevice, PacketDevice, QueueDevice
+
+__all__ = ["CallbackDevice", "PacketDevice", "QueueDevice"]

@@ -1,0 +1,227 @@
+"""The security association database and the security policy database (RFC 4301, 4.4).
+
+Look-ups take the same time however many entries there are. The caller holds a lock to change one;
+looking up needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
+from typing import TypeAlias, TypeVar
+
+from natcompat.esp.engine.base import Association, Inbound, Link, Outbound, link_of
+from natcompat.esp.engine.packet import Flow, address_of, matches
+from natcompat.ipsec import (
+    Direction,
+    Mode,
+    Policy,
+    SaId,
+    SecurityAssociation,
+    TrafficSelector,
+)
+from natcompat.ipsec.associations import default_priority
+
+_K = TypeVar("_K")
+_A = TypeVar("_A", bound=Association)
+
+
+class AssociationDatabase:
+    """SAs by SPI, which all but names them, and outbound ones by what links them to policies."""
+
+    def __init__(self) -> None:
+        self.inbound: dict[int, tuple[Inbound, ...]] = {}
+        """Almost always one per SPI: this host chose it."""
+        self._outbound: dict[int, tuple[Outbound, ...]] = {}
+        self._linked: dict[Link, tuple[Outbound, ...]] = {}
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Association]:
+        """Go through those that are here now, whatever comes and goes meanwhile."""
+        for found in (*self.inbound.values(), *self._outbound.values()):
+            yield from found
+
+    def find(self, sa_id: SaId) -> Association | None:
+        """Return what is named `sa_id`."""
+        spi = sa_id.spi
+        found = (*self.inbound.get(spi, ()), *self._outbound.get(spi, ()))
+        return next((each for each in found if each.sa.sa_id == sa_id), None)
+
+    def add(self, association: Association) -> None:
+        """Put `association` in."""
+        self._count += 1
+        if isinstance(association, Inbound):
+            _put(self.inbound, association.sa.spi, association)
+        elif isinstance(association, Outbound):
+            _put(self._outbound, association.sa.spi, association)
+            _put(self._linked, association.link, association)
+
+    def remove(self, sa_id: SaId) -> Association | None:
+        """Take out what is named `sa_id`, and return it."""
+        association = self.find(sa_id)
+        self._count -= association is not None
+        if isinstance(association, Inbound):
+            _take(self.inbound, sa_id.spi, association)
+        elif isinstance(association, Outbound):
+            _take(self._outbound, sa_id.spi, association)
+            _take(self._linked, association.link, association)
+        return association
+
+    def move(self, association: Association, sa: SecurityAssociation, link: Link) -> None:
+        """Give `association`, which is in, the addresses of `sa`; it keeps its turn among those alike."""
+        before = association.link
+        if not isinstance(association, Outbound) or link == before:
+            association.place(sa, link)
+            return
+        _take(self._linked, before, association)
+        association.place(sa, link)
+        _put(self._linked, link, association)
+
+    def outbound_for(self, entry: PolicyEntry, flow: Flow) -> Outbound | None:
+        """Return the newest SA of this policy that `flow` may take: the one that rekeying made last."""
+        link = entry.link
+        if link[0] is Mode.TRANSPORT:
+            link = (*link[:3], address_of(flow.version, flow.destination))
+        for each in reversed(self._linked.get(link, ())):
+            if allows(each.sa.selectors, flow):
+                return each
+        return None
+
+
+def _put(index: dict[_K, tuple[_A, ...]], key: _K, association: _A) -> None:
+    index[key] = (*index.get(key, ()), association)
+
+
+def _take(index: dict[_K, tuple[_A, ...]], key: _K, association: _A) -> None:
+    rest = tuple(each for each in index[key] if each is not association)
+    if rest:
+        index[key] = rest
+    else:
+        del index[key]
+
+
+def allows(selectors: Iterable[TrafficSelector], flow: Flow) -> bool:
+    """Tell whether `flow` may pass an SA with these `selectors`; none: the policies decide."""
+    selectors = tuple(selectors)
+    return not selectors or any(matches(each, flow) for each in selectors)
+
+
+class PolicyEntry:
+    """An installed policy."""
+
+    __slots__ = ("acquired", "added", "last_used", "link", "meter", "policy", "rank")
+
+    def __init__(self, policy: Policy, number: int, added: float) -> None:
+        self.policy: Policy = policy
+        self.link: Link = link_of(policy)
+        self.added: float = added
+        self.last_used: float | None = None
+        self.meter: Sequence[float] | None = None
+        """Where a data path that is not Python notes the same; 0: never."""
+        self.acquired: float = float("-inf")
+        """When an SA was last asked for, on the monotonic clock."""
+        priority = default_priority(policy.selector) if policy.priority is None else policy.priority
+        self.rank: tuple[int, int] = (priority, number)
+
+    def when_used(self) -> float | None:
+        """Return when a packet last met this policy."""
+        if self.meter is None or not self.meter[0]:
+            return self.last_used
+        return max(self.meter[0], self.last_used or 0.0)
+
+
+_Shape: TypeAlias = tuple[int, int, int, bool, bool, bool]
+"""Version, bits of the addresses that are not looked at, and whether protocol and ports are."""
+
+
+class PolicyDatabase:
+    """Policies by direction and selector.
+
+    Tuple space search: selectors of one shape (prefix lengths, which fields are wildcards) share a
+    dictionary, so a look-up costs as many steps as there are shapes, and those are few.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = count()
+        self.clear()
+
+    def clear(self) -> None:
+        """Take all out."""
+        self._by_name: dict[tuple[Direction, TrafficSelector], PolicyEntry] = {}
+        self._shapes: dict[Direction, dict[_Shape, dict[tuple[int, ...], PolicyEntry]]] = {
+            direction: {} for direction in Direction
+        }
+
+    def __iter__(self) -> Iterator[PolicyEntry]:
+        return iter(list(self._by_name.values()))
+
+    def get(self, policy: Policy) -> PolicyEntry | None:
+        """Return the entry with the direction and selector of `policy`."""
+        return self._by_name.get((policy.direction, policy.selector))
+
+    def add(self, policy: Policy, now: float) -> None:
+        """Put `policy` in, which is not in yet."""
+        entry = PolicyEntry(policy, next(self._numbers), now)
+        self._by_name[policy.direction, policy.selector] = entry
+        shape = _shape(policy.selector)
+        shapes = self._shapes[policy.direction]
+        if shape in shapes:
+            shapes[shape][_key(policy.selector, shape)] = entry
+        else:  # whoever is looking up goes over what was there before
+            self._shapes[policy.direction] = {**shapes, shape: {_key(policy.selector, shape): entry}}
+
+    def remove(self, entry: PolicyEntry) -> None:
+        """Take out `entry`, which is in."""
+        policy = entry.policy
+        del self._by_name[policy.direction, policy.selector]
+        shape = _shape(policy.selector)
+        shapes = self._shapes[policy.direction]
+        del shapes[shape][_key(policy.selector, shape)]
+        if not shapes[shape]:
+            self._shapes[policy.direction] = {each: shapes[each] for each in shapes if each != shape}
+
+    def look_up(self, direction: Direction, flow: Flow) -> PolicyEntry | None:
+        """Return the first policy for `flow`, by priority."""
+        version, protocol, source, destination, source_port, destination_port = flow
+        best: PolicyEntry | None = None
+        for shape, entries in self._shapes[direction].items():
+            if shape[0] != version:
+                continue
+            _, source_bits, destination_bits, with_protocol, with_source, with_destination = shape
+            found = entries.get(
+                (
+                    source >> source_bits,
+                    destination >> destination_bits,
+                    protocol if with_protocol else 0,
+                    source_port if with_source else 0,
+                    destination_port if with_destination else 0,
+                )
+            )
+            if found is not None and (best is None or found.rank < best.rank):
+                best = found
+        return best
+
+
+def _shape(selector: TrafficSelector) -> _Shape:
+    source, destination = selector.source, selector.destination
+    return (
+        source.version,
+        source.max_prefixlen - source.prefixlen,
+        destination.max_prefixlen - destination.prefixlen,
+        bool(selector.protocol),
+        bool(selector.source_port),
+        bool(selector.destination_port),
+    )
+
+
+def _key(selector: TrafficSelector, shape: _Shape) -> tuple[int, ...]:
+    return (
+        int(selector.source.network_address) >> shape[1],
+        int(selector.destination.network_address) >> shape[2],
+        selector.protocol,
+        selector.source_port,
+        selector.destination_port,
+    )

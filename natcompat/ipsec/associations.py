@@ -1,0 +1,442 @@
+"""Security associations and policies in the words of RFC 4301 (`natcompat.ipsec` has the rest).
+
+All values are immutable, checked when they are made (a `ValueError` or `TypeError` names the argument)
+and safe to share between threads. Keys appear in no ``repr()``, no error and no pickle. Ports and
+SPIs are integers in host byte order, durations are seconds, sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Any, NoReturn, Self, SupportsIndex, TypeAlias
+
+from natcompat.ipsec.transforms import Encr, Integ, Key
+
+IPAddress: TypeAlias = IPv4Address | IPv6Address
+IPNetwork: TypeAlias = IPv4Network | IPv6Network
+
+SMALLEST_SPI = 256
+"""1 to 255 are reserved, 0 is for local use (RFC 4303, 2.1)."""
+LARGEST_SPI = 0xFFFF_FFFF
+LARGEST_REPLAY_WINDOW = 4096
+"""Packets; XFRMA_REPLAY_ESN_MAX of linux/xfrm.h, and enough for any offload."""
+PRIORITY_BASE = 0x2000
+"""Priority of the most specific selector; there is room for others before it and behind it."""
+
+
+def _describe(self: Any) -> str:
+    """The ``repr()`` of a value, also of one that is half made when a debugger or traceback prints it."""
+    shown = (f"{each.name}={getattr(self, each.name, '?')!r}" for each in fields(self) if each.repr)
+    return f"{type(self).__name__}({', '.join(shown)})"
+
+
+class Direction(enum.Enum):
+    """Which way the packets go that an SA or a policy is for."""
+
+    IN = "in"
+    OUT = "out"
+
+
+class Mode(enum.Enum):
+    """How ESP wraps a packet (RFC 4301, 3.2)."""
+
+    TUNNEL = "tunnel"
+    TRANSPORT = "transport"
+
+
+class Action(enum.Enum):
+    """What a policy does with a packet (RFC 4301, 4.4.1)."""
+
+    PROTECT = "protect"
+    BYPASS = "bypass"
+    DISCARD = "discard"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """A packet mark: only packets with ``packet_mark & mask == value`` are meant."""
+
+    value: int
+    mask: int = 0xFFFF_FFFF
+
+    def __post_init__(self) -> None:
+        _in_range("mark value", self.value, 0, 0xFFFF_FFFF)
+        _in_range("mark mask", self.mask, 0, 0xFFFF_FFFF)
+        if self.value & ~self.mask:
+            raise ValueError("mark: the value has bits that the mask does not have, so it never matches")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UDPEncapsulation:
+    """ESP goes in UDP (RFC 3948). Ports are local and remote, whatever the direction of the SA."""
+
+    local_port: int
+    remote_port: int
+    original_address: IPAddress | None = None
+    """The peer's address before the NAT (NAT-OA), for transport-mode checksums where a kernel wants it."""
+
+    def __post_init__(self) -> None:
+        _in_range("local_port", self.local_port, 1, 65535)
+        _in_range("remote_port", self.remote_port, 1, 65535)
+        if self.original_address is not None:
+            object.__setattr__(self, "original_address", ip_address(self.original_address))
+
+
+def wire_ports(encapsulation: UDPEncapsulation, direction: Direction) -> tuple[int, int]:
+    """Return source and destination port of the packets of an SA. The one place that knows."""
+    local, remote = encapsulation.local_port, encapsulation.remote_port
+    return (local, remote) if direction is Direction.OUT else (remote, local)
+
+
+def encapsulation_of(source_port: int, destination_port: int, direction: Direction) -> UDPEncapsulation:
+    """Undo `wire_ports`."""
+    if direction is Direction.OUT:
+        return UDPEncapsulation(local_port=source_port, remote_port=destination_port)
+    return UDPEncapsulation(local_port=destination_port, remote_port=source_port)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lifetime:
+    """When an SA expires: at the soft limit it is time to rekey, at the hard limit the SA is gone.
+
+    None: no limit. Seconds count from when the SA was added.
+    """
+
+    soft_seconds: int | None = None
+    hard_seconds: int | None = None
+    soft_bytes: int | None = None
+    hard_bytes: int | None = None
+    soft_packets: int | None = None
+    hard_packets: int | None = None
+
+    def __post_init__(self) -> None:
+        for unit in ("seconds", "bytes", "packets"):
+            soft: int | None = getattr(self, f"soft_{unit}")
+            hard: int | None = getattr(self, f"hard_{unit}")
+            for name, limit in ((f"soft_{unit}", soft), (f"hard_{unit}", hard)):
+                if limit is not None:
+                    _in_range(name, limit, 1, 2**63)
+            if soft is not None and hard is not None and soft > hard:
+                raise ValueError(f"soft_{unit}: {soft} comes after hard_{unit}, {hard}")
+
+
+PROTOCOLS_WITH_PORTS = frozenset({6, 17, 33, 132, 136, 1, 58, 135})
+"""TCP, UDP, DCCP, SCTP, UDP-Lite; ICMP, ICMPv6 and MH, where type and code stand in (RFC 4301, 4.4.1.1)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, init=False)
+class TrafficSelector:
+    """Which packets are meant (RFC 4301, 4.4.1.1), by the addresses of the packet as it is sent.
+
+    `protocol` 0 and port 0 stand for any. For ICMP the ports are message type and code.
+    """
+
+    source: IPNetwork
+    destination: IPNetwork
+    protocol: int = 0
+    source_port: int = 0
+    destination_port: int = 0
+
+    __repr__ = _describe
+
+    def __init__(
+        self,
+        *,
+        source: IPNetwork | IPAddress | str,
+        destination: IPNetwork | IPAddress | str,
+        protocol: int = 0,
+        source_port: int = 0,
+        destination_port: int = 0,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "source", _network("source", source))
+        put(self, "destination", _network("destination", destination))
+        put(self, "protocol", _in_range("protocol", protocol, 0, 255))
+        put(self, "source_port", _in_range("source_port", source_port, 0, 65535))
+        put(self, "destination_port", _in_range("destination_port", destination_port, 0, 65535))
+        if self.source.version != self.destination.version:
+            raise ValueError("source, destination: a selector has one address family")
+        if (source_port or destination_port) and protocol not in PROTOCOLS_WITH_PORTS:
+            raise ValueError(f"protocol: {protocol} has no ports")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, init=False)
+class SecurityAssociation:
+    """One ESP security association, one direction (RFC 4301, 4.1)."""
+
+    spi: int
+    """256 to 2**32 - 1, chosen by the receiver."""
+    source: IPAddress
+    destination: IPAddress
+    """The outer addresses, as this host sees them."""
+    direction: Direction
+    mode: Mode = Mode.TUNNEL
+    encryption: Encr
+    encryption_key: Key = field(repr=False)
+    """The key and behind it the salt, as IKE derives them (RFC 4106, 8.1)."""
+    integrity: Integ = Integ.NONE
+    integrity_key: Key = field(default=Key(), repr=False)
+    esn: bool = False
+    """Extended (64-bit) sequence numbers (RFC 4303, 2.2.1)."""
+    replay_window: int = 64
+    """Packets; 0 turns the anti-replay service off. Means nothing on an outbound SA."""
+    encapsulation: UDPEncapsulation | None = None
+    lifetime: Lifetime = Lifetime()
+    selectors: tuple[TrafficSelector, ...] = ()
+    """What may pass the SA; empty: what the policies say."""
+    reqid: int = 0
+    """Ties the SA to the policies with the same number; 0: to those with none."""
+    nat_keepalive: int | None = None
+    """Send a NAT-keepalive after so many seconds without a packet; outbound encapsulated SAs only."""
+    mark: Mark | None = None
+    interface_id: int | None = None
+    """The virtual interface that the SA belongs to (XFRM interface on Linux)."""
+    tfc: int = 0
+    """Pad tunnel-mode packets to this many bytes (RFC 4303, 2.7); 0: do not."""
+    copy_dscp: bool = True
+    """Outbound tunnel: copy the DSCP of the inner header to the outer one (RFC 4301, 5.1.2)."""
+    copy_ecn: bool = True
+    """Tunnel: keep ECN across the tunnel (RFC 6040)."""
+    copy_df: bool = True
+    """Outbound tunnel: copy the DF bit to the outer header; False: clear it there."""
+
+    __repr__ = _describe
+
+    def __init__(
+        self,
+        *,
+        spi: int,
+        source: IPAddress | str,
+        destination: IPAddress | str,
+        direction: Direction,
+        mode: Mode = Mode.TUNNEL,
+        encryption: Encr | int,
+        encryption_key: bytes | bytearray | memoryview,
+        integrity: Integ | int = Integ.NONE,
+        integrity_key: bytes | bytearray | memoryview = b"",
+        esn: bool = False,
+        replay_window: int = 64,
+        encapsulation: UDPEncapsulation | None = None,
+        lifetime: Lifetime = Lifetime(),
+        selectors: Iterable[TrafficSelector] = (),
+        reqid: int = 0,
+        nat_keepalive: int | None = None,
+        mark: Mark | int | None = None,
+        interface_id: int | None = None,
+        tfc: int = 0,
+        copy_dscp: bool = True,
+        copy_ecn: bool = True,
+        copy_df: bool = True,
+    ) -> None:
+        # First of all: from here on no frame of ours holds key material that prints itself.
+        encryption_key = _key("encryption_key", encryption_key)
+        integrity_key = _key("integrity_key", integrity_key)
+        put = object.__setattr__
+        put(self, "spi", _in_range("spi", spi, SMALLEST_SPI, LARGEST_SPI))
+        put(self, "source", _address("source", source))
+        put(self, "destination", _address("destination", destination))
+        put(self, "direction", Direction(direction))
+        put(self, "mode", Mode(mode))
+        put(self, "encryption", _transform("encryption", Encr, encryption))
+        put(self, "encryption_key", encryption_key)
+        put(self, "integrity", _transform("integrity", Integ, integrity))
+        put(self, "integrity_key", integrity_key)
+        put(self, "esn", bool(esn))
+        put(self, "replay_window", _in_range("replay_window", replay_window, 0, LARGEST_REPLAY_WINDOW))
+        put(self, "encapsulation", encapsulation)
+        put(self, "lifetime", lifetime)
+        put(self, "selectors", tuple(selectors))
+        put(self, "reqid", _in_range("reqid", reqid, 0, 0xFFFF_FFFF))
+        put(self, "nat_keepalive", nat_keepalive)
+        put(self, "mark", Mark(value=mark) if isinstance(mark, int) else mark)
+        put(self, "interface_id", interface_id)
+        put(self, "tfc", _in_range("tfc", tfc, 0, 65535))
+        put(self, "copy_dscp", bool(copy_dscp))
+        put(self, "copy_ecn", bool(copy_ecn))
+        put(self, "copy_df", bool(copy_df))
+        self._check_addresses()
+        self._check_transforms()
+        self._check_services()
+
+    def _check_addresses(self) -> None:
+        if self.source.version != self.destination.version:
+            raise ValueError("source, destination: an SA has one outer address family")
+        if self.destination.is_unspecified:
+            raise ValueError("destination: an SA has one; the unspecified address is none")
+        original = self.encapsulation.original_address if self.encapsulation else None
+        if original is not None and original.version != self.source.version:
+            raise ValueError("encapsulation: original_address is of another family than the SA")
+        if self.mode is Mode.TRANSPORT:
+            for selector in self.selectors:
+                if selector.source.version != self.source.version:
+                    raise ValueError("selectors: transport mode carries the family of the SA only")
+
+    def _check_transforms(self) -> None:
+        encryption, integrity = self.encryption, self.integrity
+        if len(self.encryption_key) not in encryption.key_lengths:
+            lengths = " or ".join(str(length) for length in encryption.key_lengths)
+            salt = f" (the last {encryption.salt_length} are the salt)" if encryption.salt_length else ""
+            given = len(self.encryption_key)
+            raise ValueError(f"encryption_key: {encryption.name} takes {lengths} bytes{salt}, not {given}")
+        if len(self.integrity_key) != integrity.key_length:
+            raise ValueError(
+                f"integrity_key: {integrity.name} takes {integrity.key_length} bytes, "
+                f"not {len(self.integrity_key)}"
+            )
+        if encryption.is_aead and integrity is not Integ.NONE:
+            raise ValueError(f"integrity: {encryption.name} brings its own; it must be NONE")
+        if not encryption.is_aead and integrity is Integ.NONE:
+            raise ValueError(f"integrity: {encryption.name} without integrity is forbidden (RFC 8221, 4)")
+
+    def _check_services(self) -> None:
+        if self.esn and self.replay_window == 0 and self.direction is Direction.IN:
+            raise ValueError("replay_window: extended sequence numbers need one (RFC 4303, 3.4.3)")
+        if self.nat_keepalive is not None:
+            _in_range("nat_keepalive", self.nat_keepalive, 1, 3600)
+            if self.direction is not Direction.OUT or self.encapsulation is None:
+                raise ValueError("nat_keepalive: only outbound SAs with encapsulation send keepalives")
+        if self.interface_id is not None:
+            _in_range("interface_id", self.interface_id, 1, 0xFFFF_FFFF)
+        if self.tfc and self.mode is not Mode.TUNNEL:
+            raise ValueError("tfc: only tunnel mode knows the length of what it carries (RFC 4303, 2.7)")
+
+    @property
+    def sa_id(self) -> SaId:
+        """What names this SA from now on."""
+        return SaId(spi=self.spi, destination=self.destination, source=self.source, mark=self.mark)
+
+    def __reduce_ex__(self, _: SupportsIndex) -> NoReturn:
+        raise TypeError("an SA holds keys, which are not pickled by accident; send its arguments instead")
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaId:
+    """What names an installed ESP SA: SPI and destination (RFC 4301, 4.1), and a mark if it has one."""
+
+    spi: int
+    destination: IPAddress
+    mark: Mark | None = None
+    source: IPAddress | None = field(default=None, compare=False)
+    """Where its packets come from; not part of the name, but some kernels ask for it."""
+
+    def __str__(self) -> str:
+        return f"ESP 0x{self.spi:08x} to {self.destination}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, init=False)
+class Policy:
+    """One entry of the security policy database (RFC 4301, 4.4.1), one direction."""
+
+    direction: Direction
+    selector: TrafficSelector
+    source: IPAddress | None = None
+    destination: IPAddress | None = None
+    """The tunnel's outer addresses; transport mode and the other actions have none."""
+    mode: Mode = Mode.TUNNEL
+    reqid: int = 0
+    action: Action = Action.PROTECT
+    priority: int | None = None
+    """The smaller, the earlier; None: the more specific selector first."""
+    optional: bool = False
+    """Let packets pass in the clear while there is no SA."""
+    mark: Mark | None = None
+    interface_id: int | None = None
+
+    __repr__ = _describe
+
+    def __init__(
+        self,
+        *,
+        direction: Direction,
+        selector: TrafficSelector,
+        source: IPAddress | str | None = None,
+        destination: IPAddress | str | None = None,
+        mode: Mode = Mode.TUNNEL,
+        reqid: int = 0,
+        action: Action = Action.PROTECT,
+        priority: int | None = None,
+        optional: bool = False,
+        mark: Mark | int | None = None,
+        interface_id: int | None = None,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "direction", Direction(direction))
+        put(self, "selector", selector)
+        put(self, "source", None if source is None else _address("source", source))
+        put(self, "destination", None if destination is None else _address("destination", destination))
+        put(self, "mode", Mode(mode))
+        put(self, "reqid", _in_range("reqid", reqid, 0, 0xFFFF_FFFF))
+        put(self, "action", Action(action))
+        put(self, "priority", priority)
+        put(self, "optional", bool(optional))
+        put(self, "mark", Mark(value=mark) if isinstance(mark, int) else mark)
+        put(self, "interface_id", interface_id)
+        if priority is not None:
+            _in_range("priority", priority, 0, 0xFFFF_FFFF)
+        if interface_id is not None:
+            _in_range("interface_id", interface_id, 1, 0xFFFF_FFFF)
+        tunnel = self.action is Action.PROTECT and self.mode is Mode.TUNNEL
+        if tunnel and (self.source is None or self.destination is None):
+            raise ValueError("source, destination: a tunnel policy needs both outer addresses")
+        if self.source and self.destination and self.source.version != self.destination.version:
+            raise ValueError("source, destination: a tunnel has one outer address family")
+
+
+def default_priority(selector: TrafficSelector) -> int:
+    """Return the priority of a policy that has none: the more specific, the smaller."""
+    bits = selector.source.prefixlen + selector.destination.prefixlen
+    wide = (not selector.protocol) * 4 + (not selector.source_port) * 2 + (not selector.destination_port)
+    return PRIORITY_BASE + (256 - bits) * 8 + wide
+
+
+def _in_range(name: str, value: int, smallest: int, largest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: an integer is wanted, not {type(value).__name__}")
+    if not smallest <= value <= largest:
+        raise ValueError(f"{name}: {value} is not in {smallest}..{largest}")
+    return value
+
+
+_NO_KEY = Key()
+"""One for all: there may be many SAs."""
+
+
+def _key(name: str, value: bytes | bytearray | memoryview) -> Key:
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise TypeError(f"{name}: bytes are wanted, not {type(value).__name__}")
+    if not value:
+        return _NO_KEY
+    return value if isinstance(value, Key) else Key(value)
+
+
+def _transform(name: str, registry: type[Any], value: int) -> Any:
+    try:
+        return registry(value)
+    except ValueError:
+        known = ", ".join(f"{transform.name} ({transform.value})" for transform in registry)
+        raise ValueError(f"{name}: transform {value} is not known here; known are {known}") from None
+
+
+def _address(name: str, value: IPAddress | str) -> IPAddress:
+    if isinstance(value, (IPv4Address, IPv6Address)):
+        return value  # not a copy: SAs are many, and share their addresses
+    try:
+        return ip_address(value)
+    except ValueError:
+        raise ValueError(f"{name}: {value!r} is not an IP address") from None
+
+
+def _network(name: str, value: IPNetwork | IPAddress | str) -> IPNetwork:
+    try:
+        return ip_network(value)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None

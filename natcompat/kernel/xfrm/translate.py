@@ -1,0 +1,474 @@
+"""Between the values of `natcompat.ipsec` and the messages of XFRM, both ways.
+
+An SA is encoded from a template: what all SAs of one shape have in common is encoded once, by
+pyroute2, and addresses, SPI, ports, reqid and keys are put in their places. So key material is in
+the one buffer that is sent (and overwritten by `natcompat.kernel.xfrm.netlink`), and nowhere else.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import socket
+import struct
+from ipaddress import IPv4Address, IPv6Address, ip_network
+from typing import Any, NamedTuple
+
+from natcompat.errors import NatCompatError
+from natcompat.ipsec import (
+    Action,
+    Direction,
+    Encr,
+    Integ,
+    IPAddress,
+    Lifetime,
+    Mark,
+    Mode,
+    Policy,
+    SaId,
+    SecurityAssociation,
+    TrafficSelector,
+    UDPEncapsulation,
+)
+from natcompat.ipsec.associations import default_priority, wire_ports
+from natcompat.kernel.xfrm import messages
+from natcompat.kernel.xfrm.netlink import HEADER, attributes
+from natcompat.kernel.xfrm.probe import MODULES, UDP_ENCAP_ESPINUDP
+
+ENCRYPTION_NAMES = {
+    Encr.NULL: "ecb(cipher_null)",
+    Encr.AES_CBC: "cbc(aes)",
+    Encr.AES_CTR: "rfc3686(ctr(aes))",
+    Encr.AES_CCM_8: "rfc4309(ccm(aes))",
+    Encr.AES_CCM_12: "rfc4309(ccm(aes))",
+    Encr.AES_CCM_16: "rfc4309(ccm(aes))",
+    Encr.AES_GCM_8: "rfc4106(gcm(aes))",
+    Encr.AES_GCM_12: "rfc4106(gcm(aes))",
+    Encr.AES_GCM_16: "rfc4106(gcm(aes))",
+    Encr.NULL_AUTH_AES_GMAC: "rfc4543(gcm(aes))",
+    Encr.CHACHA20_POLY1305: "rfc7539esp(chacha20,poly1305)",
+}
+"""The names of net/xfrm/xfrm_algo.c."""
+
+INTEGRITY_NAMES = {
+    Integ.HMAC_SHA1_96: "hmac(sha1)",
+    Integ.AES_XCBC_96: "xcbc(aes)",
+    Integ.AES_CMAC_96: "cmac(aes)",
+    Integ.HMAC_SHA2_256_128: "hmac(sha256)",
+    Integ.HMAC_SHA2_384_192: "hmac(sha384)",
+    Integ.HMAC_SHA2_512_256: "hmac(sha512)",
+}
+
+MAPPING_INTERVAL = 5
+"""Seconds between two reports of the same new NAT mapping (XFRMA_MTIMER_THRESH)."""
+
+_REPLAY_VAL, _REPLAY_ESN_VAL = 10, 23  # linux/xfrm.h, XFRMA_*
+
+BODY = HEADER.size
+_INFO = {
+    name: BODY + messages.offset_of(messages.XFRM_USERSA_INFO, name)
+    for name in ("sel_daddr", "sel_saddr", "sel_family", "id_daddr", "id_spi", "saddr", "reqid", "family")
+}
+INFO_END = BODY + messages.size_of(messages.XFRM_USERSA_INFO)
+
+
+class KernelFeatures(NamedTuple):
+    """What changes the messages."""
+
+    sa_direction: bool
+    keepalive: bool
+
+
+def octets(address: IPAddress | None) -> bytes:
+    """Return `address` as an xfrm_address_t: 16 bytes, an IPv4 address in the first four."""
+    return bytes(16) if address is None else address.packed.ljust(16, b"\0")
+
+
+def address_of(value: bytes | tuple[int, ...], family: int) -> IPAddress:
+    """Return the address in an xfrm_address_t."""
+    packed = bytes(value)
+    return IPv6Address(packed) if family == socket.AF_INET6 else IPv4Address(packed[:4])
+
+
+def family_of(address: IPAddress) -> int:
+    """Return AF_INET or AF_INET6."""
+    return socket.AF_INET if address.version == 4 else socket.AF_INET6
+
+
+class _Shape(NamedTuple):
+    """What decides the size and the constant parts of the message for an SA."""
+
+    family: int
+    direction: Direction
+    mode: Mode
+    encryption: Encr
+    encryption_key_length: int
+    integrity: Integ
+    esn: bool
+    replay_window: int
+    encapsulated: bool
+    lifetime: Lifetime
+    selector: TrafficSelector | None
+    nat_keepalive: int | None
+    mark: Mark | None
+    interface_id: int | None
+    tfc: int
+    copy_dscp: bool
+    copy_ecn: bool
+    copy_df: bool
+    features: KernelFeatures
+
+
+class _Template(NamedTuple):
+    data: bytes
+    encryption_key: int
+    integrity_key: int
+    encapsulation: int
+    """Offsets into `data`; 0 where there is none."""
+
+
+def encode_sa(sa: SecurityAssociation, features: KernelFeatures) -> bytearray:
+    """Return the message that installs `sa` (XFRM_MSG_NEWSA or XFRM_MSG_UPDSA), header left empty."""
+    template = _template(
+        _Shape(
+            family_of(sa.source),
+            sa.direction,
+            sa.mode,
+            sa.encryption,
+            len(sa.encryption_key),
+            sa.integrity,
+            sa.esn,
+            sa.replay_window,
+            sa.encapsulation is not None,
+            sa.lifetime,
+            sa.selectors[0] if len(sa.selectors) == 1 else None,
+            sa.nat_keepalive,
+            sa.mark,
+            sa.interface_id,
+            sa.tfc,
+            sa.copy_dscp,
+            sa.copy_ecn,
+            sa.copy_df,
+            features,
+        )
+    )
+    message = bytearray(template.data)
+    destination, source = sa.destination.packed, sa.source.packed
+    message[_INFO["id_daddr"] : _INFO["id_daddr"] + len(destination)] = destination
+    message[_INFO["saddr"] : _INFO["saddr"] + len(source)] = source
+    struct.pack_into(">I", message, _INFO["id_spi"], sa.spi)
+    struct.pack_into("=I", message, _INFO["reqid"], sa.reqid)
+    if sa.encapsulation is not None:
+        patch_ports(message, template.encapsulation, sa.encapsulation, sa.direction)
+    message[template.encryption_key : template.encryption_key + len(sa.encryption_key)] = sa.encryption_key
+    if sa.integrity_key:
+        message[template.integrity_key : template.integrity_key + len(sa.integrity_key)] = sa.integrity_key
+    return message
+
+
+def put_sequence(message: bytearray, direction: Direction, sequence: int) -> None:
+    """Let the SA in `message` (of `encode_sa`) go on behind `sequence`, sent or received."""
+    sent, received = (sequence, 0) if direction is Direction.OUT else (0, sequence)
+    for kind, start, end in attributes(message, INFO_END):
+        if kind == _REPLAY_ESN_VAL:  # struct xfrm_replay_state_esn
+            low = (sent & 0xFFFF_FFFF, received & 0xFFFF_FFFF)
+            struct.pack_into("=4I", message, start + 4, *low, sent >> 32, received >> 32)
+            if received:
+                message[start + 24 : end] = b"\xff" * (end - start - 24)
+            return
+    bitmap = 0xFFFF_FFFF if received else 0
+    message += struct.pack("=HH3I", 16, _REPLAY_VAL, sent, received, bitmap)
+
+
+def patch_ports(
+    message: bytearray, offset: int, encapsulation: UDPEncapsulation, direction: Direction
+) -> None:
+    """Put ports and original address into the struct xfrm_encap_tmpl at `offset`."""
+    struct.pack_into(">HH", message, offset + 2, *wire_ports(encapsulation, direction))
+    message[offset + 8 : offset + 24] = octets(encapsulation.original_address)
+
+
+@functools.lru_cache(maxsize=256)
+def _template(shape: _Shape) -> _Template:
+    outbound = shape.direction is Direction.OUT
+    tunnel = shape.mode is Mode.TUNNEL
+    fields: dict[str, Any] = {
+        "id_proto": socket.IPPROTO_ESP,
+        "family": shape.family,
+        "mode": messages.XFRM_MODE_TUNNEL if tunnel else messages.XFRM_MODE_TRANSPORT,
+        **_lifetime_fields(shape.lifetime),
+    }
+    flags = 0
+    if shape.selector is not None:
+        fields.update(selector_fields(shape.selector, "sel_"))
+    elif tunnel:
+        flags |= messages.XFRM_STATE_AF_UNSPEC  # IPv4 and IPv6 both may pass the tunnel
+    else:
+        fields["sel_family"] = shape.family
+    flags |= messages.XFRM_STATE_NOECN * (not shape.copy_ecn)
+    flags |= messages.XFRM_STATE_NOPMTUDISC * (outbound and not shape.copy_df)
+    flags |= messages.XFRM_STATE_ESN * shape.esn
+
+    found: list[tuple[str, Any]] = _algorithms(shape)
+    # An outbound SA has no window, and a kernel that knows directions insists; others want one for ESN.
+    window = shape.replay_window if not outbound else 32 * (shape.esn and not shape.features.sa_direction)
+    if shape.esn or window > 32:
+        words = -(-window // 32)
+        found.append(("XFRMA_REPLAY_ESN_VAL", {"bmp_len": words, "replay_window": window}))
+        window = 0
+    fields["replay_window"] = window
+    if shape.encapsulated:
+        found.append(("XFRMA_ENCAP", {"encap_type": UDP_ENCAP_ESPINUDP}))
+        if not outbound:
+            found.append(("XFRMA_MTIMER_THRESH", MAPPING_INTERVAL))
+    if shape.nat_keepalive is not None and shape.features.keepalive:
+        found.append(("XFRMA_NAT_KEEPALIVE_INTERVAL", shape.nat_keepalive))
+    if shape.features.sa_direction:
+        found.append(("XFRMA_SA_DIR", messages.XFRM_SA_DIR_OUT if outbound else messages.XFRM_SA_DIR_IN))
+    if shape.mark is not None:
+        found.append(("XFRMA_MARK", {"v": shape.mark.value, "m": shape.mark.mask}))
+    if shape.interface_id is not None:
+        found.append(("XFRMA_IF_ID", shape.interface_id))
+    if shape.tfc and outbound:
+        found.append(("XFRMA_TFCPAD", shape.tfc))
+    if outbound and not shape.copy_dscp:
+        found.append(("XFRMA_SA_EXTRA_FLAGS", messages.XFRM_SA_XFLAG_DONT_ENCAP_DSCP))
+
+    message = messages.xfrm_usersa_info()
+    message.update({**fields, "flags": flags, "attrs": found})
+    message.encode()
+    places = {}
+    for kind, start, _ in attributes(bytes(message.data), INFO_END):
+        places[messages.xfrm_attributes.nla_map[kind][0]] = start
+    return _Template(
+        data=bytes(message.data),
+        encryption_key=places["XFRMA_ALG_AEAD"] + 72
+        if shape.encryption.is_aead
+        else places["XFRMA_ALG_CRYPT"] + 68,
+        integrity_key=places.get("XFRMA_ALG_AUTH_TRUNC", 0) + 72,
+        encapsulation=places.get("XFRMA_ENCAP", 0),
+    )
+
+
+def _algorithms(shape: _Shape) -> list[tuple[str, Any]]:
+    """Return the attributes of the transforms, with zeros for keys."""
+    name = ENCRYPTION_NAMES[shape.encryption]
+    length = shape.encryption_key_length
+    blank = {"alg_name": name, "alg_key_len": 8 * length, "alg_key": bytes(length)}
+    if shape.encryption.is_aead:
+        return [("XFRMA_ALG_AEAD", {**blank, "alg_icv_len": 8 * shape.encryption.icv_length})]
+    integrity = {
+        "alg_name": INTEGRITY_NAMES[shape.integrity],
+        "alg_key_len": 8 * shape.integrity.key_length,
+        "alg_trunc_len": 8 * shape.integrity.icv_length,
+        "alg_key": bytes(shape.integrity.key_length),
+    }
+    return [("XFRMA_ALG_CRYPT", blank), ("XFRMA_ALG_AUTH_TRUNC", integrity)]
+
+
+def modules_of(sa: SecurityAssociation) -> str:
+    """Return the sentence that says which modules bring the algorithms of `sa`."""
+    names = [ENCRYPTION_NAMES[sa.encryption]]
+    if sa.integrity is not Integ.NONE:
+        names.append(INTEGRITY_NAMES[sa.integrity])
+    wanted = " and ".join(MODULES[name] for name in names)
+    return f"Load the modules {wanted} (and drbg, seqiv and echainiv), or negotiate another transform"
+
+
+def _lifetime_fields(lifetime: Lifetime | None) -> dict[str, int]:
+    fields = dict.fromkeys(
+        (f"lft_{grade}_{unit}_limit" for grade in ("soft", "hard") for unit in ("byte", "packet")),
+        messages.XFRM_INF,
+    )
+    if lifetime is not None:
+        for grade in ("soft", "hard"):
+            for unit, name in (("bytes", "byte"), ("packets", "packet")):
+                limit = getattr(lifetime, f"{grade}_{unit}")
+                fields[f"lft_{grade}_{name}_limit"] = messages.XFRM_INF if limit is None else limit
+            fields[f"lft_{grade}_add_expires_seconds"] = getattr(lifetime, f"{grade}_seconds") or 0
+    return fields
+
+
+def lifetime_of(message: Any, prefix: str = "lft_") -> Lifetime:
+    """Return the limits in a struct xfrm_lifetime_cfg."""
+
+    def limit(name: str) -> int | None:
+        value = int(message[f"{prefix}{name}"])
+        return None if value in (0, messages.XFRM_INF) or value > 2**63 else value
+
+    return Lifetime(
+        soft_seconds=limit("soft_add_expires_seconds"),
+        hard_seconds=limit("hard_add_expires_seconds"),
+        soft_bytes=limit("soft_byte_limit"),
+        hard_bytes=limit("hard_byte_limit"),
+        soft_packets=limit("soft_packet_limit"),
+        hard_packets=limit("hard_packet_limit"),
+    )
+
+
+def selector_fields(selector: TrafficSelector, prefix: str) -> dict[str, Any]:
+    """Return the fields of a struct xfrm_selector."""
+    return {
+        f"{prefix}daddr": tuple(octets(selector.destination.network_address)),
+        f"{prefix}saddr": tuple(octets(selector.source.network_address)),
+        f"{prefix}dport": selector.destination_port,
+        f"{prefix}dport_mask": 0xFFFF * bool(selector.destination_port),
+        f"{prefix}sport": selector.source_port,
+        f"{prefix}sport_mask": 0xFFFF * bool(selector.source_port),
+        f"{prefix}family": family_of(selector.destination.network_address),
+        f"{prefix}prefixlen_d": selector.destination.prefixlen,
+        f"{prefix}prefixlen_s": selector.source.prefixlen,
+        f"{prefix}proto": selector.protocol,
+    }
+
+
+def selector_of(message: Any, prefix: str = "sel_") -> TrafficSelector:
+    """Return the selector in a struct xfrm_selector."""
+    family = message[f"{prefix}family"]
+    source = address_of(message[f"{prefix}saddr"], family)
+    destination = address_of(message[f"{prefix}daddr"], family)
+    return TrafficSelector(
+        source=ip_network(f"{source}/{message[f'{prefix}prefixlen_s']}", strict=False),
+        destination=ip_network(f"{destination}/{message[f'{prefix}prefixlen_d']}", strict=False),
+        protocol=message[f"{prefix}proto"],
+        source_port=message[f"{prefix}sport"] if message[f"{prefix}sport_mask"] else 0,
+        destination_port=message[f"{prefix}dport"] if message[f"{prefix}dport_mask"] else 0,
+    )
+
+
+def encode_sa_id(sa_id: SaId) -> bytearray:
+    """Return the message that names an SA (XFRM_MSG_GETSA, XFRM_MSG_DELSA)."""
+    message = bytearray(BODY)
+    message += octets(sa_id.destination)
+    message += struct.pack(
+        "=4sHBx", sa_id.spi.to_bytes(4, "big"), family_of(sa_id.destination), socket.IPPROTO_ESP
+    )
+    return message + _mark_attribute(sa_id.mark)
+
+
+def _mark_attribute(mark: Mark | None) -> bytes:
+    number = 21  # XFRMA_MARK
+    return struct.pack("=HHII", 12, number, mark.value, mark.mask) if mark else b""
+
+
+def encode_allocate(
+    source: IPAddress,
+    destination: IPAddress,
+    features: KernelFeatures,
+    *,
+    reqid: int,
+    minimum: int,
+    maximum: int,
+    sequence: int,
+) -> bytearray:
+    """Return the message that reserves an SPI (XFRM_MSG_ALLOCSPI)."""
+    message = messages.xfrm_userspi_info()
+    message.update(
+        info_id_daddr=tuple(octets(destination)),
+        info_id_proto=socket.IPPROTO_ESP,
+        info_saddr=tuple(octets(source)),
+        info_seq=sequence,
+        info_reqid=reqid,
+        info_family=family_of(destination),
+        info_mode=messages.XFRM_MODE_TUNNEL,
+        min=minimum,
+        max=maximum,
+    )
+    if features.sa_direction:  # only an SA of the same direction completes it
+        message["attrs"] = [("XFRMA_SA_DIR", messages.XFRM_SA_DIR_IN)]
+    message.encode()
+    return bytearray(message.data)
+
+
+KERNEL_DIRECTIONS = {
+    Direction.IN: messages.XFRM_POLICY_IN,
+    Direction.OUT: messages.XFRM_POLICY_OUT,
+}
+
+
+def kernel_directions(policy: Policy) -> tuple[int, ...]:
+    """Return the kernel's directions of `policy`: what comes in may be for this host or be forwarded."""
+    if policy.direction is Direction.OUT:
+        return (messages.XFRM_POLICY_OUT,)
+    if policy.action is Action.PROTECT and policy.mode is Mode.TRANSPORT:
+        return (messages.XFRM_POLICY_IN,)
+    return (messages.XFRM_POLICY_IN, messages.XFRM_POLICY_FWD)
+
+
+def encode_policy(policy: Policy, direction: int) -> bytearray:
+    """Return the message that installs `policy` in the kernel's `direction` (XFRM_MSG_NEWPOLICY)."""
+    message = messages.xfrm_userpolicy_info()
+    discard = policy.action is Action.DISCARD
+    message.update(
+        {
+            **selector_fields(policy.selector, "sel_"),
+            **_lifetime_fields(None),
+            "priority": default_priority(policy.selector) if policy.priority is None else policy.priority,
+            "dir": direction,
+            "action": messages.XFRM_POLICY_BLOCK if discard else messages.XFRM_POLICY_ALLOW,
+        }
+    )
+    found: list[tuple[str, Any]] = []
+    if policy.action is Action.PROTECT:
+        outer = policy.destination or policy.selector.destination.network_address
+        template = {
+            "id_daddr": tuple(octets(policy.destination)),
+            "id_proto": socket.IPPROTO_ESP,
+            "family": family_of(outer),
+            "saddr": tuple(octets(policy.source)),
+            "reqid": policy.reqid,
+            "mode": messages.XFRM_MODE_TUNNEL if policy.mode is Mode.TUNNEL else messages.XFRM_MODE_TRANSPORT,
+            "optional": int(policy.optional),
+            "aalgos": 0xFFFF_FFFF,
+            "ealgos": 0xFFFF_FFFF,
+            "calgos": 0xFFFF_FFFF,
+        }
+        found.append(("XFRMA_TMPL", [template]))
+    if policy.mark is not None:
+        found.append(("XFRMA_MARK", {"v": policy.mark.value, "m": policy.mark.mask}))
+    if policy.interface_id is not None:
+        found.append(("XFRMA_IF_ID", policy.interface_id))
+    message["attrs"] = found
+    message.encode()
+    return bytearray(message.data)
+
+
+def encode_policy_id(policy: Policy, direction: int) -> bytearray:
+    """Return the message that names a policy (XFRM_MSG_GETPOLICY, XFRM_MSG_DELPOLICY)."""
+    message = messages.xfrm_userpolicy_id()
+    message.update({**selector_fields(policy.selector, "sel_"), "dir": direction})
+    found: list[tuple[str, Any]] = []
+    if policy.mark is not None:
+        found.append(("XFRMA_MARK", {"v": policy.mark.value, "m": policy.mark.mask}))
+    if policy.interface_id is not None:
+        found.append(("XFRMA_IF_ID", policy.interface_id))
+    message["attrs"] = found
+    message.encode()
+    return bytearray(message.data)
+
+
+def policy_of(message: Any) -> Policy:
+    """Return the policy in an xfrm_userpolicy_info; NatCompatError for what natcompat has no words for."""
+    templates = message.get_attr("XFRMA_TMPL") or []
+    direction = {number: name for name, number in KERNEL_DIRECTIONS.items()}.get(message["dir"])
+    if len(templates) > 1 or direction is None or any(each["id_proto"] != 50 for each in templates):
+        raise NatCompatError(errno.EPROTONOSUPPORT, "The policy is not one that natcompat installs")
+    action = Action.PROTECT if templates else Action.BYPASS
+    if message["action"] == messages.XFRM_POLICY_BLOCK:
+        action = Action.DISCARD
+    mark = message.get_attr("XFRMA_MARK")
+    template = templates[0] if templates else None
+    tunnel = template is not None and template["mode"] == messages.XFRM_MODE_TUNNEL
+    return Policy(
+        direction=direction,
+        selector=selector_of(message),
+        source=address_of(template["saddr"], template["family"]) if template and tunnel else None,
+        destination=address_of(template["id_daddr"], template["family"]) if template and tunnel else None,
+        mode=Mode.TRANSPORT if template and not tunnel else Mode.TUNNEL,
+        reqid=template["reqid"] if template else 0,
+        action=action,
+        priority=message["priority"],
+        optional=bool(template and template["optional"]),
+        mark=Mark(value=mark["v"], mask=mark["m"]) if mark else None,
+        interface_id=message.get_attr("XFRMA_IF_ID") or None,
+    )

@@ -1,0 +1,370 @@
+"""A failure half-way leaves the socket exactly as it was; each step of each backend fails once.
+
+The faults are put in where the kernel would answer: one system call of the real ones raises, the
+others run. What is compared is all that can be seen of the socket and of the process afterwards.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from natcompat import get_nat_t_endpoint, set_nat_t_endpoint
+from natcompat.backends.base import Viability
+from natcompat.backends.diversion import Diversion
+from natcompat.backends.linux import LinuxBackend
+from natcompat.backends.linux_sockets import features, steering
+from natcompat.backends.linux_sockets import filters as bpf
+from natcompat.backends.userspace import InLineAttachment, UserspaceBackend
+from natcompat.contract import Duty, Performer
+from natcompat.endpoint import endpoint as endpoint_module
+from tests.support.linux import (
+    ESP,
+    KEEPALIVE,
+    LINUX,
+    Collector,
+    at,
+    check_demultiplexing,
+    ike,
+    nothing_left,
+    queued,
+    send_ike,
+    state,
+    udp,
+)
+
+pytestmark = LINUX
+
+GRO = socket.IPPROTO_UDP, steering.UDP_GRO
+ENCAP = socket.IPPROTO_UDP, steering.UDP_ENCAP
+REUSEPORT = socket.SOL_SOCKET, socket.SO_REUSEPORT
+
+
+class Fault(OSError):
+    """The error that is put in."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOMEM, "put in by the test")
+
+
+class Interruption(BaseException):
+    """Ctrl-C at the worst moment."""
+
+
+class Faulty:
+    """Counts the calls that attaching makes of the kernel, and lets the one at `position` fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.position = -1
+        self.calls: list[str] = []
+        self.fault: BaseException = Fault()
+        for owner, name in (
+            (socket.socket, "setsockopt"),
+            (socket.socket, "bind"),
+            (bpf, "_attach"),
+            (threading.Thread, "start"),
+            (socket, "socketpair"),
+            (endpoint_module, "make_class"),
+        ):
+            self._wrap(monkeypatch, owner, name)
+
+    def _wrap(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            if self.position >= 0:
+                self.calls.append(f"{name} {[value for value in arguments[1:] if isinstance(value, int)]}")
+                if len(self.calls) == self.position + 1:
+                    self.position = -1  # once: what undoes it runs
+                    raise self.fault
+            return plain(*arguments, **keywords)
+
+        monkeypatch.setattr(owner, name, call)
+
+
+def make_app(with_gro: bool) -> socket.socket:
+    sock = udp()
+    if with_gro:
+        sock.setsockopt(*GRO, 1)
+    return sock
+
+
+BACKENDS: list[Any] = [
+    pytest.param(lambda: UserspaceBackend(), Collector(coalesce=True), id="steering"),
+    pytest.param(lambda: UserspaceBackend(), None, id="filter"),
+    pytest.param(lambda: Always(LinuxBackend()), None, id="linux"),
+]
+
+
+@pytest.mark.parametrize("fault", [Fault(), Interruption()], ids=["error", "interruption"])
+@pytest.mark.parametrize("with_gro", [False, True], ids=["no GRO", "GRO of the application's"])
+@pytest.mark.parametrize(("make_backend", "consumer"), BACKENDS)
+def test_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+    make_backend: Callable[[], Any],
+    consumer: Collector | None,
+    with_gro: bool,
+    fault: BaseException,
+) -> None:
+    """Either it raises and nothing has changed, or it goes on in a weaker mode and says why."""
+    assert features.steering_refused() == features.filter_refused() == ""  # the proofs are done now
+    with make_app(with_gro) as sock:
+        endpoint = set_nat_t_endpoint(sock, backend=make_backend(), esp=consumer)
+        strongest = endpoint.mode
+        endpoint.close()
+    faulty = Faulty(monkeypatch)
+    faulty.fault = fault
+    position, outcomes = 0, []
+    while True:
+        with nothing_left(), make_app(with_gro) as sock, udp() as peer:
+            before = state(sock)
+            faulty.position, faulty.calls = position, []
+            try:
+                endpoint = set_nat_t_endpoint(sock, backend=make_backend(), esp=consumer)
+            except (OSError, Interruption) as error:
+                faulty.position = -1
+                raised = [error, error.__cause__]
+                assert fault in raised
+                assert state(sock) == before
+                assert get_nat_t_endpoint(sock) is None
+                for payload in (ESP, KEEPALIVE):
+                    peer.sendto(payload, at(sock))
+                assert queued(sock) == [ESP, KEEPALIVE]
+                outcomes.append("raised")
+            else:
+                if faulty.position >= 0:  # all steps have had their turn
+                    faulty.position = -1
+                    break
+                assert isinstance(fault, OSError)
+                if endpoint.mode != strongest:
+                    assert "put in by the test" in endpoint.reason
+                    outcomes.append(endpoint.mode)
+                for payload in (KEEPALIVE, ESP):
+                    peer.sendto(payload, at(sock))
+                send_ike(peer, at(sock), 1)
+                assert sock.recv(64) == ike(1)
+                endpoint.close()
+                assert state(sock) == before
+        position += 1
+    assert position >= 3, faulty.calls
+    assert outcomes
+
+
+def test_the_steps_that_fail_are_the_ones_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a step that is added fails here as well."""
+    features.steering_refused()
+    features.filter_refused()
+    faulty = Faulty(monkeypatch)
+    with udp() as sock:
+        faulty.position = 1000
+        set_nat_t_endpoint(sock, backend="userspace", esp=Collector(coalesce=True)).close()
+        faulty.position = -1
+    names = [call.split()[0] for call in faulty.calls]
+    assert names[0] == "make_class"
+    assert {"setsockopt", "bind", "_attach", "start", "socketpair"} <= set(names)
+    assert names.count("_attach") == 2  # the program and the filter
+
+
+def test_ike_that_came_to_the_engine_before_the_failure_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The kernel spreads by hash between the join and the program, which is refused here."""
+    features.steering_refused()
+    count = 40
+    with udp() as sock:
+        peers = [udp() for _ in range(count)]
+
+        def refused(joined: socket.socket, engines: int) -> None:
+            for number, peer in enumerate(peers):
+                send_ike(peer, at(sock), number)
+            raise Fault
+
+        monkeypatch.setattr(bpf, "attach_steering", refused)
+        endpoint = set_nat_t_endpoint(sock, backend="userspace", esp=Collector())
+        assert endpoint.mode == "in line"
+        received = dict(sock.recvfrom(64) for _ in range(count))
+        assert received == {ike(number): peer.getsockname() for number, peer in enumerate(peers)}
+        assert endpoint.stats().handed_back > 0
+        for peer in peers:
+            peer.close()
+
+
+# --- rearranging and detaching ----------------------------------------------------------------------
+
+
+def test_an_operation_that_fails_leaves_the_endpoint_steering() -> None:
+    consumer = Collector()
+    with udp() as sock, udp() as peer:
+        endpoint = set_nat_t_endpoint(sock, backend="userspace", esp=consumer)
+        failing: list[Callable[[], object]] = [
+            lambda: sock.bind(peer.getsockname()),
+            lambda: sock.connect(("no address", 1)),
+            lambda: sock.setsockopt(socket.SOL_SOCKET, steering.SO_BINDTODEVICE, b"no such device"),
+            lambda: sock.setsockopt(*ENCAP, 250),
+        ]
+        for operation in failing:
+            with pytest.raises(OSError, match=r"\["):
+                operation()
+            assert endpoint.mode == "steering"
+            check_demultiplexing(sock, consumer, peer, at(sock))
+
+
+@pytest.mark.parametrize("backend", ["userspace", "linux"])
+def test_attaching_again_that_fails_goes_in_line(
+    monkeypatch: pytest.MonkeyPatch, backend: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The operation has been done by then, so it is not the application's to see the error."""
+    made = UserspaceBackend() if backend == "userspace" else LinuxBackend()
+    with udp() as sock, udp() as peer:
+        before = state(sock)
+        endpoint = set_nat_t_endpoint(sock, backend=Always(made))
+        monkeypatch.setattr(features, "switch_gro_off", raising)
+        sock.setsockopt(*ENCAP, 0)
+        monkeypatch.undo()
+        assert endpoint.mode == "in line"
+        assert "attaching again failed" in endpoint.reason
+        assert endpoint.stats().errors == 1
+        for payload in (KEEPALIVE, ESP):
+            peer.sendto(payload, at(sock))
+        send_ike(peer, at(sock), 1)
+        assert sock.recv(64) == ike(1)
+        assert (endpoint.stats().keepalives, endpoint.stats().esp) == (1, 1)
+        endpoint.close()
+        assert state(sock) == before
+
+
+def raising(*_: Any) -> Any:
+    raise Fault
+
+
+class Always:
+    """A backend that is another one and says that it is viable: this kernel may have no ESP."""
+
+    hands_over_esp = True
+
+    def __init__(self, backend: Any) -> None:
+        self.name = f"always {backend.name}"
+        self._backend = backend
+
+    def viability(self) -> Viability:
+        return Viability(self.name, True)
+
+    def attach(self, sock: socket.socket, diversion: Diversion) -> Any:
+        return self._backend.attach(sock, diversion)
+
+
+def test_a_change_of_backend_that_fails_restores_the_former(monkeypatch: pytest.MonkeyPatch) -> None:
+    consumer = Collector()
+
+    class Refusing(Always):
+        def attach(self, sock: socket.socket, diversion: Diversion) -> Any:
+            raise Fault
+
+    with udp() as sock, udp() as peer:
+        endpoint = set_nat_t_endpoint(sock, backend="userspace", esp=consumer)
+        with pytest.raises(Fault):
+            set_nat_t_endpoint(sock, backend=Refusing(UserspaceBackend()), esp=Collector())
+        assert (endpoint.backend, endpoint.mode) == ("userspace", "steering")
+        check_demultiplexing(sock, consumer, peer, at(sock))
+
+
+def test_a_backend_that_forgets_a_duty_is_detached_again() -> None:
+    detached: list[socket.socket] = []
+
+    class Forgetful(InLineAttachment):
+        def __init__(self) -> None:
+            super().__init__("")
+            self.duties = {Duty.STRIP_MARKER: Performer.PROCESS}
+
+        def detach(self, sock: socket.socket) -> None:
+            detached.append(sock)
+
+    class Broken(Always):
+        def attach(self, sock: socket.socket, diversion: Diversion) -> Any:
+            return Forgetful()
+
+    with udp() as sock:
+        before = state(sock)
+        with pytest.raises(KeyError):
+            set_nat_t_endpoint(sock, backend=Broken(UserspaceBackend()))
+        assert state(sock) == before
+        assert len(detached) == 1
+
+
+@pytest.mark.parametrize(
+    ("step", "left"),
+    [
+        ("program", {"program"}),
+        ("SO_REUSEPORT", {"SO_REUSEPORT"}),
+        ("filter", {"filter"}),
+        ("GRO", {"UDP_GRO"}),
+        ("receive", set()),
+    ],
+)
+def test_a_step_of_detaching_that_fails_does_not_stop_the_others(
+    monkeypatch: pytest.MonkeyPatch, step: str, left: set[str]
+) -> None:
+    """The error comes through; the endpoint is off, and nothing of ours is left but that one thing."""
+    with nothing_left(), udp() as sock:
+        sock.setsockopt(*GRO, 1)
+        before = state(sock)
+        endpoint = set_nat_t_endpoint(sock, backend="userspace", esp=Collector())
+        plain = socket.socket.setsockopt
+
+        def setsockopt(of: socket.socket, level: int, option: int, *value: Any) -> None:
+            if step == "SO_REUSEPORT" and (level, option) == REUSEPORT:
+                raise Fault
+            plain(of, level, option, *value)
+
+        monkeypatch.setattr(socket.socket, "setsockopt", setsockopt)
+        match step:
+            case "program":
+                monkeypatch.setattr(steering, "_take_off_program", raising)
+            case "filter":
+                monkeypatch.setattr(bpf, "detach_filter", raising)
+            case "GRO":
+                monkeypatch.setattr(features, "restore_gro", raising)
+            case "receive":
+                monkeypatch.setattr(steering.Steering, "_receive", raising)
+        with pytest.raises(Fault):
+            endpoint.close()
+        monkeypatch.undo()
+        assert endpoint.closed
+        after = state(sock)
+        assert {key for key in after if after[key] != before[key]} == left
+
+
+def test_the_proofs_are_tried_again_after_a_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptors left is no property of the kernel."""
+    for proof in (features._filter_proof, features._steering_proof):
+        proof.cache_clear()
+    plain = socket.socket.__init__
+
+    def exhausted(sock: socket.socket, *arguments: Any, **keywords: Any) -> None:
+        plain(sock, *arguments, **keywords)
+        sock.close()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as context:
+        context.setattr(socket.socket, "__init__", exhausted)
+        assert "Too many open files" in features.filter_refused()
+        assert "Too many open files" in features.steering_refused()
+    assert features.filter_refused() == features.steering_refused() == ""
+
+
+def test_what_a_proof_finds_to_have_no_effect_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gVisor and others accept options that they then ignore."""
+    monkeypatch.setattr(bpf, "_attach", lambda *_: None)
+    assert features._filter_proof.__wrapped__() == "it was accepted and has no effect"
+    # without a program it is chance which socket of the group gets what the proof sends
+    assert features._steering_proof.__wrapped__().startswith("it was accepted")
+
+
+def test_a_proof_whose_datagram_does_not_arrive_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpf, "IKE_ONLY", ((0x06, 0, 0, 0),))
+    assert features._filter_proof.__wrapped__().endswith("did not arrive")

@@ -1,0 +1,317 @@
+"""The option under its own name, as a daemon written for Solaris uses it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import runpy
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import natcompat
+from natcompat import get_nat_t_endpoint, set_nat_t_endpoint
+from natcompat.commands import run
+from tests.support.pairs import MARKER, Pair, outcome
+
+OPTION = (socket.IPPROTO_UDP, 0x0103)
+
+pytestmark = pytest.mark.skipif(sys.platform == "sunos5", reason="Solaris knows the option")
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    natcompat.install()
+    yield
+    natcompat.uninstall()
+
+
+VALUES: dict[str, tuple[tuple[Any, ...], bool]] = {
+    "one": ((1,), True),
+    "true": ((True,), True),
+    "any-number": ((-3,), True),
+    "bytes": ((struct.pack("=i", 1),), True),
+    "other-byte": ((b"\0\0\1\0",), True),
+    "a-bytearray": ((bytearray(struct.pack("=i", 1)),), True),
+    "zero": ((0,), False),
+    "false": ((False,), False),
+    "zero-bytes": ((bytes(4),), False),
+}
+BAD_VALUES: dict[str, tuple[tuple[Any, ...], type[Exception]]] = {
+    "no-bytes": ((b"",), OSError),
+    "too-few-bytes": ((b"\1",), OSError),
+    "too-many-bytes": ((bytes(8),), OSError),
+    "none-and-a-length": ((None, 4), OSError),
+    "none": ((None,), OSError),
+    "number-and-a-length": ((1, 4), OSError),
+    "text": (("1",), TypeError),
+    "a-float": ((1.5,), TypeError),
+}
+
+
+@pytest.mark.parametrize(("value", "expected"), VALUES.values(), ids=VALUES.keys())
+def test_an_endpoint_answers_for_itself(pair: Pair, value: tuple[Any, ...], expected: bool) -> None:
+    assert pair.app.getsockopt(*OPTION) == 1
+    assert pair.app.getsockopt(*OPTION, 4) == struct.pack("=i", 1)
+    pair.app.setsockopt(*OPTION, *value)
+    assert pair.endpoint.closed is not expected
+    assert (get_nat_t_endpoint(pair.app) is not None) is expected
+    pair.app.sendto(b"message", pair.peer.getsockname())
+    assert pair.peer.recv(100) == (MARKER if expected else b"") + b"message"
+
+
+@pytest.mark.parametrize(("value", "error"), BAD_VALUES.values(), ids=BAD_VALUES.keys())
+def test_a_bad_value_changes_nothing(pair: Pair, value: tuple[Any, ...], error: type[Exception]) -> None:
+    with pytest.raises(error) as caught:
+        pair.app.setsockopt(*OPTION, *value)
+    assert getattr(caught.value, "errno", None) == (errno.EINVAL if error is OSError else None)
+    assert not pair.endpoint.closed
+
+
+def test_without_installing_a_plain_socket_does_not_know_the_option(pair: Pair) -> None:
+    pair.endpoint.close()
+    for sock in (pair.app, pair.peer):
+        assert outcome(partial(sock.setsockopt, *OPTION, 1)) == (OSError, errno.ENOPROTOOPT)
+        assert outcome(partial(sock.getsockopt, *OPTION)) == (OSError, errno.ENOPROTOOPT)
+    assert not hasattr(socket, "UDP_NAT_T_ENDPOINT")
+
+
+@pytest.fixture
+def plain(family: socket.AddressFamily) -> Iterator[socket.socket]:
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        yield sock
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(("value", "expected"), VALUES.values(), ids=VALUES.keys())
+def test_installed_every_socket_answers(
+    plain: socket.socket, loopback: tuple[str, int], value: tuple[Any, ...], expected: bool
+) -> None:
+    assert plain.getsockopt(*OPTION) == 0
+    assert plain.getsockopt(*OPTION, 4) == bytes(4)
+    plain.setsockopt(*OPTION, *value)
+    assert plain.getsockopt(*OPTION) == int(expected)
+    plain.bind(loopback)
+    assert socket.UDP_NAT_T_ENDPOINT == 0x0103  # type: ignore[attr-defined]
+    plain.setsockopt(*OPTION, 1)
+    plain.setsockopt(*OPTION, 1)
+    assert get_nat_t_endpoint(plain) is not None
+    plain.setsockopt(*OPTION, 0)
+    plain.setsockopt(*OPTION, 0)
+    assert plain.getsockopt(*OPTION) == 0
+    assert type(plain) is socket.socket
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(("value", "error"), BAD_VALUES.values(), ids=BAD_VALUES.keys())
+def test_installed_a_bad_value_changes_nothing(
+    plain: socket.socket, value: tuple[Any, ...], error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        plain.setsockopt(*OPTION, *value)
+    assert plain.getsockopt(*OPTION) == 0
+
+
+WRONG: dict[str, tuple[Callable[[], socket.socket], int]] = {
+    "tcp": (lambda: socket.socket(), errno.ENOPROTOOPT),
+    "unix": (lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM), errno.EAFNOSUPPORT),
+}
+
+
+@pytest.mark.usefixtures("installed")
+@pytest.mark.parametrize(("make", "number"), WRONG.values(), ids=WRONG.keys())
+def test_installed_other_sockets_refuse(make: Callable[[], socket.socket], number: int) -> None:
+    with make() as sock:
+        bare = outcome(lambda: super(socket.socket, sock).getsockopt(*OPTION))
+        with pytest.raises(OSError, match="option") as caught:
+            sock.setsockopt(*OPTION, 1)
+        assert caught.value.errno == number
+        assert outcome(lambda: sock.getsockopt(*OPTION)) == bare
+
+
+@pytest.mark.usefixtures("installed")
+def test_installed_a_closed_socket_is_a_bad_descriptor(plain: socket.socket) -> None:
+    plain.close()
+    for operation in (lambda: plain.setsockopt(*OPTION, 1), lambda: plain.getsockopt(*OPTION)):
+        assert outcome(operation) == (OSError, errno.EBADF)
+
+
+@pytest.mark.usefixtures("installed")
+def test_installed_all_other_options_are_what_they_were(plain: socket.socket) -> None:
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
+    assert plain.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST)
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, struct.pack("=i", 0))
+    assert plain.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 4) == bytes(4)
+    for mistake in ((17,), (17, 0x103), (17, "option", 1), (1, 2, 3, 4, 5)):
+        with pytest.raises(TypeError):
+            plain.setsockopt(*mistake)
+    with pytest.raises(TypeError):
+        plain.getsockopt(17)  # type: ignore[call-overload]
+
+
+def test_installing_may_be_repeated_and_undone_without_a_trace(plain: socket.socket) -> None:
+    before = dict(vars(socket.socket))
+    for _ in range(2):
+        natcompat.install()
+        natcompat.install()
+        plain.setsockopt(*OPTION, 1)
+        natcompat.uninstall()
+        natcompat.uninstall()
+        assert dict(vars(socket.socket)) == before
+        assert not hasattr(socket, "UDP_NAT_T_ENDPOINT")
+        assert plain.getsockopt(*OPTION) == 1  # what is set stays set
+        set_nat_t_endpoint(plain, False)
+
+
+def test_uninstalling_restores_what_somebody_else_had_put_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    inherited = socket.socket.setsockopt
+
+    def theirs(self: socket.socket, *arguments: Any) -> None:
+        inherited(self, *arguments)
+
+    monkeypatch.setattr(socket.socket, "setsockopt", theirs, raising=False)
+    monkeypatch.setattr(socket, "UDP_NAT_T_ENDPOINT", 0x0103, raising=False)
+    natcompat.install()
+    assert socket.socket.setsockopt is not theirs
+    natcompat.uninstall()
+    assert socket.socket.setsockopt is theirs
+    assert socket.UDP_NAT_T_ENDPOINT == 0x0103  # type: ignore[attr-defined]
+
+
+def test_on_solaris_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dict(vars(socket.socket))
+    monkeypatch.setattr(sys, "platform", "sunos5")
+    natcompat.install()
+    assert dict(vars(socket.socket)) == before
+
+
+# --- python -m natcompat.commands.run --------------------------------------------------------------------
+
+PROGRAM = """
+import socket, sys
+import neighbour
+with socket.socket(type=socket.SOCK_DGRAM) as sock:
+    sock.bind(("127.0.0.1", 0))
+    sock.setsockopt(socket.IPPROTO_UDP, socket.UDP_NAT_T_ENDPOINT, 1)
+    print(__name__, sock.getsockopt(17, 0x103), neighbour.NAME, sys.argv)
+sys.exit(len(sys.argv))
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    (tmp_path / "neighbour.py").write_text("NAME = 'beside it'\n")
+    (tmp_path / "program.py").write_text(PROGRAM)
+    return tmp_path / "program.py"
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., object]]:
+    """Call `run.main` as ``python -m natcompat.commands.run`` would."""
+    modules = set(sys.modules)
+
+    def call(*arguments: str) -> object:
+        monkeypatch.setattr(sys, "argv", ["natcompat.commands.run", *arguments])
+        monkeypatch.setattr(sys, "path", ["where natcompat.commands.run is", *sys.path])
+        return run.main()
+
+    yield call
+    natcompat.uninstall()
+    for name in {"neighbour", "program"} & (set(sys.modules) - modules):
+        del sys.modules[name]
+
+
+def test_a_script_runs_as_python_would_run_it(
+    program: Path, call: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        call(str(program), "-m", "--port=4500")
+    assert end.value.code == 3
+    assert capsys.readouterr().out == f"__main__ 1 beside it {[str(program), '-m', '--port=4500']}\n"
+
+
+def test_a_script_may_end_without_exit(
+    tmp_path: Path, call: Callable[..., object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = tmp_path / "short.py"
+    script.write_text("print('done')\n")
+    assert call(str(script)) == 0
+    assert capsys.readouterr().out == "done\n"
+
+
+def test_a_module_runs_as_python_would_run_it(
+    program: Path,
+    call: Callable[..., object],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(program.parent)
+    with pytest.raises(SystemExit) as end:
+        call("-m", "program", "argument")
+    assert end.value.code == 2
+    assert capsys.readouterr().out == f"__main__ 1 beside it {[str(program), 'argument']}\n"
+
+
+def test_a_module_may_end_without_exit(
+    tmp_path: Path, call: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "neighbour.py").write_text("NAME = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert call("-m", "neighbour") == 0
+
+
+USAGE: dict[str, tuple[list[str], int, str]] = {
+    "no-program": ([], 2, "python -m natcompat.commands.run script.py"),
+    "no-module": (["-m"], 2, "-m needs the name of a module"),
+    "no-such-file": (["no/such/file.py"], 2, "there is no file no/such/file.py"),
+    "a-directory": ([os.path.dirname(__file__)], 2, "there is no file"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "status", "message"), USAGE.values(), ids=USAGE.keys())
+def test_a_mistake_on_the_command_line_is_said(
+    arguments: list[str],
+    status: int,
+    message: str,
+    call: Callable[..., object],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert call(*arguments) == status
+    out, err = capsys.readouterr()
+    assert message in err
+    assert not out
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_printed(flag: str, call: Callable[..., object], capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(flag) == 0
+    assert "NATCOMPAT_BACKEND chooses" in capsys.readouterr().out
+
+
+def test_it_is_a_module_to_run(program: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "natcompat.commands.run", str(program)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.startswith("__main__ 1 beside it")
+
+
+def test_the_module_ends_with_the_status_of_main(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["natcompat.commands.run", "--help"])
+    monkeypatch.delitem(sys.modules, "natcompat.commands.run")
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("natcompat.commands.run", run_name="__main__")
+    assert end.value.code == 0
+    assert "script.py" in capsys.readouterr().out
