@@ -13,9 +13,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "esp_path.h"
-#include "loop.h"
-#include "offload.h"
+#include "esp/esp_path.h"
+#include "loop/loop.h"
+#include "offload/offload.h"
 
 #define REQUIRE(condition) \
     do { \

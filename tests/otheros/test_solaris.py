@@ -132,7 +132,7 @@ for odd in (None, 7, object()):
     assert get_nat_t_endpoint(odd) is None
 del sock
 gc.collect()
-from natcompat import aliases
+from natcompat.endpoint import aliases
 assert aliases._plain == {}
 """)
 

@@ -247,7 +247,7 @@ def test_a_port_of_somebody_else() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.4.5.6", 0))
         port = sock.getsockname()[1]
-        script = f"from natcompat import doctor; print(list(doctor._owners({port})))"
+        script = f"from natcompat.commands.doctor import examine; print(list(examine._owners({port})))"
         done = subprocess.run([*prefix, "-c", script], capture_output=True, text=True, check=True)
     assert "'owners': []" in done.stdout
     assert "'user': 0" in done.stdout

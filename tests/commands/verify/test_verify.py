@@ -37,7 +37,7 @@ ON_LOOPBACK = "--no-nat", "--json"
 
 BROKEN = """
     import socket
-    from natcompat import filters
+    from natcompat.backends.linux_sockets import filters
     from natcompat.backends.base import Viability
     from natcompat.backends.userspace import InLineAttachment
     from natcompat.contract import Duty, Performer
@@ -241,9 +241,9 @@ class TestDifferences:
 
     def test_a_backend_that_loses_everything_ends_in_time(self, broken: dict[str, str]) -> None:
         script = (
-            "from natcompat import verify; verify.PATIENCE = 0.1\n"
-            "from natcompat import cli; import sys; sys.argv[1:] = "
-            "['verify', '--no-nat', '--backend', 'loses-everything']; cli.main()"
+            "from natcompat.commands.verify import trials; trials.PATIENCE = 0.1\n"
+            "from natcompat.commands import main; import sys; sys.argv[1:] = "
+            "['verify', '--no-nat', '--backend', 'loses-everything']; main.main()"
         )
         done = subprocess.run(
             [sys.executable, "-c", script],
