@@ -1,4 +1,4 @@
-"""The exceptions that natcompat raises of its own accord."""
+"""The exceptions that natcompat raises, and `printable`, which makes foreign text safe for a terminal."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 
 
 class NatCompatError(OSError):
-    """An operation could not be done; carries the errno that Solaris would give, and the way out.
+    """An operation failed. Carries the errno that Solaris would give, and a remedy.
 
-    `remedy` is one sentence that says what to do about it (a module to load, a capability to
-    grant, another call to make); it is part of ``str(error)``. Nothing secret is ever in either.
+    `remedy` is one sentence that says what to do (load a module, grant a capability, make another
+    call), or empty. It is part of ``str(error)``. Neither the message nor the remedy contains a secret.
     """
 
     remedy: str
@@ -26,4 +26,31 @@ class NatCompatError(OSError):
 
 
 class BackendUnavailableError(NatCompatError):
-    """The backend that was asked for is unknown here or cannot work here; the message says why."""
+    """The requested backend is unknown here or cannot work here; the message says why."""
+
+
+def printable(text: object) -> str:
+    """Return `text` as one line that is safe in a terminal and in a log.
+
+    Every character that is not printable (`str.isprintable`: control characters, escape sequences, line
+    ends, bidirectional and zero-width marks, lone surrogates, every space but U+0020) becomes
+    ``\\xNN``, ``\\uNNNN`` or ``\\UNNNNNNNN``, with lower-case hexadecimal digits. All else stays,
+    backslashes included, so that a second call changes nothing.
+
+    Bytes are read as UTF-8, those that are none become ``\\xNN``; any other object gives its ``str()``.
+    Use it for every text from outside: process and interface names, file contents, error texts of the
+    system, identities of peers.
+    """
+    if isinstance(text, (bytes, bytearray, memoryview)):
+        text = bytes(text).decode("utf-8", "backslashreplace")
+    characters = str(text)
+    return characters if characters.isprintable() else "".join(map(_visible, characters))
+
+
+def _visible(character: str) -> str:
+    if character.isprintable():
+        return character
+    number = ord(character)
+    if number < 0x100:
+        return f"\\x{number:02x}"
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
