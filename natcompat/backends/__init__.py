@@ -19,9 +19,9 @@ from natcompat.errors import BackendUnavailableError, NatCompatError
 
 if TYPE_CHECKING:
     from natcompat.backends.base import IPsecBackend
-    from natcompat.esp.device.queue import PacketDevice
-    from natcompat.esp.userspace import UserspaceIPsec
+    from natcompat.backends.userspace import UserspaceIPsec
     from natcompat.ipsec import IPsec
+    from natcompat.ipsec.device import PacketDevice
 
 ENVIRONMENT_VARIABLE: Final = "NATCOMPAT_BACKEND"
 ENTRY_POINT_GROUP: Final = "natcompat.backends"

@@ -10,7 +10,7 @@ import threading
 from itertools import compress
 from typing import Any
 
-from natcompat.backends.base import Address, EspConsumer, EspInbound
+from natcompat.backends.consumer import Address, EspConsumer, EspInbound
 from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER, Verdict, classify
 
 _log = logging.getLogger("natcompat")

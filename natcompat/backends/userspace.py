@@ -15,8 +15,8 @@ from natcompat.backends.process_esp import PROCESS_ESP
 from natcompat.contract import Duty, Performer
 
 if TYPE_CHECKING:
-    from natcompat.esp.device.queue import PacketDevice
-    from natcompat.esp.userspace import UserspaceIPsec
+    from natcompat.esp.userspace import UserspaceIPsec as UserspaceIPsec
+    from natcompat.ipsec.device import PacketDevice
 
 _PROCESS: Final[Mapping[Duty, Performer]] = dict.fromkeys(Duty, Performer.PROCESS)
 _FILTER: Final[Mapping[Duty, Performer]] = {

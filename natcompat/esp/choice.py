@@ -13,9 +13,9 @@ from natcompat.errors import NatCompatError
 
 if TYPE_CHECKING:
     from natcompat.esp.carrier.portable import Carrier
-    from natcompat.esp.device.queue import PacketDevice
     from natcompat.esp.engine.engine import EspEngine
     from natcompat.esp.engine.portable import DataPathFactory
+    from natcompat.ipsec.device import PacketDevice
 
     CarrierFactory: TypeAlias = Callable[[EspEngine, PacketDevice], Carrier]
 

@@ -22,11 +22,12 @@ from natcompat.errors import NatCompatError
 from natcompat.esp import choice as datapaths
 from natcompat.esp.carrier.mtu import device_mtu
 from natcompat.esp.carrier.portable import Carrier
-from natcompat.esp.device.queue import PacketDevice, QueueDevice
+from natcompat.esp.device.queue import QueueDevice
 from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.portable import Sealed
 from natcompat.esp.engine.results import Reason
 from natcompat.ipsec import Direction, Policy, SaId, SecurityAssociation
+from natcompat.ipsec.device import PacketDevice
 
 if TYPE_CHECKING:
     from natcompat.backends.diversion import Diversion

@@ -7,14 +7,11 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, Generic, NamedTuple, Self, TypeVar
+from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import LARGEST_SPI, SMALLEST_SPI, IPAddress, Policy, SaId, SecurityAssociation
 from natcompat.kernel.events import Known
-
-if TYPE_CHECKING:
-    from natcompat.kernel.xfrm.keepalive import KeepaliveSender
 
 _Answer = TypeVar("_Answer")
 _ALLOCATION_ATTEMPTS = 16
@@ -28,6 +25,25 @@ class Reservation(NamedTuple):
     """That the kernel wants to hear again, where it does."""
 
 
+class Keepalives(Protocol):
+    """Sends the NAT-keepalives of SAs for a kernel that sends none."""
+
+    def check(self) -> None:
+        """Raise `natcompat.NatCompatError` (EPERM) where this process cannot send them."""
+
+    def watch(self, sa: SecurityAssociation) -> None:
+        """Send the keepalives of `sa` from now on."""
+
+    def move(self, old: SaId, new: SaId, source: IPAddress, ports: tuple[int, int] | None) -> None:
+        """Send those of the SA `old` for `new`; without `ports` (source, destination) send none."""
+
+    def forget(self, sa_id: SaId | None = None) -> None:
+        """Send no more for one SA, or for any."""
+
+    def close(self) -> None:
+        """End the sender."""
+
+
 class KernelIPsec(ABC, Generic[_Answer]):
     """SPIs that are reserved, SAs that are known, and keepalives that this process sends."""
 
@@ -35,7 +51,7 @@ class KernelIPsec(ABC, Generic[_Answer]):
         self.known: dict[SaId, Known] = {}
         """What this object has installed."""
         self._reserved: dict[tuple[IPAddress, int], Reservation] = {}
-        self._keepalives: KeepaliveSender | None = None
+        self._keepalives: Keepalives | None = None
         """None: this process sends none."""
 
     @abstractmethod

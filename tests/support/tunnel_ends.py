@@ -10,7 +10,7 @@ from typing import Any
 
 from natcompat import NatTEndpoint, set_nat_t_endpoint
 from natcompat.backends.base import Backend
-from natcompat.esp.device.queue import PacketDevice, QueueDevice
+from natcompat.esp.device.queue import QueueDevice
 from natcompat.esp.userspace import UserspaceIPsec
 from natcompat.ipsec import (
     Direction,
@@ -22,6 +22,7 @@ from natcompat.ipsec import (
     TrafficSelector,
     UDPEncapsulation,
 )
+from natcompat.ipsec.device import PacketDevice
 from tests.support.esp import NETWORKS, inner
 
 LOCALHOST = {4: ("127.0.0.1", "127.0.0.2"), 6: ("::1", "::1")}

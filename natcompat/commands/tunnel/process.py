@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from natcompat.commands.tunnel.file import Device, Tunnel
 from natcompat.commands.tunnel.reserve import Numbers
 from natcompat.errors import NatCompatError
-from natcompat.esp.device.queue import PacketDevice
 from natcompat.ipsec import InstalledSA, MappingChange, SaId, SecurityAssociation
+from natcompat.ipsec.device import PacketDevice
 
 ETHERNET_MTU = 1500
 """The path MTU where the kernel does not tell one."""

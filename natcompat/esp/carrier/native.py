@@ -26,9 +26,10 @@ from natcompat.esp.carrier.portable import PortableCarrier
 from natcompat.esp.datapath.compiled import ffi, lib
 from natcompat.esp.datapath.native import NativeDataPath
 from natcompat.esp.datapath.native_association import ENDPOINT
-from natcompat.esp.device.queue import LARGEST_PACKET, PacketDevice
+from natcompat.esp.device.queue import LARGEST_PACKET
 from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.results import Opened, Reason
+from natcompat.ipsec.device import PacketDevice
 from natcompat.kernel.requests import SO_RCVBUFFORCE
 
 _log = logging.getLogger("natcompat")

@@ -20,11 +20,11 @@ from natcompat.errors import NatCompatError
 from natcompat.esp.carrier.mtu import PathMtus, TooBigReplies, may_fragment
 from natcompat.esp.carrier.path_mtu import kernel_path_mtu
 from natcompat.esp.carrier.sending import PATIENCE, Outcome, Way, Ways
-from natcompat.esp.device.queue import PacketDevice
 from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.portable import Sealed
 from natcompat.esp.engine.results import Destination, Dropped, Opened, Reason
 from natcompat.ipsec import SecurityAssociation
+from natcompat.ipsec.device import PacketDevice
 from natcompat.kernel.requests import SO_RCVBUFFORCE
 
 _log = logging.getLogger("natcompat")

@@ -1,5 +1,6 @@
 """Packet devices: where the ESP of this process takes inner packets from, and delivers them to."""
 
-from natcompat.esp.device.queue import CallbackDevice, PacketDevice, QueueDevice
+from natcompat.esp.device.queue import CallbackDevice, QueueDevice
+from natcompat.ipsec.device import PacketDevice
 
 __all__ = ["CallbackDevice", "PacketDevice", "QueueDevice"]

@@ -14,7 +14,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Protocol, Self, TypeAlias
+from typing import Final, Self, TypeAlias
 
 DEFAULT_MTU: Final = 1400
 """Bytes. Fits in ESP over UDP on Ethernet with every transform (see `natcompat.esp.carrier.mtu`)."""
@@ -25,32 +25,6 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 """What programs hand in; it is copied if it could change. What comes out is bytes."""
 
 _log = logging.getLogger("natcompat")
-
-
-class PacketDevice(Protocol):
-    """Where inner packets come from and go to. Methods may be called from any thread, and never wait."""
-
-    mtu: int
-    """Of the inner packets that it hands out and takes, in bytes."""
-
-    def fileno(self) -> int:
-        """Return a descriptor that is readable while `read_burst` has something; -1 after `close`."""
-        ...
-
-    def read_burst(self, most: int = 64) -> list[bytes]:
-        """Return whole IP packets that are to be sealed, oldest first; none when there is none."""
-        ...
-
-    def write_burst(self, packets: Sequence[bytes]) -> int:
-        """Take opened IP packets; return how many were taken. The rest is dropped, which the caller counts.
-
-        Never raises for what is in a packet.
-        """
-        ...
-
-    def close(self) -> None:
-        """End it, and wake who waits on its descriptor. May be repeated."""
-        ...
 
 
 class PacketQueue:

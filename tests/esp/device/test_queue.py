@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from natcompat.esp.device import queue as device_module
-from natcompat.esp.device.queue import CallbackDevice, PacketDevice, PacketQueue, QueueDevice
+from natcompat.esp.device.queue import CallbackDevice, PacketQueue, QueueDevice
+from natcompat.ipsec.device import PacketDevice
 from tests.support.esp import inner
 
 

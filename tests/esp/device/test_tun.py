@@ -18,8 +18,8 @@ import pytest
 
 from natcompat.errors import NatCompatError
 from natcompat.esp.device import tun as tun_module
-from natcompat.esp.device.queue import PacketDevice
 from natcompat.esp.device.tun import TunDevice
+from natcompat.ipsec.device import PacketDevice
 from tests.support.esp import ip_packet, udp
 from tests.support.linux import LINUX, ip, isolated, nothing_left
 from tests.support.tun import TUN, interfaces, mtu_of, read_until
