@@ -1,18 +1,17 @@
-"""The one call: set the option on a socket, or ask for it."""
+"""The one call: `set_nat_t_endpoint` sets the option on a socket, `get_nat_t_endpoint` asks for it."""
 
 from __future__ import annotations
 
 import socket
-import sys
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 from natcompat import backends
 from natcompat.backends.base import Backend, EspConsumer
 from natcompat.contract import UDP_NAT_T_ENDPOINT
 from natcompat.endpoint.admission import admit, refuse_set_options, unwrap
-from natcompat.endpoint.aliases import plain_endpoint
+from natcompat.endpoint.aliases import endpoint_state_of
+from natcompat.endpoint.bypassing_loops import object_to_bypassing_loop
 from natcompat.endpoint.endpoint import NatTEndpoint
-from natcompat.endpoint.receive import ProcessHalf, half_of
 
 
 @overload
@@ -34,99 +33,65 @@ def set_nat_t_endpoint(
     backend: str | Backend | None = None,
     esp: EspConsumer | None = None,
 ) -> NatTEndpoint | None:
-    """Give `sock` the semantics of the Solaris option UDP_NAT_T_ENDPOINT, or take them away.
+    """Set or clear the Solaris option UDP_NAT_T_ENDPOINT on `sock`.
 
-    From then on what comes without the non-ESP marker never reaches the application: payloads under
-    four bytes are dropped, everything else goes to ESP. The marker is stripped from what is received
-    and put in front of what is sent. Before or after bind and connect, and as often as you like; a
-    datagram that is already queued is treated like a new one. The object stays the same; where the
-    process has something to do its class changes to one derived from its class and `NatTSocket`.
+    With the option the application receives nothing but IKE: a datagram that begins with the non-ESP marker
+    is delivered without it, payloads under four bytes are dropped, everything else goes to ESP. Every send
+    gets the marker in front. The option can be set before or after bind and connect, and any number of
+    times; it covers datagrams that are queued already. The socket object stays the same; where the process
+    has a duty, its class becomes one derived from its class and `NatTSocket`.
 
-    `esp` says where diverted ESP goes: None leaves it to the backend, a callable takes ``(packet:
-    memoryview, source address)``, an object with ``inbound`` takes bursts; see
-    `natcompat.backends.base.EspInbound`. `backend` overrides NATCOMPAT_BACKEND.
+    `esp` receives diverted ESP: a callable takes ``(packet: memoryview, source address)``, an object with
+    ``inbound`` takes bursts (`natcompat.backends.base.EspInbound`); None leaves ESP to the backend.
+    `backend` overrides NATCOMPAT_BACKEND.
 
-    Returns the endpoint; None when the option was switched off. Switching off what is not on is no
-    error. On an error nothing has changed:
+    Returns the endpoint; None when the option was cleared, which is no error where it was not set. An
+    error changes nothing:
 
     TypeError
-        It is no socket, or one that cannot be served: the message names the way.
+        `sock` is no socket, or one of a kind that cannot be served; the message says what to use.
     NatCompatError
-        EBADF: it is closed; ENOPROTOOPT: it is no UDP socket; EAFNOSUPPORT: it is not of the Internet
-        families; EOPNOTSUPP: UDP_CORK or UDP_SEGMENT is set, or the
-        running loop is the Proactor of Windows and would read the socket itself.
+        EBADF: `sock` is closed; ENOPROTOOPT: it is no UDP socket; EAFNOSUPPORT: it is not of the Internet
+        families; EOPNOTSUPP: UDP_CORK or UDP_SEGMENT is set, or the running loop is the Proactor of
+        Windows, which would read the socket itself.
     BackendUnavailableError
-        ENOTSUP, EINVAL: the backend that was asked for does not work here or is unknown.
+        ENOTSUP: the requested backend does not work here; EINVAL: it is unknown.
 
-    A thread that waits in a receive while the option goes on gets one datagram as it came. After
+    A thread already blocked in a receive when the option is set receives one datagram unfiltered. After
     fork both processes may go on; see `NatTEndpoint`.
     """
     sock = unwrap(sock)
     root = admit(sock)
-    existing = get_nat_t_endpoint(sock)
+    endpoint = get_nat_t_endpoint(sock)
     if not enable:
-        if existing is not None:
-            existing.close()
+        if endpoint is not None:
+            endpoint.close()
         return None
     refuse_set_options(root, sock)
     if esp is not None and not callable(esp) and not hasattr(esp, "inbound"):
-        raise TypeError(f"esp is to be a callable or an object with inbound(), not {type(esp).__name__}")
-    if existing is not None:
-        existing._set_again(None if backend is None else backends.select(backend), esp)
-        return existing
-    _object_to_bypass(sock)
+        raise TypeError(f"esp must be a callable or an object with inbound(), not {type(esp).__name__}")
+    if endpoint is not None:
+        endpoint.set_again(None if backend is None else backends.select(backend), esp)
+        return endpoint
+    object_to_bypassing_loop(sock, has_option=False)
     return NatTEndpoint(sock, root, backends.select(backend, hands_over_esp=esp is not None), esp)
 
 
 def get_nat_t_endpoint(sock: socket.socket) -> NatTEndpoint | None:
-    """Return the endpoint that `sock` is, or None: what getsockopt would say on Solaris.
+    """Return the endpoint that `sock` is, or None: what getsockopt returns on Solaris.
 
-    Never raises, whatever `sock` is.
+    Never raises, even for an object that is no socket.
     """
     sock = unwrap(sock)
-    half = half_of(sock)
-    if not isinstance(half, ProcessHalf):  # plain, or somebody else's attribute
-        return _of_plain_socket(sock)
-    endpoint = half.rearrange.__self__  # type: ignore[attr-defined]
-    return endpoint if isinstance(endpoint, NatTEndpoint) and not endpoint.closed else None
-
-
-def _of_plain_socket(sock: Any) -> NatTEndpoint | None:
-    """Return the endpoint that `sock` is by the kernel alone, one that the application made included."""
-    existing = plain_endpoint(sock)
-    if existing is not None and not existing.closed:
-        return existing
+    state = endpoint_state_of(sock)
+    if state is not None and isinstance(state.endpoint, NatTEndpoint) and not state.endpoint.closed:
+        return state.endpoint
     if not backends.is_for_this_system("solaris"):
         return None
-    try:
+    try:  # the application may have set the kernel's option by itself
         root = admit(sock)
         if not sock.getsockopt(socket.IPPROTO_UDP, UDP_NAT_T_ENDPOINT):
             return None
         return NatTEndpoint(sock, root, backends.get("solaris"), None)
     except (TypeError, OSError):
         return None
-
-
-def _object_to_bypass(sock: socket.socket) -> None:
-    if "asyncio" in sys.modules:
-        from natcompat.endpoint.loops.asyncio import object_to_bypassing_loop
-
-        object_to_bypassing_loop(sock)
-
-
-def arrive(
-    original: type[socket.socket],
-    descriptor: Any,
-    family: int,
-    kind: int,
-    protocol: int,
-    timeout: float | None,
-) -> socket.socket:
-    """Make the socket that another process sent by multiprocessing: the process's half goes on here.
-
-    ESP stays with the process that sent it.
-    """
-    sock = original(family, kind, protocol, fileno=descriptor.detach())
-    sock.settimeout(timeout)
-    set_nat_t_endpoint(sock, backend="userspace:in-line")
-    return sock

@@ -1,4 +1,4 @@
-"""Which sockets can have the option, and what the others are told."""
+"""Checks whether a socket can take the option."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REFUSED_OPTIONS: Final = (
 
 
 def unwrap(sock: Any) -> Any:
-    """Return the socket inside what asyncio's ``transport.get_extra_info("socket")`` gives."""
+    """Return the socket inside asyncio's ``TransportSocket`` (``get_extra_info("socket")``), else `sock`."""
     cls = type(sock)
     if cls.__name__ == "TransportSocket" and cls.__module__ == "asyncio.trsock":
         return sock._sock
@@ -29,20 +29,20 @@ def unwrap(sock: Any) -> Any:
 
 
 def admit(sock: Any) -> type[socket.socket]:
-    """Return the root class of `sock`, or raise the error that names the way.
+    """Return the library's socket class from which that of `sock` derives.
 
-    See `natcompat.set_nat_t_endpoint` for the errors.
+    Raises the errors of `natcompat.set_nat_t_endpoint` for an object that cannot take the option.
     """
     cls = type(sock)
     if any(ancestor.__module__.partition(".")[0] == "trio" for ancestor in cls.__mro__):
         raise TypeError(
             "trio's sockets cannot be NAT-T endpoints: set the option on a socket.socket and read it "
-            "with natcompat.endpoint.loops.asyncio.open_nat_t_endpoint(), which works on trio"
+            "with natcompat.endpoint.loops.open_nat_t_endpoint(), which works on trio"
         )
     if cls.__module__.partition(".")[0] == "uvloop":
         raise TypeError(
             "uvloop's transports read the descriptor themselves: set the option on a socket.socket and give "
-            "it to natcompat.endpoint.loops.asyncio.create_nat_t_endpoint()"
+            "it to natcompat.endpoint.loops.create_nat_t_endpoint()"
         )
     if any((ancestor.__module__, ancestor.__name__) == ("ssl", "SSLSocket") for ancestor in cls.__mro__):
         raise TypeError("an SSL socket cannot be a NAT-T endpoint: the option is for plain UDP sockets")
@@ -66,19 +66,19 @@ def admit(sock: Any) -> type[socket.socket]:
 
 
 def refuse_set_options(root: type[socket.socket], sock: Any) -> None:
-    """Raise `NatCompatError` (EOPNOTSUPP) if an option is set on `sock` that cannot go with ours."""
+    """Raise `NatCompatError` (EOPNOTSUPP) if `sock` has an option that excludes UDP_NAT_T_ENDPOINT."""
     for option in REFUSED_OPTIONS:
         if _is_set(root, sock, *option):
             refuse_option(*option)
 
 
 def refuse_option(level: int, option: int) -> None:
-    """Raise `NatCompatError` (EOPNOTSUPP) if the option cannot go with ours."""
+    """Raise `NatCompatError` (EOPNOTSUPP) if the option excludes UDP_NAT_T_ENDPOINT."""
     name = REFUSED_OPTIONS.get((level, option))
     if name is not None:
         raise NatCompatError(
             errno.EOPNOTSUPP,
-            f"{name} does not go with UDP_NAT_T_ENDPOINT: one send would not be one datagram with one marker",
+            f"{name} excludes UDP_NAT_T_ENDPOINT: one send would not be one datagram with one marker",
             "Send the messages one by one",
         )
 
@@ -86,7 +86,7 @@ def refuse_option(level: int, option: int) -> None:
 def _is_set(root: type[socket.socket], sock: Any, level: int, option: int) -> bool:
     try:
         return bool(root.getsockopt(sock, level, option))
-    except OSError:  # not known here
+    except OSError:  # unknown to this system
         return False
 
 

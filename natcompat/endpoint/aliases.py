@@ -1,81 +1,78 @@
-"""The socket objects of an endpoint: the one that got the option, and what dup and the like made of it."""
+"""The socket objects of one endpoint: the one that got the option, and its duplicates (``dup``)."""
 
 from __future__ import annotations
 
 import socket
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from natcompat.endpoint.socket_class import change_class
+from natcompat.endpoint.state import EndpointState, state_of
 
-if TYPE_CHECKING:
-    from natcompat.endpoint.endpoint import NatTEndpoint
-
-_plain: dict[int, Aliases] = {}  # by the identity of a socket object whose class does not tell
+_plain: dict[int, Aliases] = {}  # by id() of a socket that is an endpoint though its class is the original
 
 
 class Aliases:
-    """The living ones: they keep the endpoint alive, and it does not keep them.
+    """The living socket objects of an endpoint. They keep the endpoint alive; it does not keep them.
 
-    Those who add and take away hold the endpoint's lock; a finalizer does without.
+    Callers that add or remove hold the endpoint's lock; finalizers do not.
     """
 
-    def __init__(
-        self, endpoint: NatTEndpoint, original: type[socket.socket], last_gone: Callable[[], None]
-    ) -> None:
-        """`original` is the class without the option; `last_gone` is called when the last is collected."""
-        self.endpoint = endpoint
-        self._original = original
+    def __init__(self, state: EndpointState, last_gone: Callable[[], None]) -> None:
+        """`last_gone` is called when the last object is collected, by a finalizer in any thread."""
+        self.state = state
         self._last_gone = last_gone
-        self._ends: dict[int, weakref.finalize[[int], socket.socket]] = {}
+        self._finalizers: dict[int, weakref.finalize[[int], socket.socket]] = {}
 
     def __bool__(self) -> bool:
-        return bool(self._ends)
+        return bool(self._finalizers)
 
     def __contains__(self, sock: object) -> bool:
         return any(alias is sock for alias in self.living())
 
     def living(self) -> list[socket.socket]:
-        """Return all that are there."""
-        peeked = [end.peek() for end in list(self._ends.values())]
-        return [found[0] for found in peeked if found is not None]
+        """Return all objects that exist."""
+        peeked = [finalizer.peek() for finalizer in list(self._finalizers.values())]
+        return [entry[0] for entry in peeked if entry is not None]
 
     def any(self) -> socket.socket | None:
-        """Return one of them; to the kernel they are the same socket."""
+        """Return one of the objects, which to the kernel are the same socket; None: none exists."""
         return next(iter(self.living()), None)
 
     def add(self, sock: socket.socket) -> None:
-        """Watch `sock` until it is collected."""
-        end = weakref.finalize(sock, self._gone, id(sock))
-        end.atexit = False  # the process ends: nothing of ours outlives it
-        self._ends[id(sock)] = end
+        """Add `sock` until it is collected."""
+        finalizer = weakref.finalize(sock, self._collected, id(sock))
+        finalizer.atexit = False  # at the end of the process everything goes anyway
+        self._finalizers[id(sock)] = finalizer
 
     def dress(self, sock: socket.socket, cls: type[socket.socket]) -> None:
-        """Give `sock` the class of an endpoint's, or the original: the kernel does all there is to do."""
+        """Make `cls` the class of `sock`: the endpoint's, or the original where the kernel has all duties."""
         change_class(sock, cls)
-        if cls is self._original:
+        if cls is self.state.original:
             _plain[id(sock)] = self
         else:
             _plain.pop(id(sock), None)
 
     def forget(self, sock: socket.socket) -> None:
-        """Make `sock` the plain object that it was."""
-        end = self._ends.pop(id(sock), None)
+        """Remove `sock` and make it a plain socket again."""
+        finalizer = self._finalizers.pop(id(sock), None)
         _plain.pop(id(sock), None)
-        if end is not None:
-            end.detach()
-            change_class(sock, self._original)
+        if finalizer is not None:
+            finalizer.detach()
+            change_class(sock, self.state.original)
 
-    def _gone(self, key: int) -> None:
-        # a finalizer, in whatever thread: takes no lock, and touches no descriptor of the application's
-        self._ends.pop(key, None)
+    def _collected(self, key: int) -> None:
+        # a finalizer, in any thread: takes no lock and touches no descriptor of the application's
+        self._finalizers.pop(key, None)
         _plain.pop(key, None)
-        if not self._ends:
+        if not self._finalizers:
             self._last_gone()
 
 
-def plain_endpoint(sock: object) -> NatTEndpoint | None:
-    """Return the endpoint that `sock` is though its class does not tell."""
+def endpoint_state_of(sock: object) -> EndpointState | None:
+    """Return the state of the endpoint that `sock` is, whether its class tells or not; else None."""
+    state = state_of(sock)
+    if isinstance(state, EndpointState):  # else somebody else's attribute of that name
+        return state
     aliases = _plain.get(id(sock))
-    return aliases.endpoint if aliases is not None and sock in aliases else None
+    return aliases.state if aliases is not None and sock in aliases else None

@@ -437,7 +437,7 @@ def in_sandbox(duties: tuple[Performer, Performer], said: list[str]) -> None:
         endpoint.close()
         assert state(sock) == before
         if features.filter_refused():  # UDP_ENCAP needs no filter, but the duties change
-            attachment = LinuxBackend().attach(sock, endpoint._half.diversion)
+            attachment = LinuxBackend().attach(sock, endpoint._state.diversion)
             assert attachment.mode == "in line"
             assert attachment.duties[Duty.DROP_RUNTS] is Performer.PROCESS
             assert "refuses socket filters" in attachment.reason

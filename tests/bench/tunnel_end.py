@@ -96,7 +96,7 @@ def main() -> None:
     sock.bind((OUTER[number], 4500))
     endpoint = set_nat_t_endpoint(sock, backend="userspace", esp=ipsec)
     if options.get("no_checksum"):
-        endpoint._attachment.esp_socket.setsockopt(socket.SOL_SOCKET, _SO_NO_CHECK, 1)  # type: ignore[union-attr]
+        endpoint._switch.attachment().esp_socket.setsockopt(socket.SOL_SOCKET, _SO_NO_CHECK, 1)  # type: ignore[union-attr]
     for pair in range(pairs):
         install(ipsec, number, pair, pairs)
     messages: set[bytes] = set()

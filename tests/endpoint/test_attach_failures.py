@@ -22,7 +22,7 @@ from natcompat.backends.linux_sockets import features, steering
 from natcompat.backends.linux_sockets import filters as bpf
 from natcompat.backends.userspace import InLineAttachment, UserspaceBackend
 from natcompat.contract import Duty, Performer
-from natcompat.endpoint import endpoint as endpoint_module
+from natcompat.endpoint import switch
 from tests.support.linux import (
     ESP,
     KEEPALIVE,
@@ -69,7 +69,7 @@ class Faulty:
             (bpf, "_attach"),
             (threading.Thread, "start"),
             (socket, "socketpair"),
-            (endpoint_module, "make_class"),
+            (switch, "make_class"),
         ):
             self._wrap(monkeypatch, owner, name)
 

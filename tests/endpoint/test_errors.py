@@ -75,7 +75,7 @@ NO_SOCKETS: dict[str, tuple[Callable[[], Any], str]] = {
     "an-imposter": (Imposter, "not Imposter"),
     "a-socket-of-the-c-module": (in_c, "expected a UDP socket.socket"),
     "ssl": (secured, "an SSL socket cannot be"),
-    "trio": (in_trio, r"natcompat.endpoint.loops.asyncio.open_nat_t_endpoint\(\)"),
+    "trio": (in_trio, r"natcompat.endpoint.loops.open_nat_t_endpoint\(\)"),
 }
 WRONG_SOCKETS: dict[str, tuple[Callable[[], socket.socket], int, str]] = {
     "closed": (closed, errno.EBADF, "closed"),

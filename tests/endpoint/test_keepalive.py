@@ -333,7 +333,7 @@ class TestTraffic:
         end()
         application.sock.sendto(b"IKE", peer.getsockname())
         assert len(seen) == 2
-        assert application.endpoint._half.note_sent is None, "the short way is open again"
+        assert application.endpoint._state.note_sent is None, "the short way is open again"
 
 
 class TestErrors:
@@ -468,6 +468,6 @@ class TestOnALoop:
             del keepalive
             gc.collect()
             assert schedule.ended
-            assert application.endpoint._half.note_sent is None
+            assert application.endpoint._state.note_sent is None
 
         self.run(new_loop, main())

@@ -21,8 +21,9 @@ import pytest
 from natcompat import set_nat_t_endpoint
 from natcompat.backends import system_calls as system
 from natcompat.backends.diversion import Diversion, HandBack
-from natcompat.endpoint import receive as process
+from natcompat.endpoint.receive import discard_peeked
 from natcompat.endpoint.socket_class import NatTSocket
+from natcompat.endpoint.state import state_of
 from tests.support.pairs import (
     ESP,
     EXACT,
@@ -350,9 +351,9 @@ def test_ike_that_cannot_be_put_back_is_counted(pair: Pair, caplog: pytest.LogCa
 
 
 def discard(app: socket.socket) -> None:
-    half = process.half_of(app)
-    assert half is not None
-    process.discard_peeked(app, socket.socket, half)
+    state = state_of(app)
+    assert state is not None
+    discard_peeked(app, socket.socket, state)
 
 
 @of_kinds(IN_LINE)
@@ -757,16 +758,16 @@ def test_an_envelope_returns_message_and_source(family: socket.AddressFamily, me
 
 @pytest.mark.parametrize("receive", list(RECEIVES.values())[:6], ids=list(RECEIVES)[:6])
 def test_what_is_handed_back_has_its_source_again(pair: Pair, receive: Operation) -> None:
-    half = process.half_of(pair.app)
-    assert half is not None
+    state = state_of(pair.app)
+    assert state is not None
     source = SOURCES[socket.AddressFamily(pair.family)][0]
     for trusted in (False, True):
-        datagram = half.diversion.hand_back.wrap(b"a message", source)
+        datagram = state.diversion.hand_back.wrap(b"a message", source)
         pair.peer.sendto(datagram, pair.address)
         assert receive(pair.app) in (b"a message", 9), f"{trusted=}"
-    pair.peer.sendto(half.diversion.hand_back.wrap(b"a message", source), pair.address)
+    pair.peer.sendto(state.diversion.hand_back.wrap(b"a message", source), pair.address)
     assert pair.app.recvfrom(4) == (b"a me", source)
-    pair.peer.sendto(half.diversion.hand_back.wrap(b"a message", source), pair.address)
+    pair.peer.sendto(state.diversion.hand_back.wrap(b"a message", source), pair.address)
     assert pair.app.recvmsg(4) == (b"a me", [], TRUNC, source)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from natcompat import NatCompatError, set_nat_t_endpoint
 from natcompat.contract import LARGEST_PAYLOAD
-from natcompat.endpoint import receive as process
+from natcompat.endpoint.state import state_of
 from tests.support.pairs import MARKER, Pair, in_thread, outcome, until
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="flags and options of Linux")
@@ -342,7 +342,7 @@ def test_a_socket_that_has_them_is_refused_and_may_be_switched_off(
 ) -> None:
     sock = pair.plain()
     sock.setsockopt(*option, 1)
-    with pytest.raises(NatCompatError, match=r"UDP_(CORK|SEGMENT) does not go with") as caught:
+    with pytest.raises(NatCompatError, match=r"UDP_(CORK|SEGMENT) excludes") as caught:
         pair.switch_on(sock)
     assert caught.value.errno == errno.EOPNOTSUPP
     assert type(sock) is socket.socket
@@ -429,9 +429,9 @@ def test_connect_and_bind_do_what_they_do_on_a_plain_socket(pair: Pair, operatio
 
 def test_the_state_of_a_piece_ends_with_the_datagram(pair: Pair) -> None:
     pair.app.connect(pair.peer.getsockname())
-    half = process.half_of(pair.app)
-    assert half is not None
+    state = state_of(pair.app)
+    assert state is not None
     pair.app.send(b"a", MORE)
-    assert half.in_piece == bool(MORE)
+    assert state.message_open == bool(MORE)
     pair.app.send(b"b")
-    assert not half.in_piece
+    assert not state.message_open

@@ -1,23 +1,15 @@
-"""Waiting for a descriptor on an event loop, on every kind of loop."""
+"""Callbacks for a descriptor that is ready, on every kind of asyncio loop."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import os
 import select
 import selectors
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Final, Protocol
-
-from natcompat.backends.system_calls import in_trio_task
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from typing import Final, Protocol
 
 READ: Final = selectors.EVENT_READ
 WRITE: Final = selectors.EVENT_WRITE
@@ -27,112 +19,14 @@ class Readiness(Protocol):
     """Calls back while a descriptor is ready."""
 
     def watch(self, event: int, callback: Callable[[], object] | None) -> None:
-        """Call `callback` whenever there is `event`, READ or WRITE; None: no more."""
+        """Call `callback` whenever `event`, READ or WRITE, is possible; None ends the calls."""
 
     def close(self) -> None:
-        """Watch nothing any more. To be called before the descriptor is closed."""
-
-
-class Waits(Protocol):
-    """Suspends tasks until a descriptor is ready."""
-
-    async def wait(self, event: int) -> None:
-        """Wait for `event`, READ or WRITE. Raises OSError: EBADF after `close`."""
-
-    async def checkpoint(self) -> None:
-        """Let other tasks run."""
-
-    def close(self) -> None:
-        """End the waits that there are. To be called before the descriptor is closed."""
-
-
-def running_loop() -> ModuleType | asyncio.AbstractEventLoop:
-    """Return the module trio in a task of trio's, else asyncio's loop. Raises RuntimeError if none runs."""
-    return sys.modules["trio"] if in_trio_task() else asyncio.get_running_loop()
-
-
-def waits_on(sock: socket.socket) -> Waits:
-    """Return the waits for `sock` on the running loop."""
-    loop = running_loop()
-    return _LoopWaits(loop, sock) if isinstance(loop, asyncio.AbstractEventLoop) else _TrioWaits(loop, sock)
-
-
-def _closed() -> OSError:
-    return OSError(errno.EBADF, os.strerror(errno.EBADF))
-
-
-class _LoopWaits:
-    """Waits of tasks on an asyncio loop."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
-        self._loop = loop
-        self._readiness = readiness(loop, sock)
-        self._futures: dict[int, list[asyncio.Future[None]]] = {READ: [], WRITE: []}
-
-    async def wait(self, event: int) -> None:
-        futures = self._futures[event]
-        future = self._loop.create_future()
-        futures.append(future)
-        if len(futures) == 1:
-            self._readiness.watch(event, lambda: self._ready(event))
-        try:
-            await future
-        finally:
-            if future in futures:  # cancelled
-                futures.remove(future)
-                if not futures:
-                    self._readiness.watch(event, None)
-
-    async def checkpoint(self) -> None:
-        await asyncio.sleep(0)
-
-    def close(self) -> None:
-        self._readiness.close()
-        for futures in self._futures.values():
-            _finish_all(futures, lambda future: future.set_exception(_closed()))
-
-    def _ready(self, event: int) -> None:
-        self._readiness.watch(event, None)
-        _finish_all(self._futures[event], lambda future: future.set_result(None))
-
-
-def _finish_all(
-    futures: list[asyncio.Future[None]], finish: Callable[[asyncio.Future[None]], object]
-) -> None:
-    pending = [future for future in futures if not future.done()]
-    futures.clear()
-    for future in pending:
-        finish(future)
-
-
-class _TrioWaits:
-    """Waits of tasks on trio."""
-
-    def __init__(self, trio: ModuleType, sock: socket.socket) -> None:
-        self._trio, self._sock = trio, sock
-        wait = {READ: trio.lowlevel.wait_readable, WRITE: trio.lowlevel.wait_writable}
-        # trio lets one task wait for a descriptor
-        self._waits = {event: (function, trio.Lock()) for event, function in wait.items()}
-
-    async def wait(self, event: int) -> None:
-        function, lock = self._waits[event]
-        async with lock:
-            if self._sock.fileno() < 0:
-                raise _closed()
-            try:
-                await function(self._sock)
-            except self._trio.ClosedResourceError:
-                raise _closed() from None
-
-    async def checkpoint(self) -> None:
-        await self._trio.lowlevel.checkpoint()
-
-    def close(self) -> None:
-        self._trio.lowlevel.notify_closing(self._sock)
+        """End all calls. Call it before the descriptor is closed."""
 
 
 def readiness(loop: asyncio.AbstractEventLoop, sock: socket.socket) -> Readiness:
-    """Return what the loop offers, or a thread where it offers nothing."""
+    """Return the readiness of `sock` on `loop`: by the loop's own calls, or by a thread where it has none."""
     descriptor = sock.fileno()
     try:
         loop.add_reader(descriptor, lambda: None)
@@ -167,10 +61,10 @@ class _LoopReadiness:
 
 
 class _EpollReadiness:
-    """A descriptor that is readable when the socket is ready, for uvloop.
+    """An epoll descriptor, which is readable when the socket is ready, for uvloop.
 
-    libuv ends a watch for good at the first POLLERR, which is what a pending ICMP error gives
-    (``uv__poll_io()`` in src/unix/poll.c); a descriptor of epoll has none.
+    libuv ends a watch for good at the first POLLERR, which a pending ICMP error gives (``uv__poll_io()``
+    in src/unix/poll.c). An epoll descriptor gives none.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, descriptor: int) -> None:
@@ -193,7 +87,7 @@ class _EpollReadiness:
 
 
 class _ThreadReadiness:
-    """A thread that waits and does nothing else: the callbacks run on the loop, which then arms it again."""
+    """A thread that waits. The callbacks run on the loop, which makes the thread wait again after them."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, descriptor: int) -> None:
         self._loop, self._descriptor = loop, descriptor
@@ -226,7 +120,7 @@ class _ThreadReadiness:
         self._wake()
 
     def _wake(self) -> None:
-        with contextlib.suppress(BlockingIOError):  # then it is awake
+        with contextlib.suppress(BlockingIOError):  # full: the thread is awake
             self._waker.send(b"\0")
 
     def _ready(self, events: int) -> None:
@@ -246,20 +140,20 @@ class _ThreadReadiness:
                 watched = self._armed
                 if watched:
                     selector.register(self._descriptor, watched)
-                ready = self._take(selector.select())
+                ready = self._events_of_socket(selector.select())
                 if watched:
                     selector.unregister(self._descriptor)
                 if ready:
-                    self._armed = 0  # until the loop has seen to it
+                    self._armed = 0  # until the callbacks have run
                     try:
                         self._loop.call_soon_threadsafe(self._ready, ready)
                     except RuntimeError:  # the loop is closed
                         return
 
-    def _take(self, found: Iterable[tuple[selectors.SelectorKey, int]]) -> int:
-        """Return the events of the socket among those `found`; swallow the waker's."""
+    def _events_of_socket(self, selected: Iterable[tuple[selectors.SelectorKey, int]]) -> int:
+        """Return the events of the socket among those `selected`; consume those of the waker."""
         ready = 0
-        for key, events in found:
+        for key, events in selected:
             if key.fileobj is self._woken:
                 self._woken.recv(4096)
             else:

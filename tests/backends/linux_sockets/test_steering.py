@@ -1057,7 +1057,7 @@ def collect(sock: socket.socket) -> Callable[[], None]:
     def body() -> None:
         endpoint = get_nat_t_endpoint(sock)
         assert endpoint is not None
-        endpoint._aliases._gone(id(sock))  # what the finalizer of the last object does
+        endpoint._switch.aliases._collected(id(sock))  # what the finalizer of the last object does
         assert endpoint.closed
 
     return body

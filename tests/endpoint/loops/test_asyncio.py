@@ -28,7 +28,7 @@ import natcompat  # noqa: E402
 from natcompat import NAT_KEEPALIVE, NON_ESP_MARKER, get_nat_t_endpoint, set_nat_t_endpoint  # noqa: E402
 from natcompat.backends.system_calls import in_trio_task  # noqa: E402
 from natcompat.contract import OUTBOUND_TABLE, TABLE  # noqa: E402
-from natcompat.endpoint.loops.asyncio import AsyncNatTSocket, create_nat_t_endpoint, open_nat_t_endpoint  # noqa: E402
+from natcompat.endpoint.loops import AsyncNatTSocket, create_nat_t_endpoint, open_nat_t_endpoint  # noqa: E402
 from natcompat.errors import NatCompatError  # noqa: E402
 
 PATIENCE = 10.0
