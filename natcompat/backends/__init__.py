@@ -18,10 +18,9 @@ from natcompat.backends.base import Backend, Viability
 from natcompat.errors import BackendUnavailableError, NatCompatError
 
 if TYPE_CHECKING:
-    from natcompat.backends.base import IPsecBackend
+    from natcompat.backends.base import DeviceChoice, IPsecBackend, NetworkNamespace
     from natcompat.backends.userspace import UserspaceIPsec
     from natcompat.ipsec import IPsec
-    from natcompat.ipsec.device import PacketDevice
 
 ENVIRONMENT_VARIABLE: Final = "NATCOMPAT_BACKEND"
 ENTRY_POINT_GROUP: Final = "natcompat.backends"
@@ -150,31 +149,49 @@ def select(requested: str | Backend | None = None, *, hands_over_esp: bool = Fal
 def open_ipsec(
     backend: Literal["userspace", "userspace:in-line"],
     *,
-    device: PacketDevice | None = None,
+    device: DeviceChoice = "auto",
+    netns: NetworkNamespace | None = None,
+    lockdown: bool = False,
     follow_mapping: bool = False,
 ) -> UserspaceIPsec: ...
 @overload
 def open_ipsec(
     backend: str | Backend | None = None,
     *,
-    device: PacketDevice | None = None,
+    device: DeviceChoice = "auto",
+    netns: NetworkNamespace | None = None,
+    lockdown: bool = False,
     follow_mapping: bool = False,
 ) -> IPsec: ...
 def open_ipsec(
     backend: str | Backend | None = None,
     *,
-    device: PacketDevice | None = None,
+    device: DeviceChoice = "auto",
+    netns: NetworkNamespace | None = None,
+    lockdown: bool = False,
     follow_mapping: bool = False,
 ) -> IPsec:
-    """Open the SAD and SPD that belong to `backend`, or to the one that would be chosen without it.
+    """Open the SAD and SPD of `backend`, or of the backend that would be chosen without it.
 
-    `device` and `follow_mapping` are for ESP in this process alone (the backend userspace): where
-    inner packets come from and go to, and whether answers go where authentic packets come from,
-    without asking; see `natcompat.esp.userspace`. Elsewhere they raise EINVAL.
+    Close the returned object after use. SAs and policies of a kernel stay in the kernel.
+
+    `device` is where inner packets come from and go to, with ESP in this process: ``"tun"`` a TUN interface,
+    ``"queue"`` a `natcompat.esp.device.queue.QueueDevice`, or any `natcompat.ipsec.PacketDevice`. ``"auto"``
+    is what the backend has: the kernel's own network stack, or a TUN interface.
+
+    `netns` is the network namespace in which the TUN interface is made: a name of ``ip netns``, the path of
+    a namespace file, or its open descriptor. The sockets of endpoints stay in the namespaces where they are.
+
+    With `lockdown`, what the policies cover stays blocked when the process dies, until it starts again or
+    `natcompat doctor --clean` ends it. The policies of a kernel outlive the process in any case, so a
+    backend whose ESP is the kernel's needs to do nothing for it.
+
+    With `follow_mapping`, ESP in this process follows a peer whose address or port changes, without asking:
+    see `natcompat.esp.userspace`.
 
     Raises `natcompat.errors.BackendUnavailableError` like `natcompat.set_nat_t_endpoint`, and
-    `natcompat.errors.NatCompatError`: EPERM without the privilege, ENOTSUP if the backend has none.
-    What it returns is to be closed; SAs and policies of a kernel stay.
+    `natcompat.errors.NatCompatError`: EPERM without the privilege, ENOTSUP if the backend has no SAD, EINVAL
+    if `device`, `netns` or `follow_mapping` is given and ESP is the kernel's.
     """
     chosen = select(backend)
     if not hasattr(chosen, "open_ipsec"):
@@ -183,16 +200,26 @@ def open_ipsec(
             f"the backend {chosen.name} keeps no SAs",
             "Take ESP yourself, by the argument esp of set_nat_t_endpoint(), or use the backend linux",
         )
-    options: dict[str, Any] = {}
-    if device is not None or follow_mapping:
-        if getattr(chosen, "own_esp", None) is None:
+    options: dict[str, Any] = {
+        name: value
+        for name, value, default in (
+            ("device", device, "auto"),
+            ("netns", netns, None),
+            ("lockdown", lockdown, False),
+            ("follow_mapping", follow_mapping, False),
+        )
+        if value is not default and value != default
+    }
+    if getattr(chosen, "own_esp", None) is None:
+        options.pop("lockdown", None)  # the kernel's policies outlive the process
+        if options:
             raise NatCompatError(
                 errno.EINVAL,
-                f"device and follow_mapping are for ESP in this process; that of the backend {chosen.name} "
-                "is the kernel's",
-                "Ask for the backend userspace, or leave them away",
+                f"{', '.join(options)}: for ESP in this process alone; the ESP of the backend "
+                f"{chosen.name} is the kernel's",
+                "Ask for the backend userspace, or leave them away"
+                + ("; or enter the namespace (setns) before open_ipsec()" if "netns" in options else ""),
             )
-        options = {"device": device, "follow_mapping": follow_mapping}
     return cast("IPsecBackend", chosen).open_ipsec(**options)
 
 

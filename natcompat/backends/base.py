@@ -7,10 +7,11 @@ A third party implements `Backend` and registers it in the entry-point group ``n
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from natcompat.backends.consumer import (
     Address,
@@ -26,17 +27,25 @@ from natcompat.contract import Duty, Performer
 if TYPE_CHECKING:
     from natcompat.backends.diversion import Diversion
     from natcompat.ipsec import IPsec
+    from natcompat.ipsec.device import PacketDevice
+
+DeviceChoice: TypeAlias = "PacketDevice | Literal['auto', 'tun', 'queue']"
+"""Where ESP in this process takes inner packets from: a device, or the kind of device to make."""
+NetworkNamespace: TypeAlias = str | os.PathLike[str] | int
+"""A network namespace: its name as ``ip netns`` knows it, the path of a namespace file, or a descriptor."""
 
 __all__ = [
     "Address",
     "Attachment",
     "Backend",
+    "DeviceChoice",
     "EspCallable",
     "EspConsumer",
     "EspInbound",
     "EspOutlet",
     "IPsecBackend",
     "LeakingAttachment",
+    "NetworkNamespace",
     "OwnEsp",
     "SocketReader",
     "TakeBurst",

@@ -15,8 +15,8 @@ from natcompat.backends.process_esp import PROCESS_ESP
 from natcompat.contract import Duty, Performer
 
 if TYPE_CHECKING:
+    from natcompat.backends.base import DeviceChoice, NetworkNamespace
     from natcompat.esp.userspace import UserspaceIPsec as UserspaceIPsec
-    from natcompat.ipsec.device import PacketDevice
 
 _PROCESS: Final[Mapping[Duty, Performer]] = dict.fromkeys(Duty, Performer.PROCESS)
 _FILTER: Final[Mapping[Duty, Performer]] = {
@@ -108,12 +108,19 @@ class UserspaceBackend:
         return _LinuxAttachment(sock, diversion)
 
     def open_ipsec(
-        self, *, device: PacketDevice | None = None, follow_mapping: bool = False
+        self,
+        *,
+        device: DeviceChoice = "auto",
+        netns: NetworkNamespace | None = None,
+        lockdown: bool = False,
+        follow_mapping: bool = False,
     ) -> UserspaceIPsec:
         """Open the ESP of this process; see `natcompat.esp.userspace.open_process_ipsec`."""
         from natcompat.esp.userspace import open_process_ipsec
 
-        return open_process_ipsec(device=device, follow_mapping=follow_mapping)
+        return open_process_ipsec(
+            device=device, netns=netns, lockdown=lockdown, follow_mapping=follow_mapping
+        )
 
 
 class _LinuxAttachment(InLineAttachment):

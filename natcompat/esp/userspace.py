@@ -16,7 +16,14 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from natcompat.backends.base import Address, EspOutlet, SocketReader, TakeBurst
+from natcompat.backends.base import (
+    Address,
+    DeviceChoice,
+    EspOutlet,
+    NetworkNamespace,
+    SocketReader,
+    TakeBurst,
+)
 from natcompat.backends.process_esp import PROCESS_ESP
 from natcompat.errors import NatCompatError
 from natcompat.esp import choice as datapaths
@@ -210,17 +217,27 @@ class UserspaceIPsec(EspEngine):
 _opening: threading.Lock = threading.Lock()
 
 
-def open_process_ipsec(*, device: PacketDevice | None = None, follow_mapping: bool = False) -> UserspaceIPsec:
+def open_process_ipsec(
+    *,
+    device: DeviceChoice = "auto",
+    netns: NetworkNamespace | None = None,
+    lockdown: bool = False,
+    follow_mapping: bool = False,
+) -> UserspaceIPsec:
     """Open the ESP of this process: what endpoints of the backend userspace hand their ESP to.
 
     Those that were given another consumer keep it (`esp` of `natcompat.set_nat_t_endpoint`). `device`
-    is closed with what is returned. None: a `natcompat.esp.device.tun.TunDevice` where this process may make
-    one,
+    is closed with what is returned. ``"auto"``: a `natcompat.esp.device.tun.TunDevice` where this process may
+    make one,
     with routes that follow the outbound policies (`natcompat.esp.device.routes`); else a `QueueDevice`.
 
     There is one at a time, since a port gives its ESP to one: EBUSY while it is open. A forked child may
     open its own, which then shares the ports of its parent.
     """
+    if netns is not None or lockdown:
+        raise NatCompatError(
+            errno.EOPNOTSUPP, "ESP in this process has neither netns nor lockdown", "Omit them"
+        )
     with _opening:
         if PROCESS_ESP.consumer is not None:
             raise NatCompatError(
@@ -230,8 +247,8 @@ def open_process_ipsec(*, device: PacketDevice | None = None, follow_mapping: bo
             )
         with contextlib.ExitStack() as undo:
             routes = None
-            if device is None:
-                device, routes = _default_device(undo)
+            if isinstance(device, str):
+                device, routes = (QueueDevice(), None) if device == "queue" else _default_device(undo)
             ipsec = UserspaceIPsec(device, routes=routes, follow_mapping=follow_mapping)
             undo.callback(ipsec.close)
             PROCESS_ESP.change(ipsec)
