@@ -1,12 +1,17 @@
-"""`printable`: text from outside cannot steer a terminal or forge a line of a log."""
+"""The exceptions, and `printable`: text from outside cannot steer a terminal or forge a line of a log."""
 
 from __future__ import annotations
 
+import copy
+import errno
+import os
+import pickle
 import sys
+from collections.abc import Callable
 
 import pytest
 
-from natcompat import NatCompatError
+from natcompat import BackendUnavailableError, NatCompatError
 from natcompat.errors import printable
 
 
@@ -44,3 +49,29 @@ def test_printable_returns_printable_text_for_every_character() -> None:
     assert shown.isprintable()
     shown.encode()  # no lone surrogate is left
     assert printable(shown) == shown
+
+
+def test_an_error_says_what_and_what_to_do() -> None:
+    error = NatCompatError(errno.ENOTSUP, "it does not work", "Do something else")
+    assert str(error) == f"[Errno {errno.ENOTSUP}] it does not work. Do something else"
+    assert (error.errno, error.strerror, error.remedy) == (
+        errno.ENOTSUP,
+        "it does not work",
+        "Do something else",
+    )
+    assert str(NatCompatError(errno.EBADF, "closed")) == f"[Errno {errno.EBADF}] closed"
+    assert NatCompatError(errno.EBADF, "").strerror == os.strerror(errno.EBADF)
+    assert isinstance(error, OSError)
+
+
+@pytest.mark.parametrize("cls", [NatCompatError, BackendUnavailableError])
+@pytest.mark.parametrize(
+    "duplicate", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))]
+)
+def test_an_error_passes_between_processes(
+    cls: type[NatCompatError], duplicate: Callable[[NatCompatError], NatCompatError]
+) -> None:
+    error = cls(errno.ENOTSUP, "it does not work", "Do something else")
+    other = duplicate(error)
+    assert type(other) is cls
+    assert (other.errno, other.remedy, str(other)) == (error.errno, error.remedy, str(error))

@@ -6,13 +6,9 @@ import array
 import contextlib
 import errno
 import select
-import selectors
 import socket
 import struct
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -20,35 +16,28 @@ import pytest
 
 from natcompat import set_nat_t_endpoint
 from natcompat.backends import system_calls as system
-from natcompat.backends.diversion import Diversion, HandBack
-from natcompat.endpoint.receive import discard_peeked
+from natcompat.backends.diversion import Diversion
 from natcompat.endpoint.socket_class import NatTSocket
-from natcompat.endpoint.state import state_of
 from tests.support.pairs import (
+    DONTWAIT,
     ESP,
-    EXACT,
     IN_LINE,
     KINDS,
+    LINUX,
     MARKER,
+    MESSAGE,
     NOISE,
+    PEEK,
+    TRUNC,
     Kind,
+    Operation,
     Pair,
     eagain,
-    flood,
     in_thread,
     of_kinds,
     outcome,
-    ready,
-    sleeping,
     until,
 )
-
-PEEK, TRUNC = socket.MSG_PEEK, getattr(socket, "MSG_TRUNC", 0)
-DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
-MESSAGE = bytes(range(1, 21))
-LINUX = pytest.mark.skipif(sys.platform != "linux", reason="flags and options of Linux")
-
-Operation = Callable[[socket.socket], Any]
 
 
 def into(buffer: Any, *arguments: Any, method: str = "recv_into") -> Operation:
@@ -327,36 +316,6 @@ def test_a_peek_shows_ike_behind_esp_and_leaves_it(pair: Pair, receive: str) -> 
 
 
 @of_kinds(IN_LINE)
-def test_a_peek_that_another_thread_overtakes_puts_ike_back(pair: Pair) -> None:
-    pair.ike(MESSAGE)  # what comes to light when the ESP that the peek saw has gone
-    source = pair.peer.getsockname()
-    discard(pair.app)
-    assert pair.app.recvfrom(100) == (MESSAGE, source)
-    pair.ike(b"again")
-    discard(pair.app)
-    discard(pair.app)  # what was put back, too
-    assert pair.app.recvfrom(100) == (b"again", source)
-    discard(pair.app)  # nothing there
-    assert pair.endpoint.stats().errors == 0
-
-
-@of_kinds(IN_LINE)
-def test_ike_that_cannot_be_put_back_is_counted(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
-    pair.app.connect(pair.peer.getsockname())
-    pair.ike(MESSAGE)
-    discard(pair.app)
-    assert pair.endpoint.stats().errors == 1
-    assert "could not be handed back" in caplog.text
-    assert not ready(pair.app)
-
-
-def discard(app: socket.socket) -> None:
-    state = state_of(app)
-    assert state is not None
-    discard_peeked(app, socket.socket, state)
-
-
-@of_kinds(IN_LINE)
 def test_peeks_and_receives_of_many_threads_lose_no_ike(pair: Pair) -> None:
     pair.app.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4 << 20)
     pair.app.settimeout(0.5)
@@ -377,214 +336,6 @@ def test_peeks_and_receives_of_many_threads_lose_no_ike(pair: Pair) -> None:
     got = [message for wait in threads for message in wait()]
     assert sorted(got) == sorted(expected)
     assert pair.endpoint.stats().esp == 60
-
-
-# --- waiting -----------------------------------------------------------------------------------
-
-RECEIVES: dict[str, Operation] = {
-    "recv": lambda sock: sock.recv(100),
-    "recvfrom": lambda sock: sock.recvfrom(100)[0],
-    "recv_into": lambda sock: sock.recv_into(bytearray(100)),
-    "recvfrom_into": lambda sock: sock.recvfrom_into(bytearray(100))[0],
-    "recvmsg": lambda sock: sock.recvmsg(100)[0],
-    "recvmsg_into": lambda sock: sock.recvmsg_into([bytearray(100)])[0],
-    "recv-peek": lambda sock: sock.recv(100, PEEK),
-    "recv-dontwait": lambda sock: sock.recv(100, DONTWAIT),  # a timeout outranks it, as on a plain socket
-}
-each_receive = pytest.mark.parametrize("receive", RECEIVES.values(), ids=RECEIVES.keys())
-
-
-@each_receive
-def test_a_timeout_is_a_deadline_while_a_flood_goes_on(pair: Pair, receive: Operation) -> None:
-    pair.app.settimeout(0.3)
-    with flood(pair):
-        begun = time.monotonic()
-        with pytest.raises(TimeoutError, match="timed out"):
-            receive(pair.app)
-        elapsed = time.monotonic() - begun
-    assert 0.29 <= elapsed < 10  # a prolonged one would last as long as the flood: without end
-
-
-@pytest.mark.parametrize(
-    "receive", [RECEIVES["recvfrom"], RECEIVES["recvmsg"]], ids=["short-way", "long-way"]
-)
-def test_what_is_dropped_now_and_then_does_not_prolong_a_timeout(pair: Pair, receive: Operation) -> None:
-    pair.app.settimeout(0.3)
-    enough = threading.Event()
-
-    def trickle() -> None:
-        for _ in range(100):
-            pair.peer.sendto(ESP, pair.address)
-            if enough.wait(0.1):
-                break
-
-    wait = in_thread(trickle)
-    begun = time.monotonic()
-    with pytest.raises(TimeoutError):
-        receive(pair.app)
-    elapsed = time.monotonic() - begun
-    enough.set()
-    wait()
-    assert 0.29 <= elapsed < 5  # a prolonged one would outlast what comes for 10 s
-
-
-@each_receive
-def test_a_non_blocking_receive_is_exact(pair: Pair, receive: Operation) -> None:
-    pair.app.setblocking(False)
-    assert outcome(lambda: receive(pair.app)) == eagain()
-    pair.noise()
-    assert outcome(lambda: receive(pair.app)) == eagain()
-    pair.noise()
-    pair.ike(MESSAGE)
-    assert receive(pair.app) in (MESSAGE, len(MESSAGE))
-
-
-@each_receive
-def test_a_non_blocking_receive_returns_while_a_flood_goes_on(pair: Pair, receive: Operation) -> None:
-    """It would not: a flood is as fast as the receiver. No time is asked for; the test's limit is one."""
-    pair.app.setblocking(False)
-    with flood(pair):
-        for _ in range(20):
-            with pytest.raises(BlockingIOError):
-                receive(pair.app)
-
-
-@of_kinds(IN_LINE)
-def test_a_non_blocking_receive_looks_at_all_that_is_queued(pair: Pair) -> None:
-    """Else a loop that waits for edges would never hear of the IKE behind a queue full of ESP."""
-    pair.app.setblocking(False)
-    while True:  # until the queue is full: what is sent then is missing
-        pair.peer.sendto(b"\xff", pair.address)
-        before = pair.endpoint.stats().dropped_in_kernel
-        if before:
-            break
-    assert outcome(lambda: pair.app.recv(100, PEEK)) == eagain()
-    room = pair.endpoint.stats().keepalives
-    assert room > 64
-    for _ in range(room - 1):
-        pair.peer.sendto(b"\xff", pair.address)
-    pair.ike(MESSAGE)
-    assert pair.app.recv(100) == MESSAGE
-
-
-@pytest.mark.parametrize("flags", [0, PEEK], ids=["recv", "peek"])
-def test_dontwait_on_a_blocking_socket_does_not_wait(pair: Pair, flags: int) -> None:
-    pair.app.settimeout(None)
-    pair.noise()
-    with pytest.raises(BlockingIOError):
-        pair.app.recv(100, DONTWAIT | flags)
-    with flood(pair), pytest.raises(BlockingIOError):
-        pair.app.recv(100, DONTWAIT | flags)
-
-
-@each_receive
-@pytest.mark.parametrize("timeout", [None, 15], ids=["blocking", "with-timeout"])
-def test_a_receive_behind_a_flood_gets_ike(pair: Pair, receive: Operation, timeout: float | None) -> None:
-    if receive is RECEIVES["recv-dontwait"] and timeout is None:
-        receive = RECEIVES["recv"]
-    pair.app.settimeout(timeout)
-    wait = in_thread(lambda: receive(pair.app))
-    pair.noise(10)
-    pair.ike(MESSAGE)
-    assert wait() in (MESSAGE, len(MESSAGE))
-
-
-SELECTORS = ["SelectSelector", "PollSelector", "EpollSelector"]
-
-
-@of_kinds(EXACT)
-@pytest.mark.parametrize("selector", SELECTORS)
-def test_noise_never_wakes_a_selector(pair: Pair, selector: str) -> None:
-    pair.app.settimeout(None)
-    with getattr(selectors, selector)() as waiting:
-        waiting.register(pair.app, selectors.EVENT_READ)
-        pair.noise(40)
-        assert waiting.select(0.05) == []
-        pair.ike(MESSAGE)
-        assert [key.fileobj for key, _ in waiting.select(5)] == [pair.app]
-        assert pair.app.recv(100) == MESSAGE
-        assert waiting.select(0) == []
-
-
-@of_kinds(EXACT)
-def test_a_loop_of_select_and_blocking_receive_never_hangs_and_loses_nothing(pair: Pair) -> None:
-    """The loop that many a daemon has."""
-    pair.app.settimeout(None)
-    expected = [b"message %d" % number for number in range(200)]
-
-    def daemon() -> list[bytes]:
-        got: list[bytes] = []
-        while len(got) < len(expected):
-            assert ready(pair.app, 10)
-            got.append(pair.app.recvfrom(4096)[0])
-            pair.app.sendto(b"answer", pair.peer.getsockname())
-        return got
-
-    wait = in_thread(daemon)
-    with flood(pair):
-        for message in expected:
-            pair.ike(message)
-            assert pair.peer.recv(100) == MARKER + b"answer"
-    assert wait() == expected
-
-
-@of_kinds(IN_LINE)
-@pytest.mark.parametrize("selector", SELECTORS)
-def test_in_line_a_selector_and_a_non_blocking_receive_find_every_ike(pair: Pair, selector: str) -> None:
-    pair.app.setblocking(False)
-    expected = [b"message %d" % number for number in range(50)]
-    got: list[bytes] = []
-    with getattr(selectors, selector)() as waiting:
-        waiting.register(pair.app, selectors.EVENT_READ)
-        for message in expected:
-            pair.noise()
-            pair.ike(message)
-            while waiting.select(0):
-                with contextlib.suppress(BlockingIOError):
-                    while True:
-                        got.append(pair.app.recv(100))
-    assert got == expected
-
-
-@pytest.fixture
-def default_timeout() -> Iterator[None]:
-    socket.setdefaulttimeout(3)
-    yield
-    socket.setdefaulttimeout(None)
-
-
-@of_kinds(IN_LINE)
-@pytest.mark.usefixtures("default_timeout")
-def test_a_default_timeout_of_the_process_changes_no_blocking_socket(pair: Pair) -> None:
-    pair.app.settimeout(None)
-    pair.noise()
-    pair.ike(MESSAGE)
-    assert pair.app.recv(100, PEEK) == MESSAGE  # took the noise out
-    assert pair.app.getblocking()
-    assert pair.app.recv(100) == MESSAGE
-    assert nonblock_flag(pair.app) == 0
-
-
-def nonblock_flag(sock: socket.socket) -> int:
-    """Return O_NONBLOCK if it is set."""
-    import fcntl
-    import os
-
-    return fcntl.fcntl(sock, fcntl.F_GETFL) & os.O_NONBLOCK
-
-
-@of_kinds(IN_LINE)
-@pytest.mark.parametrize("timeout", [None, 0, 5], ids=["blocking", "non-blocking", "with-timeout"])
-def test_a_consumer_may_close_the_socket(family: int, kind: Kind, timeout: float | None) -> None:
-    host = "::1" if family == socket.AF_INET6 else "127.0.0.1"
-    with socket.socket(family, socket.SOCK_DGRAM) as app, socket.socket(family, socket.SOCK_DGRAM) as peer:
-        app.bind((host, 0))
-        app.settimeout(timeout)
-        set_nat_t_endpoint(app, backend=kind.backend, esp=lambda packet, source: app.close())
-        peer.sendto(ESP, app.getsockname())
-        with pytest.raises(OSError, match="Bad file descriptor") as caught:
-            app.recv(100)
-        assert caught.value.errno == errno.EBADF
 
 
 # --- several at once ---------------------------------------------------------------------------
@@ -678,7 +429,7 @@ def test_a_dual_stack_socket_serves_both_families(kind: Kind) -> None:
         assert app.recvfrom(100) == (b"six", pair.peer.getsockname())
 
 
-# --- what cannot happen, and what is then -----------------------------------------------------------
+# --- faults of others ------------------------------------------------------------------------------
 
 SO_DETACH_FILTER = 27  # include/uapi/asm-generic/socket.h
 
@@ -731,57 +482,6 @@ def test_without_recvmsg_there_is_no_ancillary_data() -> None:
     assert system.receive(root, WithoutRecvmsg(), 4, 100, 0) == expected
 
 
-# --- hand-back ------------------------------------------------------------------------------------
-
-SOURCES: dict[int, list[tuple[Any, ...]]] = {
-    socket.AF_INET: [("192.0.2.7", 500), ("0.0.0.0", 65535)],
-    socket.AF_INET6: [
-        ("2001:db8::7", 4500, 0, 0),
-        ("fe80::1%lo", 500, 7, 3),
-        ("::ffff:192.0.2.7", 1, 0xFFFFF, 0),
-    ],
-}
-
-
-@pytest.mark.parametrize("message", [b"", b"m", bytes(1000)], ids=["empty", "short", "long"])
-def test_an_envelope_returns_message_and_source(family: socket.AddressFamily, message: bytes) -> None:
-    envelope, other = HandBack(family), HandBack(family)
-    for host, *rest in SOURCES[family]:
-        datagram = envelope.wrap(message, (host, *rest))
-        assert datagram.startswith(MARKER)  # so that it is steered and filtered like IKE
-        assert len(datagram) == HandBack.HEADROOM + len(message)
-        assert envelope.unwrap(datagram) == (message, (host.partition("%")[0], *rest))
-        assert other.unwrap(datagram) is None, "the secret is per endpoint"
-        assert envelope.unwrap(datagram[: HandBack.HEADROOM - 1]) is None
-        assert envelope.unwrap(b"\1" + datagram[1:]) is None
-
-
-@pytest.mark.parametrize("receive", list(RECEIVES.values())[:6], ids=list(RECEIVES)[:6])
-def test_what_is_handed_back_has_its_source_again(pair: Pair, receive: Operation) -> None:
-    state = state_of(pair.app)
-    assert state is not None
-    source = SOURCES[socket.AddressFamily(pair.family)][0]
-    for trusted in (False, True):
-        datagram = state.diversion.hand_back.wrap(b"a message", source)
-        pair.peer.sendto(datagram, pair.address)
-        assert receive(pair.app) in (b"a message", 9), f"{trusted=}"
-    pair.peer.sendto(state.diversion.hand_back.wrap(b"a message", source), pair.address)
-    assert pair.app.recvfrom(4) == (b"a me", source)
-    pair.peer.sendto(state.diversion.hand_back.wrap(b"a message", source), pair.address)
-    assert pair.app.recvmsg(4) == (b"a me", [], TRUNC, source)
-
-
 def test_the_class_names_no_helper_that_an_application_could_override() -> None:
     helpers = {name for name in vars(NatTSocket) if name.startswith("_") and not name.startswith("__")}
     assert helpers <= {"_real_close", "_nat_t"}  # socket.socket's own, and the one name of ours
-
-
-@LINUX
-@of_kinds(IN_LINE)
-def test_an_in_line_wait_is_in_the_kernel(pair: Pair) -> None:
-    wait = in_thread(lambda: pair.app.recv(100))
-    until(lambda: sleeping(wait))
-    pair.noise()
-    until(lambda: sleeping(wait))
-    pair.ike(MESSAGE)
-    assert wait() == MESSAGE

@@ -23,6 +23,24 @@ MARKER = bytes(4)
 ESP = b"\xc0\xde\x00\x01" + bytes(range(60))
 NOISE = (b"\xff", ESP, b"", b"\0\0\0", b"\1\2\3\4", ESP * 20)
 """What never reaches an application, of every kind."""
+PEEK, TRUNC = socket.MSG_PEEK, getattr(socket, "MSG_TRUNC", 0)
+DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+MESSAGE = bytes(range(1, 21))
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="flags and options of Linux")
+
+Operation = Callable[[socket.socket], Any]
+
+RECEIVES: dict[str, Operation] = {
+    "recv": lambda sock: sock.recv(100),
+    "recvfrom": lambda sock: sock.recvfrom(100)[0],
+    "recv_into": lambda sock: sock.recv_into(bytearray(100)),
+    "recvfrom_into": lambda sock: sock.recvfrom_into(bytearray(100))[0],
+    "recvmsg": lambda sock: sock.recvmsg(100)[0],
+    "recvmsg_into": lambda sock: sock.recvmsg_into([bytearray(100)])[0],
+    "recv-peek": lambda sock: sock.recv(100, PEEK),
+    "recv-dontwait": lambda sock: sock.recv(100, DONTWAIT),  # a timeout outranks it, as on a plain socket
+}
+each_receive = pytest.mark.parametrize("receive", RECEIVES.values(), ids=RECEIVES.keys())
 
 
 class SocketHalfOfLinux(LinuxBackend):

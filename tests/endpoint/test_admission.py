@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import _socket
-import copy
 import errno
 import os
-import pickle
 import socket
 import ssl
 import sys
@@ -253,32 +251,3 @@ def test_a_refused_change_leaves_the_endpoint_as_it_was(
     assert (type(sock), endpoint.mode, endpoint.duties, options(sock)) == before
     sock.sendto(b"message", sock.getsockname())
     assert sock.recv(100) == b"message"
-
-
-# --- the exceptions themselves ------------------------------------------------------------------
-
-
-def test_an_error_says_what_and_what_to_do() -> None:
-    error = NatCompatError(errno.ENOTSUP, "it does not work", "Do something else")
-    assert str(error) == f"[Errno {errno.ENOTSUP}] it does not work. Do something else"
-    assert (error.errno, error.strerror, error.remedy) == (
-        errno.ENOTSUP,
-        "it does not work",
-        "Do something else",
-    )
-    assert str(NatCompatError(errno.EBADF, "closed")) == f"[Errno {errno.EBADF}] closed"
-    assert NatCompatError(errno.EBADF, "").strerror == os.strerror(errno.EBADF)
-    assert isinstance(error, OSError)
-
-
-@pytest.mark.parametrize("cls", [NatCompatError, BackendUnavailableError])
-@pytest.mark.parametrize(
-    "duplicate", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))]
-)
-def test_an_error_passes_between_processes(
-    cls: type[NatCompatError], duplicate: Callable[[NatCompatError], NatCompatError]
-) -> None:
-    error = cls(errno.ENOTSUP, "it does not work", "Do something else")
-    other = duplicate(error)
-    assert type(other) is cls
-    assert (other.errno, other.remedy, str(other)) == (error.errno, error.remedy, str(error))

@@ -1,0 +1,93 @@
+"""IKE that was displaced comes back with its source: envelopes, and peeks that another thread overtakes."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+import pytest
+
+from natcompat.backends.diversion import HandBack
+from natcompat.endpoint.receive import discard_peeked
+from natcompat.endpoint.state import state_of
+from tests.support.pairs import (
+    IN_LINE,
+    MARKER,
+    MESSAGE,
+    RECEIVES,
+    TRUNC,
+    Operation,
+    Pair,
+    of_kinds,
+    ready,
+)
+
+SOURCES: dict[int, list[tuple[Any, ...]]] = {
+    socket.AF_INET: [("192.0.2.7", 500), ("0.0.0.0", 65535)],
+    socket.AF_INET6: [
+        ("2001:db8::7", 4500, 0, 0),
+        ("fe80::1%lo", 500, 7, 3),
+        ("::ffff:192.0.2.7", 1, 0xFFFFF, 0),
+    ],
+}
+
+
+@pytest.mark.parametrize("message", [b"", b"m", bytes(1000)], ids=["empty", "short", "long"])
+def test_an_envelope_returns_message_and_source(family: socket.AddressFamily, message: bytes) -> None:
+    envelope, other = HandBack(family), HandBack(family)
+    for host, *rest in SOURCES[family]:
+        datagram = envelope.wrap(message, (host, *rest))
+        assert datagram.startswith(MARKER)  # so that it is steered and filtered like IKE
+        assert len(datagram) == HandBack.HEADROOM + len(message)
+        assert envelope.unwrap(datagram) == (message, (host.partition("%")[0], *rest))
+        assert other.unwrap(datagram) is None, "the secret is per endpoint"
+        assert envelope.unwrap(datagram[: HandBack.HEADROOM - 1]) is None
+        assert envelope.unwrap(b"\1" + datagram[1:]) is None
+
+
+@pytest.mark.parametrize("receive", list(RECEIVES.values())[:6], ids=list(RECEIVES)[:6])
+def test_what_is_handed_back_has_its_source_again(pair: Pair, receive: Operation) -> None:
+    state = state_of(pair.app)
+    assert state is not None
+    source = SOURCES[socket.AddressFamily(pair.family)][0]
+    for trusted in (False, True):
+        datagram = state.diversion.hand_back.wrap(b"a message", source)
+        pair.peer.sendto(datagram, pair.address)
+        assert receive(pair.app) in (b"a message", 9), f"{trusted=}"
+    pair.peer.sendto(state.diversion.hand_back.wrap(b"a message", source), pair.address)
+    assert pair.app.recvfrom(4) == (b"a me", source)
+    pair.peer.sendto(state.diversion.hand_back.wrap(b"a message", source), pair.address)
+    assert pair.app.recvmsg(4) == (b"a me", [], TRUNC, source)
+
+
+# --- peeks that are overtaken --------------------------------------------------------------------
+
+
+@of_kinds(IN_LINE)
+def test_a_peek_that_another_thread_overtakes_puts_ike_back(pair: Pair) -> None:
+    pair.ike(MESSAGE)  # what comes to light when the ESP that the peek saw has gone
+    source = pair.peer.getsockname()
+    discard(pair.app)
+    assert pair.app.recvfrom(100) == (MESSAGE, source)
+    pair.ike(b"again")
+    discard(pair.app)
+    discard(pair.app)  # what was put back, too
+    assert pair.app.recvfrom(100) == (b"again", source)
+    discard(pair.app)  # nothing there
+    assert pair.endpoint.stats().errors == 0
+
+
+@of_kinds(IN_LINE)
+def test_ike_that_cannot_be_put_back_is_counted(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    pair.app.connect(pair.peer.getsockname())
+    pair.ike(MESSAGE)
+    discard(pair.app)
+    assert pair.endpoint.stats().errors == 1
+    assert "could not be handed back" in caplog.text
+    assert not ready(pair.app)
+
+
+def discard(app: socket.socket) -> None:
+    state = state_of(app)
+    assert state is not None
+    discard_peeked(app, socket.socket, state)
