@@ -144,7 +144,8 @@ def _bypass(sock: socket.socket) -> bool:
 
 
 def _viability() -> Viability:
-    from natcompat.kernel.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
+    from natcompat.kernel.xfrm.esp_support import EspSupport
+    from natcompat.kernel.xfrm.probe import probe_esp, probe_esp_unprivileged
 
     no_filter = features.filter_refused()
     duties = _UNFILTERED if no_filter else _FILTERED

@@ -52,7 +52,8 @@ class ProcessEsp:
             except OSError as error:  # one endpoint in trouble must not keep the others from it
                 _log.warning("an endpoint goes on as it was: %s", error)
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
+        """Make a new lock in a forked child, where no thread holds it."""
         self._lock = threading.Lock()
 
 
@@ -60,4 +61,4 @@ PROCESS_ESP: Final = ProcessEsp()
 """One per process, since a port gives its ESP to one."""
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=PROCESS_ESP._after_fork)
+    os.register_at_fork(after_in_child=PROCESS_ESP.after_fork)

@@ -16,7 +16,7 @@ from natcompat import __version__
 
 _COMMANDS: Final = {
     # name: where its click command is; imported when it is run, or when help lists it
-    "doctor": "natcompat.commands.doctor.examine:command",
+    "doctor": "natcompat.commands.doctor.command:command",
     "verify": "natcompat.commands.verify.command:command",
     "tunnel": "natcompat.commands.tunnel.command:command",
     "sad": "natcompat.commands.ipsec.databases:sad",

@@ -84,7 +84,8 @@ def _find_c() -> DataPathChoice:
         return DataPathChoice("c", False, "it is made of system calls of Linux")
     try:
         from natcompat.esp.carrier.native import NativeCarrier
-        from natcompat.esp.datapath.native import NativeDataPath, best_provider
+        from natcompat.esp.datapath.native import NativeDataPath
+        from natcompat.esp.datapath.providers import best_provider
     except ModuleNotFoundError:
         return DataPathChoice("c", False, f"it is not built; {_BUILDING}")
     except ImportError as error:  # a library that it was built with is gone

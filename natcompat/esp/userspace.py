@@ -183,7 +183,7 @@ class UserspaceIPsec(EspEngine):
     def close(self) -> None:
         """Forget all SAs and policies, and close the device. Endpoints go on without ESP."""
         if os.getpid() != self._pid:
-            self._abandon()
+            self.abandon()
             return
         if self._closed:
             return
@@ -195,7 +195,7 @@ class UserspaceIPsec(EspEngine):
             each.callback(self.carrier.close)
             each.callback(self._leave)
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """Let go of what a forked child has inherited: the device goes on as long as somebody holds it."""
         abandon = getattr(self.device, "abandon", None)
         if abandon is not None:
@@ -277,7 +277,7 @@ def _after_fork() -> None:
     _opening = threading.Lock()
     inherited = PROCESS_ESP.inherited
     if isinstance(inherited, UserspaceIPsec):
-        inherited._abandon()
+        inherited.abandon()
 
 
 if hasattr(os, "register_at_fork"):

@@ -4,18 +4,20 @@ from natcompat.ipsec.associations import (
     LARGEST_REPLAY_WINDOW,
     LARGEST_SPI,
     SMALLEST_SPI,
+    Lifetime,
+    SaId,
+    SecurityAssociation,
+    UDPEncapsulation,
+)
+from natcompat.ipsec.policies import (
     Action,
     Direction,
     IPAddress,
     IPNetwork,
-    Lifetime,
     Mark,
     Mode,
     Policy,
-    SaId,
-    SecurityAssociation,
     TrafficSelector,
-    UDPEncapsulation,
 )
 from natcompat.ipsec.protocol import (
     Acquire,

@@ -7,66 +7,28 @@ SPIs are integers in host byte order, durations are seconds, sizes are bytes.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Any, NoReturn, Self, SupportsIndex, TypeAlias
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Any, NoReturn, Self, SupportsIndex
 
+from natcompat.ipsec.policies import (
+    Direction,
+    IPAddress,
+    Mark,
+    Mode,
+    TrafficSelector,
+    check_address,
+    check_range,
+    describe,
+)
 from natcompat.ipsec.transforms import Encr, Integ, Key
-
-IPAddress: TypeAlias = IPv4Address | IPv6Address
-IPNetwork: TypeAlias = IPv4Network | IPv6Network
 
 SMALLEST_SPI = 256
 """1 to 255 are reserved, 0 is for local use (RFC 4303, 2.1)."""
 LARGEST_SPI = 0xFFFF_FFFF
 LARGEST_REPLAY_WINDOW = 4096
 """Packets; XFRMA_REPLAY_ESN_MAX of linux/xfrm.h, and enough for any offload."""
-PRIORITY_BASE = 0x2000
-"""Priority of the most specific selector; there is room for others before it and behind it."""
-
-
-def _describe(self: Any) -> str:
-    """The ``repr()`` of a value, also of one that is half made when a debugger or traceback prints it."""
-    shown = (f"{each.name}={getattr(self, each.name, '?')!r}" for each in fields(self) if each.repr)
-    return f"{type(self).__name__}({', '.join(shown)})"
-
-
-class Direction(enum.Enum):
-    """Which way the packets go that an SA or a policy is for."""
-
-    IN = "in"
-    OUT = "out"
-
-
-class Mode(enum.Enum):
-    """How ESP wraps a packet (RFC 4301, 3.2)."""
-
-    TUNNEL = "tunnel"
-    TRANSPORT = "transport"
-
-
-class Action(enum.Enum):
-    """What a policy does with a packet (RFC 4301, 4.4.1)."""
-
-    PROTECT = "protect"
-    BYPASS = "bypass"
-    DISCARD = "discard"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
-    """A packet mark: only packets with ``packet_mark & mask == value`` are meant."""
-
-    value: int
-    mask: int = 0xFFFF_FFFF
-
-    def __post_init__(self) -> None:
-        _in_range("mark value", self.value, 0, 0xFFFF_FFFF)
-        _in_range("mark mask", self.mask, 0, 0xFFFF_FFFF)
-        if self.value & ~self.mask:
-            raise ValueError("mark: the value has bits that the mask does not have, so it never matches")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,8 +41,8 @@ class UDPEncapsulation:
     """The peer's address before the NAT (NAT-OA), for transport-mode checksums where a kernel wants it."""
 
     def __post_init__(self) -> None:
-        _in_range("local_port", self.local_port, 1, 65535)
-        _in_range("remote_port", self.remote_port, 1, 65535)
+        check_range("local_port", self.local_port, 1, 65535)
+        check_range("remote_port", self.remote_port, 1, 65535)
         if self.original_address is not None:
             object.__setattr__(self, "original_address", ip_address(self.original_address))
 
@@ -118,49 +80,9 @@ class Lifetime:
             hard: int | None = getattr(self, f"hard_{unit}")
             for name, limit in ((f"soft_{unit}", soft), (f"hard_{unit}", hard)):
                 if limit is not None:
-                    _in_range(name, limit, 1, 2**63)
+                    check_range(name, limit, 1, 2**63)
             if soft is not None and hard is not None and soft > hard:
                 raise ValueError(f"soft_{unit}: {soft} comes after hard_{unit}, {hard}")
-
-
-PROTOCOLS_WITH_PORTS = frozenset({6, 17, 33, 132, 136, 1, 58, 135})
-"""TCP, UDP, DCCP, SCTP, UDP-Lite; ICMP, ICMPv6 and MH, where type and code stand in (RFC 4301, 4.4.1.1)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, init=False)
-class TrafficSelector:
-    """Which packets are meant (RFC 4301, 4.4.1.1), by the addresses of the packet as it is sent.
-
-    `protocol` 0 and port 0 stand for any. For ICMP the ports are message type and code.
-    """
-
-    source: IPNetwork
-    destination: IPNetwork
-    protocol: int = 0
-    source_port: int = 0
-    destination_port: int = 0
-
-    __repr__ = _describe
-
-    def __init__(
-        self,
-        *,
-        source: IPNetwork | IPAddress | str,
-        destination: IPNetwork | IPAddress | str,
-        protocol: int = 0,
-        source_port: int = 0,
-        destination_port: int = 0,
-    ) -> None:
-        put = object.__setattr__
-        put(self, "source", _network("source", source))
-        put(self, "destination", _network("destination", destination))
-        put(self, "protocol", _in_range("protocol", protocol, 0, 255))
-        put(self, "source_port", _in_range("source_port", source_port, 0, 65535))
-        put(self, "destination_port", _in_range("destination_port", destination_port, 0, 65535))
-        if self.source.version != self.destination.version:
-            raise ValueError("source, destination: a selector has one address family")
-        if (source_port or destination_port) and protocol not in PROTOCOLS_WITH_PORTS:
-            raise ValueError(f"protocol: {protocol} has no ports")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, init=False)
@@ -203,7 +125,7 @@ class SecurityAssociation:
     copy_df: bool = True
     """Outbound tunnel: copy the DF bit to the outer header; False: clear it there."""
 
-    __repr__ = _describe
+    __repr__ = describe
 
     def __init__(
         self,
@@ -235,9 +157,9 @@ class SecurityAssociation:
         encryption_key = _key("encryption_key", encryption_key)
         integrity_key = _key("integrity_key", integrity_key)
         put = object.__setattr__
-        put(self, "spi", _in_range("spi", spi, SMALLEST_SPI, LARGEST_SPI))
-        put(self, "source", _address("source", source))
-        put(self, "destination", _address("destination", destination))
+        put(self, "spi", check_range("spi", spi, SMALLEST_SPI, LARGEST_SPI))
+        put(self, "source", check_address("source", source))
+        put(self, "destination", check_address("destination", destination))
         put(self, "direction", Direction(direction))
         put(self, "mode", Mode(mode))
         put(self, "encryption", _transform("encryption", Encr, encryption))
@@ -245,15 +167,15 @@ class SecurityAssociation:
         put(self, "integrity", _transform("integrity", Integ, integrity))
         put(self, "integrity_key", integrity_key)
         put(self, "esn", bool(esn))
-        put(self, "replay_window", _in_range("replay_window", replay_window, 0, LARGEST_REPLAY_WINDOW))
+        put(self, "replay_window", check_range("replay_window", replay_window, 0, LARGEST_REPLAY_WINDOW))
         put(self, "encapsulation", encapsulation)
         put(self, "lifetime", lifetime)
         put(self, "selectors", tuple(selectors))
-        put(self, "reqid", _in_range("reqid", reqid, 0, 0xFFFF_FFFF))
+        put(self, "reqid", check_range("reqid", reqid, 0, 0xFFFF_FFFF))
         put(self, "nat_keepalive", nat_keepalive)
         put(self, "mark", Mark(value=mark) if isinstance(mark, int) else mark)
         put(self, "interface_id", interface_id)
-        put(self, "tfc", _in_range("tfc", tfc, 0, 65535))
+        put(self, "tfc", check_range("tfc", tfc, 0, 65535))
         put(self, "copy_dscp", bool(copy_dscp))
         put(self, "copy_ecn", bool(copy_ecn))
         put(self, "copy_df", bool(copy_df))
@@ -295,11 +217,11 @@ class SecurityAssociation:
         if self.esn and self.replay_window == 0 and self.direction is Direction.IN:
             raise ValueError("replay_window: extended sequence numbers need one (RFC 4303, 3.4.3)")
         if self.nat_keepalive is not None:
-            _in_range("nat_keepalive", self.nat_keepalive, 1, 3600)
+            check_range("nat_keepalive", self.nat_keepalive, 1, 3600)
             if self.direction is not Direction.OUT or self.encapsulation is None:
                 raise ValueError("nat_keepalive: only outbound SAs with encapsulation send keepalives")
         if self.interface_id is not None:
-            _in_range("interface_id", self.interface_id, 1, 0xFFFF_FFFF)
+            check_range("interface_id", self.interface_id, 1, 0xFFFF_FFFF)
         if self.tfc and self.mode is not Mode.TUNNEL:
             raise ValueError("tfc: only tunnel mode knows the length of what it carries (RFC 4303, 2.7)")
 
@@ -332,80 +254,6 @@ class SaId:
         return f"ESP 0x{self.spi:08x} to {self.destination}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, init=False)
-class Policy:
-    """One entry of the security policy database (RFC 4301, 4.4.1), one direction."""
-
-    direction: Direction
-    selector: TrafficSelector
-    source: IPAddress | None = None
-    destination: IPAddress | None = None
-    """The tunnel's outer addresses; transport mode and the other actions have none."""
-    mode: Mode = Mode.TUNNEL
-    reqid: int = 0
-    action: Action = Action.PROTECT
-    priority: int | None = None
-    """The smaller, the earlier; None: the more specific selector first."""
-    optional: bool = False
-    """Let packets pass in the clear while there is no SA."""
-    mark: Mark | None = None
-    interface_id: int | None = None
-
-    __repr__ = _describe
-
-    def __init__(
-        self,
-        *,
-        direction: Direction,
-        selector: TrafficSelector,
-        source: IPAddress | str | None = None,
-        destination: IPAddress | str | None = None,
-        mode: Mode = Mode.TUNNEL,
-        reqid: int = 0,
-        action: Action = Action.PROTECT,
-        priority: int | None = None,
-        optional: bool = False,
-        mark: Mark | int | None = None,
-        interface_id: int | None = None,
-    ) -> None:
-        put = object.__setattr__
-        put(self, "direction", Direction(direction))
-        put(self, "selector", selector)
-        put(self, "source", None if source is None else _address("source", source))
-        put(self, "destination", None if destination is None else _address("destination", destination))
-        put(self, "mode", Mode(mode))
-        put(self, "reqid", _in_range("reqid", reqid, 0, 0xFFFF_FFFF))
-        put(self, "action", Action(action))
-        put(self, "priority", priority)
-        put(self, "optional", bool(optional))
-        put(self, "mark", Mark(value=mark) if isinstance(mark, int) else mark)
-        put(self, "interface_id", interface_id)
-        if priority is not None:
-            _in_range("priority", priority, 0, 0xFFFF_FFFF)
-        if interface_id is not None:
-            _in_range("interface_id", interface_id, 1, 0xFFFF_FFFF)
-        tunnel = self.action is Action.PROTECT and self.mode is Mode.TUNNEL
-        if tunnel and (self.source is None or self.destination is None):
-            raise ValueError("source, destination: a tunnel policy needs both outer addresses")
-        if self.source and self.destination and self.source.version != self.destination.version:
-            raise ValueError("source, destination: a tunnel has one outer address family")
-
-
-def default_priority(selector: TrafficSelector) -> int:
-    """Return the priority of a policy that has none: the more specific, the smaller."""
-    bits = selector.source.prefixlen + selector.destination.prefixlen
-    wide = (not selector.protocol) * 4 + (not selector.source_port) * 2 + (not selector.destination_port)
-    return PRIORITY_BASE + (256 - bits) * 8 + wide
-
-
-def _in_range(name: str, value: int, smallest: int, largest: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: an integer is wanted, not {type(value).__name__}")
-    if not smallest <= value <= largest:
-        raise ValueError(f"{name}: {value} is not in {smallest}..{largest}")
-    return value
-
-
 _NO_KEY = Key()
 """One for all: there may be many SAs."""
 
@@ -424,19 +272,3 @@ def _transform(name: str, registry: type[Any], value: int) -> Any:
     except ValueError:
         known = ", ".join(f"{transform.name} ({transform.value})" for transform in registry)
         raise ValueError(f"{name}: transform {value} is not known here; known are {known}") from None
-
-
-def _address(name: str, value: IPAddress | str) -> IPAddress:
-    if isinstance(value, (IPv4Address, IPv6Address)):
-        return value  # not a copy: SAs are many, and share their addresses
-    try:
-        return ip_address(value)
-    except ValueError:
-        raise ValueError(f"{name}: {value!r} is not an IP address") from None
-
-
-def _network(name: str, value: IPNetwork | IPAddress | str) -> IPNetwork:
-    try:
-        return ip_network(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None

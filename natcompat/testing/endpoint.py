@@ -14,19 +14,16 @@ in a failed assertion, put ``pytest.register_assert_rewrite("natcompat.testing")
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from natcompat import backends as registry
-from natcompat.backends.base import Address, Backend, families_of, port_of
+from natcompat.backends.base import port_of
 from natcompat.contract import (
     LARGEST_PAYLOAD,
     NAT_KEEPALIVE,
@@ -39,196 +36,17 @@ from natcompat.contract import (
     Row,
     Verdict,
 )
-from natcompat.endpoint import get_nat_t_endpoint, set_nat_t_endpoint
-from natcompat.endpoint.endpoint import NatTEndpoint
+from natcompat.endpoint import get_nat_t_endpoint
+from natcompat.testing.harness import PATIENCE, RECEIVES, SENDS, SPACE, Bench, EndpointHarness, Service
 
 if TYPE_CHECKING:
-    import pytest
+    pass
 
-PATIENCE = 5.0
-"""Seconds after which what has not come is lost."""
 
-LAST = b"the last datagram of the test"
 _IKE = [row for row in TABLE if row.verdict is Verdict.IKE]
 _NOT_IKE = [row for row in TABLE if row.verdict is not Verdict.IKE]
 _ESP = [row for row in TABLE if row.verdict is Verdict.ESP]
 _RUNTS = [row for row in _NOT_IKE if row.verdict is not Verdict.ESP]
-_SPACE = 65535
-
-
-def _into(receive: Callable[[bytearray], Any]) -> bytes:
-    buffer = bytearray(_SPACE)
-    count = receive(buffer)
-    return bytes(buffer[: count[0] if isinstance(count, tuple) else count])
-
-
-def _connected(sock: socket.socket, peer: Any) -> socket.socket:
-    sock.connect(peer)
-    return sock
-
-
-RECEIVES: Mapping[str, Callable[[socket.socket], bytes]] = {
-    "recv": lambda sock: sock.recv(_SPACE),
-    "recvfrom": lambda sock: sock.recvfrom(_SPACE)[0],
-    "recv_into": lambda sock: _into(sock.recv_into),
-    "recvfrom_into": lambda sock: _into(sock.recvfrom_into),
-    "recvmsg": lambda sock: sock.recvmsg(_SPACE)[0],
-    "recvmsg_into": lambda sock: _into(lambda buffer: sock.recvmsg_into([buffer])),
-}
-"""Every way to receive a datagram from a socket object."""
-
-SENDS: Mapping[str, Callable[[socket.socket, bytes, Any], object]] = {
-    "send": lambda sock, data, peer: _connected(sock, peer).send(data),
-    "sendall": lambda sock, data, peer: _connected(sock, peer).sendall(data),
-    "sendto": lambda sock, data, peer: sock.sendto(data, peer),
-    "sendto with flags": lambda sock, data, peer: sock.sendto(data, 0, peer),
-    "sendmsg": lambda sock, data, peer: sock.sendmsg([data[:3], data[3:]], [], 0, peer),
-}
-"""Every way to send a datagram from a socket object to a peer."""
-
-
-class EspCollector:
-    """A consumer of ESP that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.packets: list[tuple[bytes, Address]] = []
-        self._changed = threading.Condition()
-
-    def __call__(self, packet: memoryview, source: Address) -> None:
-        """Take one packet; runs in whatever thread diverts."""
-        with self._changed:
-            self.packets.append((bytes(packet), source))
-            self._changed.notify_all()
-
-    def wait_for(self, count: int) -> list[tuple[bytes, Address]]:
-        """Return all packets once there are `count`, or what there is when patience ends."""
-        with self._changed:
-            self._changed.wait_for(lambda: len(self.packets) >= count, PATIENCE)
-            return list(self.packets)
-
-
-@dataclass(frozen=True, slots=True)
-class Service:
-    """A backend and what becomes of ESP: one way in which a socket can be served."""
-
-    backend: Backend
-    consumed: bool
-    """Whether a consumer in this process takes ESP."""
-
-    def __str__(self) -> str:
-        return f"{self.backend.name}, ESP consumed" if self.consumed else self.backend.name
-
-
-@dataclass(frozen=True, slots=True)
-class Bench:
-    """A socket with the option and a plain peer on loopback."""
-
-    service: Service
-    sock: socket.socket
-    peer: socket.socket
-    esp: EspCollector = field(default_factory=EspCollector)
-
-    def switch_on(self) -> NatTEndpoint:
-        """Set the option on the socket."""
-        return set_nat_t_endpoint(
-            self.sock, backend=self.service.backend, esp=self.esp if self.service.consumed else None
-        )
-
-    def send(self, *payloads: bytes) -> None:
-        """Send UDP payloads as they are from the peer to the socket."""
-        for payload in payloads:
-            self.peer.sendto(payload, self.sock.getsockname())
-
-    def delivered(self, receive: Callable[[socket.socket], bytes] = RECEIVES["recv"]) -> list[bytes]:
-        """Send one last message; return all that the application receives before it."""
-        self.send(NON_ESP_MARKER + LAST)
-        messages = []
-        while (message := receive(self.sock)) != LAST:
-            messages.append(message)
-        return messages
-
-    def received_plain(self) -> list[tuple[bytes, Any]]:
-        """Send the table and one last message; return all that comes without the option before that."""
-        last = NON_ESP_MARKER + LAST
-        self.send(*(row.payload for row in TABLE), last)
-        received = []
-        while (datagram := self.sock.recvfrom(_SPACE))[0] != last:
-            received.append(datagram)
-        return received
-
-
-class EndpointHarness:
-    """The parameters of the suite without its tests: for tests of one's own over the same backends.
-
-    A test method that takes ``service`` (`Service`) and ``family`` runs for every one of them and
-    opens a `bench` with them; ``row``, ``outbound``, ``receive`` and ``send`` are the rows and the
-    methods. A backend that says that it is not viable is skipped, with its reason.
-    """
-
-    backends: ClassVar[tuple[str | Backend, ...]]
-    """Registered names or instances."""
-    families: ClassVar[tuple[socket.AddressFamily, ...]] = (socket.AF_INET, socket.AF_INET6)
-    hosts: ClassVar[Mapping[int, str]] = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
-    """Where a socket of each family is bound."""
-
-    @classmethod
-    def services(cls) -> list[Service]:
-        """Return every way in which the backends can serve a socket, viable here or not."""
-        made = [registry.get(backend) if isinstance(backend, str) else backend for backend in cls.backends]
-        return [
-            Service(backend, consumed)
-            for backend in made
-            for consumed in ((False, True) if backend.hands_over_esp else (False,))
-        ]
-
-    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Called by pytest: every test for every service, family, row and method that it names."""
-        import pytest
-
-        names = metafunc.fixturenames
-        if "service" in names:
-            parameters = []
-            for service in self.services():
-                found = service.backend.viability()
-                reason = f"{service.backend.name}: {found.reason}"
-                marks = [] if found.viable else [pytest.mark.skip(reason=reason)]
-                families = [each for each in self.families if each in families_of(service.backend)]
-                if "family" not in names:
-                    parameters.append(pytest.param(service, id=str(service), marks=marks))
-                    continue
-                for family in families:
-                    together = f"{service}-{_version(family)}"
-                    parameters.append(pytest.param(service, family, id=together, marks=marks))
-            metafunc.parametrize([each for each in ("service", "family") if each in names], parameters)
-        elif "family" in names:
-            metafunc.parametrize("family", list(self.families), ids=_version)
-        for parameter, values, name in (
-            ("row", TABLE, lambda row: row.name),
-            ("outbound", OUTBOUND_TABLE, lambda row: row.name),
-            ("receive", _there_are(RECEIVES), str),
-            ("send", _there_are(SENDS), str),
-        ):
-            if parameter in names:
-                metafunc.parametrize(parameter, list(values), ids=list(map(name, values)))
-
-    def address(self, service: Service, family: int) -> Address:
-        """Return where a socket is to be bound: at any port, unless the backend serves one alone."""
-        return self.hosts[family], port_of(service.backend) or 0
-
-    @contextlib.contextmanager
-    def bench(self, service: Service, family: int, *, bound: bool = True) -> Iterator[Bench]:
-        """Open a socket and its peer, both with a timeout; the option is still to be set."""
-        host, port = self.address(service, family)
-        with (
-            socket.socket(family, socket.SOCK_DGRAM) as sock,
-            socket.socket(family, socket.SOCK_DGRAM) as peer,
-        ):
-            for each in (sock, peer):
-                each.settimeout(PATIENCE)
-            peer.bind((host, 0))
-            if bound:
-                sock.bind((host, port))
-            yield Bench(service, sock, peer)
 
 
 class EndpointConformance(EndpointHarness):
@@ -242,7 +60,7 @@ class EndpointConformance(EndpointHarness):
             bench.switch_on()
             bench.send(row.payload)
             if row.delivered is not None:
-                assert bench.sock.recvfrom(_SPACE) == (row.delivered, bench.peer.getsockname())
+                assert bench.sock.recvfrom(SPACE) == (row.delivered, bench.peer.getsockname())
             assert bench.delivered() == []
             if service.consumed:
                 expected = [(row.payload, bench.peer.getsockname())] * (row.verdict is Verdict.ESP)
@@ -288,7 +106,7 @@ class EndpointConformance(EndpointHarness):
             bench.sock.settimeout(0.1)
             bench.send(*(row.payload for row in _NOT_IKE))
             begun = time.monotonic()
-            _raises(TimeoutError, bench.sock.recv, _SPACE)
+            _raises(TimeoutError, bench.sock.recv, SPACE)
             assert 0.05 < time.monotonic() - begun < PATIENCE
 
     def test_a_non_blocking_socket_does_not_wait(self, service: Service, family: int) -> None:
@@ -297,14 +115,14 @@ class EndpointConformance(EndpointHarness):
             bench.switch_on()
             bench.sock.setblocking(False)
             bench.send(*(row.payload for row in _NOT_IKE))
-            _raises(BlockingIOError, bench.sock.recvfrom, _SPACE)
+            _raises(BlockingIOError, bench.sock.recvfrom, SPACE)
 
     def test_peeking_takes_no_message(self, service: Service, family: int) -> None:
         """MSG_PEEK shows what the next receive returns."""
         with self.bench(service, family) as bench:
             bench.switch_on()
             bench.send(*(row.payload for row in _NOT_IKE), NON_ESP_MARKER + b"IKE")
-            assert bench.sock.recv(_SPACE, socket.MSG_PEEK) == b"IKE"
+            assert bench.sock.recv(SPACE, socket.MSG_PEEK) == b"IKE"
             assert bench.delivered() == [b"IKE"]
 
     # --- outbound ------------------------------------------------------------------------------
@@ -315,7 +133,7 @@ class EndpointConformance(EndpointHarness):
             bench.switch_on()
             sent = bench.sock.sendto(outbound.message, bench.peer.getsockname())
             assert sent == len(outbound.message)
-            assert bench.peer.recvfrom(_SPACE) == (outbound.wire, bench.sock.getsockname())
+            assert bench.peer.recvfrom(SPACE) == (outbound.wire, bench.sock.getsockname())
 
     def test_every_send_method(self, service: Service, family: int, send: str) -> None:
         """The outbound table through each method, connected where it takes no address."""
@@ -323,7 +141,7 @@ class EndpointConformance(EndpointHarness):
             bench.switch_on()
             for row in OUTBOUND_TABLE:
                 SENDS[send](bench.sock, row.message, bench.peer.getsockname())
-                assert bench.peer.recv(_SPACE) == row.wire
+                assert bench.peer.recv(SPACE) == row.wire
 
     def test_the_largest_message(self, service: Service, family: int) -> None:
         """One byte more than fits behind the marker is EMSGSIZE, and harms nothing."""
@@ -335,7 +153,7 @@ class EndpointConformance(EndpointHarness):
             assert error.errno == errno.EMSGSIZE
             message = b"\xa5" * largest
             assert bench.sock.sendto(message, peer) == largest
-            assert bench.peer.recv(_SPACE) == NON_ESP_MARKER + message
+            assert bench.peer.recv(SPACE) == NON_ESP_MARKER + message
             bench.send(NON_ESP_MARKER + message)
             assert bench.delivered() == [message]
 
@@ -344,10 +162,10 @@ class EndpointConformance(EndpointHarness):
         with self.bench(service, family) as bench:
             endpoint = bench.switch_on()
             endpoint.send_keepalive(bench.peer.getsockname())
-            assert bench.peer.recvfrom(_SPACE) == (NAT_KEEPALIVE, bench.sock.getsockname())
+            assert bench.peer.recvfrom(SPACE) == (NAT_KEEPALIVE, bench.sock.getsockname())
             bench.sock.connect(bench.peer.getsockname())
             endpoint.send_keepalive()
-            assert bench.peer.recv(_SPACE) == NAT_KEEPALIVE
+            assert bench.peer.recv(SPACE) == NAT_KEEPALIVE
             assert endpoint.stats().keepalives_sent == 2
 
     # --- at any time -----------------------------------------------------------------------------
@@ -355,7 +173,7 @@ class EndpointConformance(EndpointHarness):
     def test_off_and_on_again(self, service: Service, family: int) -> None:
         """Off, the socket is what it was, options included; on, it has the option as before."""
         with self.bench(service, family) as bench:
-            cls, options = type(bench.sock), _options(bench.sock)
+            cls, options = type(bench.sock), options_of(bench.sock)
             plain = bench.received_plain()
             if port_of(service.backend) is None:  # else the kernel may take from any socket of the port
                 assert plain == [(row.payload, bench.peer.getsockname()) for row in TABLE]
@@ -368,10 +186,10 @@ class EndpointConformance(EndpointHarness):
                 assert get_nat_t_endpoint(bench.sock) is None
                 assert endpoint.mode == "off"
                 assert type(bench.sock) is cls
-                assert _options(bench.sock) == options
+                assert options_of(bench.sock) == options
                 assert bench.received_plain() == plain
                 bench.sock.sendto(b"plain", bench.peer.getsockname())
-                assert bench.peer.recv(_SPACE) == b"plain"
+                assert bench.peer.recv(SPACE) == b"plain"
 
     def test_before_bind(self, service: Service, family: int) -> None:
         """Set on a socket that is not bound, the option holds from bind on."""
@@ -386,11 +204,11 @@ class EndpointConformance(EndpointHarness):
         with self.bench(service, family, bound=False) as bench:
             bench.switch_on()
             bench.sock.sendto(b"first", bench.peer.getsockname())
-            data, source = bench.peer.recvfrom(_SPACE)
+            data, source = bench.peer.recvfrom(SPACE)
             assert data == NON_ESP_MARKER + b"first"
             for row in TABLE:
                 bench.peer.sendto(row.payload, source)
-            received = [bench.sock.recv(_SPACE) for _ in _IKE]
+            received = [bench.sock.recv(SPACE) for _ in _IKE]
             assert received == [row.delivered for row in _IKE]
 
     def test_connected_before(self, service: Service, family: int) -> None:
@@ -414,15 +232,15 @@ class EndpointConformance(EndpointHarness):
         if bench.service.consumed:
             assert [packet for packet, _ in bench.esp.wait_for(len(_ESP))] == [row.payload for row in _ESP]
         assert bench.sock.send(b"IKE") == 3
-        assert bench.peer.recv(_SPACE) == NON_ESP_MARKER + b"IKE"
+        assert bench.peer.recv(SPACE) == NON_ESP_MARKER + b"IKE"
 
     def test_nothing_is_left_behind(self, service: Service, family: int) -> None:
         """After close no thread and no descriptor is left, and the port is free."""
-        before = threading.active_count(), _descriptors()
+        before = threading.active_count(), open_descriptors()
         with self.bench(service, family) as bench:
             endpoint = bench.switch_on()
             address = bench.sock.getsockname()
-        assert (threading.active_count(), _descriptors()) == before
+        assert (threading.active_count(), open_descriptors()) == before
         assert endpoint.mode == "off"
         with socket.socket(family, socket.SOCK_DGRAM) as again:
             again.bind(address)
@@ -472,16 +290,7 @@ def _raises(kind: type[OSError], function: Callable[..., object], *arguments: ob
     raise AssertionError(f"{kind.__name__} was expected, and it returned {result!r:.200}")
 
 
-def _there_are(methods: Mapping[str, object]) -> list[str]:
-    """Return those names of `methods` whose method sockets have here: on Windows they lack some."""
-    return [name for name in methods if hasattr(socket.socket, name.split()[0])]
-
-
-def _version(family: int) -> str:
-    return "IPv6" if family == socket.AF_INET6 else "IPv4"
-
-
-def _options(sock: socket.socket) -> dict[str, int]:
+def options_of(sock: socket.socket) -> dict[str, int]:
     """Return what an application may read of the options of `sock`."""
     names = ("SO_REUSEADDR", "SO_REUSEPORT", "SO_BROADCAST", "SO_RCVBUF", "SO_SNDBUF")
     return {
@@ -491,7 +300,8 @@ def _options(sock: socket.socket) -> dict[str, int]:
     }
 
 
-def _descriptors() -> int:
+def open_descriptors() -> int:
+    """Return how many descriptors this process has open, 0 where the system does not list them."""
     try:
         return len(os.listdir("/dev/fd"))
     except OSError:  # Windows, or a system that does not list them

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from natcompat.contract import LARGEST_PAYLOAD, TABLE, Duty, Performer, Row, Verdict, classify
 from natcompat.endpoint.endpoint import NatTEndpoint
-from natcompat.testing.endpoint import PATIENCE, RECEIVES, SENDS, Bench, EndpointHarness, Service
+from natcompat.testing.harness import PATIENCE, RECEIVES, SENDS, Bench, EndpointHarness, Service
 from tests.backends.test_conformance import OURS
 
 DATAGRAMS: Final = int(os.environ.get("NATCOMPAT_DATAGRAMS", "4000"))

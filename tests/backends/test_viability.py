@@ -18,6 +18,7 @@ from natcompat.backends.linux_sockets import filters as bpf
 from natcompat.backends.userspace import UserspaceBackend
 from natcompat.contract import Duty, Performer
 from natcompat.kernel.xfrm import probe as xfrm
+from natcompat.kernel.xfrm.esp_support import EspProbe, EspSupport
 from tests.support.linux import (
     ESP,
     LINUX,
@@ -154,10 +155,10 @@ class TestLinuxByTheDryRun:
     """What `linux` says follows what XFRM answers to the dry run; models of other kernels' answers."""
 
     def answer(
-        self, monkeypatch: pytest.MonkeyPatch, privileged: xfrm.EspSupport, unprivileged: xfrm.EspSupport
+        self, monkeypatch: pytest.MonkeyPatch, privileged: EspSupport, unprivileged: EspSupport
     ) -> Viability:
-        def support(kind: xfrm.EspSupport) -> xfrm.EspProbe:
-            return xfrm.EspProbe(support=kind, reason=f"found {kind.name}.", remedy=f"remedy of {kind.name}.")
+        def support(kind: EspSupport) -> EspProbe:
+            return EspProbe(support=kind, reason=f"found {kind.name}.", remedy=f"remedy of {kind.name}.")
 
         monkeypatch.setattr(xfrm, "probe_esp", lambda: support(privileged))
         monkeypatch.setattr(xfrm, "probe_esp_unprivileged", lambda: support(unprivileged))
@@ -181,7 +182,7 @@ class TestLinuxByTheDryRun:
         automatic: bool,
     ) -> None:
         found = self.answer(
-            monkeypatch, getattr(xfrm.EspSupport, privileged), getattr(xfrm.EspSupport, unprivileged)
+            monkeypatch, getattr(EspSupport, privileged), getattr(EspSupport, unprivileged)
         )
         assert (found.viable, found.automatic) == (viable, automatic)
         assert found.remedy or found.viable
@@ -199,7 +200,7 @@ class TestLinuxByTheDryRun:
 
     def test_the_answer_is_not_remembered(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """A module may be loaded meanwhile, or a privilege dropped."""
-        support = xfrm.EspSupport
+        support = EspSupport
         assert not self.answer(monkeypatch, support.NO_ESP, support.NO_ESP).viable
         assert self.answer(monkeypatch, support.AVAILABLE, support.NO_ESP).viable
 

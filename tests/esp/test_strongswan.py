@@ -18,13 +18,8 @@ from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.packet import checksum
 from natcompat.esp.engine.results import Dropped, Opened
 from natcompat.ipsec import Usage
-from natcompat.ipsec.associations import (
-    Direction,
-    Policy,
-    SecurityAssociation,
-    TrafficSelector,
-    UDPEncapsulation,
-)
+from natcompat.ipsec.associations import SecurityAssociation, UDPEncapsulation
+from natcompat.ipsec.policies import Direction, Policy, TrafficSelector
 from natcompat.ipsec.transforms import Encr, Integ, Key
 from tests.support.esp import IN_C, ip_packet
 from tests.support.linux import wait_until

@@ -29,9 +29,10 @@ from natcompat.ipsec import (
     UDPEncapsulation,
 )
 from natcompat.kernel.xfrm import messages
+from natcompat.kernel.xfrm.esp_support import EspSupport
 from natcompat.kernel.xfrm.kernel import XfrmIPsec
 from natcompat.kernel.xfrm.netlink import attributes
-from natcompat.kernel.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
+from natcompat.kernel.xfrm.probe import probe_esp, probe_esp_unprivileged
 from natcompat.kernel.xfrm.readback import decode
 from natcompat.kernel.xfrm.translate import INFO_END, encode_sa_id
 from tests.lab.making import PORTS, cbc, make, refused, tunnel

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from natcompat.backends import bsd
+from natcompat.backends import bsd_kernels
 from natcompat.backends.sysctl import Sysctl
 from natcompat.contract import TABLE, Duty
 from tests.otheros.conftest import MakeModel
@@ -17,8 +17,8 @@ from tests.otheros.running import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the models run on Linux")
 
-SYSTEMS = list(bsd.HALVES)
-WITH_OPTION = [name for name, half in bsd.HALVES.items() if half.option]
+SYSTEMS = list(bsd_kernels.HALVES)
+WITH_OPTION = [name for name, half in bsd_kernels.HALVES.items() if half.option]
 
 START = """
 import atexit, errno, gc, logging, os, select, socket
@@ -29,7 +29,7 @@ PRINTED = []
 atexit.register(at_exit)  # before natcompat's own, so that it runs behind it
 import natcompat
 from natcompat import backends, get_nat_t_endpoint, set_nat_t_endpoint
-from natcompat.backends.bsd import HALVES
+from natcompat.backends.bsd_kernels import HALVES
 from natcompat.contract import Duty, Performer
 NAME = os.environ["NATCOMPAT_MODEL"]
 HALF = HALVES[NAME]
@@ -71,7 +71,7 @@ def run(make_model: MakeModel) -> Callable[..., str]:
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_data_fit_the_table_of_the_kernel(system: str) -> None:
     """What a backend says that its kernel does is what the table of verdicts says, row by row."""
-    half, kernel = bsd.HALVES[system], KERNELS[system]
+    half, kernel = bsd_kernels.HALVES[system], KERNELS[system]
     for version in kernel.versions:
         for row in TABLE:
             gone = kernel.fate(row.payload, version) in (Fate.DROP, Fate.ESP)
@@ -116,7 +116,7 @@ with udp(port=PORT) as sock:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_who_may_install_no_sa_asks_by_name(run: Callable[..., str], system: str) -> None:
-    port = 0 if bsd.HALVES[system].option else free_port()  # as another daemon has set it
+    port = 0 if bsd_kernels.HALVES[system].option else free_port()  # as another daemon has set it
     run(
         system,
         """
@@ -179,7 +179,7 @@ def test_doctor_and_verify(make_model: MakeModel, system: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         if arguments == ["doctor"]:
             assert f"auto takes {system} here" in done.stdout
-            if not bsd.HALVES[system].option:
+            if not bsd_kernels.HALVES[system].option:
                 assert "on every socket of the system" in " ".join(done.stdout.split())
                 assert ("endpoints set net.inet.ipsec.esp_port" in done.stdout) == (system == "macos")
 

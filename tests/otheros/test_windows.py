@@ -22,6 +22,7 @@ ELSEWHERE = {
     "natcompat.esp.carrier.native": "the C data path is not built there",
     "natcompat.esp.device.routes": "of Linux",
     "natcompat.esp.device.rtnetlink": "of Linux",
+    "natcompat.esp.device.stale_rules": "of Linux",
     "natcompat.esp.device.tun": "TUN devices of Linux",
     "natcompat.kernel.xfrm.netlink": "of Linux",
 }

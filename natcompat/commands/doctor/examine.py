@@ -52,41 +52,28 @@ its own.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import platform
 import socket
-import struct
 import sys
-import threading
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
-import click
-
+from natcompat.commands.doctor.system import (
+    capabilities,
+    describe_system,
+    owners_of_port,
+    stale_rules_left,
+    tun_device,
+)
 from natcompat.contract import IKE_PORT, NAT_T_PORT, Duty
 
 SCHEMA: Final = 1
 
-_CAPABILITIES: Final = {
-    "CAP_NET_BIND_SERVICE": 10,
-    "CAP_NET_ADMIN": 12,
-    "CAP_NET_RAW": 13,
-}  # linux/capability.h
 _ALGORITHMS: Final = (
     ("AES-GCM-16", "rfc4106(gcm(aes))", ""),
     ("ChaCha20-Poly1305", "rfc7539esp(chacha20,poly1305)", ""),
     ("AES-CBC with HMAC-SHA2-256", "cbc(aes)", "hmac(sha256)"),
     ("AES-CBC with HMAC-SHA1", "cbc(aes)", "hmac(sha1)"),
 )
-
-_TUN: Final = Path("/dev/net/tun")
-_TUNSETIFF: Final = 0x400454CA  # linux/if_tun.h
-_IFF_TUN_NO_PI: Final = 0x1001
-
-_GVISOR: Final = "#1 SMP Sun Jan 10 15:06:54 PST 2016"
-"""What every gVisor gives for the version of its kernel (pkg/sentry/kernel)."""
 
 
 def examine() -> dict[str, Any]:
@@ -117,12 +104,12 @@ def examine() -> dict[str, Any]:
         "pfkey": _pfkey(),
         "privileges": {
             "user": os.geteuid() if hasattr(os, "geteuid") else None,
-            "capabilities": _capabilities(),
+            "capabilities": capabilities(),
         },
-        "tun": (tun := _tun() | {"stale_rules": _stale_rules()}),
+        "tun": (tun := tun_device() | {"stale_rules": stale_rules_left()}),
         "userspace_esp": _userspace_esp(tun),
-        "ports": [*_owners(IKE_PORT), *_owners(NAT_T_PORT)],
-        "system": _system(),
+        "ports": [*owners_of_port(IKE_PORT), *owners_of_port(NAT_T_PORT)],
+        "system": describe_system(),
         "beyond_solaris": [
             "AF_INET6 sockets are served by the backend userspace, if it is asked for; the kernel answers "
             "EAFNOSUPPORT."
@@ -160,7 +147,8 @@ def _sentence(text: str) -> str:
 
 
 def _kernel_esp() -> list[dict[str, str]]:
-    from natcompat.kernel.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
+    from natcompat.kernel.xfrm.esp_support import EspSupport
+    from natcompat.kernel.xfrm.probe import probe_esp, probe_esp_unprivileged
 
     rows = []
     for family, version in ((socket.AF_INET, "IPv4"), (socket.AF_INET6, "IPv6")):
@@ -237,229 +225,3 @@ def _userspace_esp(tun: dict[str, Any]) -> dict[str, Any]:
     except NatCompatError as error:
         found["error"] = f"{_sentence(error.strerror or '')} {_sentence(error.remedy)}"
     return found
-
-
-def _status() -> dict[str, str]:
-    """Return /proc/self/status; nothing where there is none."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return {}
-
-
-def _capabilities() -> dict[str, bool] | None:
-    try:
-        effective = int(_status()["CapEff"], 16)
-    except (KeyError, ValueError):
-        return None
-    return {name: bool(effective >> bit & 1) for name, bit in _CAPABILITIES.items()}
-
-
-def _tun() -> dict[str, Any]:
-    """Make a TUN device where nobody sees it, if this process may; it is gone when this returns."""
-
-    def answer(usable: bool | None, reason: str, remedy: str = "") -> dict[str, Any]:
-        return {"usable": usable, "reason": reason, "remedy": remedy}
-
-    if sys.platform != "linux":
-        return answer(None, "Only looked for on Linux.")
-    if not _TUN.exists():
-        return answer(
-            False,
-            f"There is no {_TUN}.",
-            "Load the module tun (modprobe tun), or give the container the device (docker run --device "
-            "/dev/net/tun).",
-        )
-    try:
-        os.close(os.open(_TUN, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        return answer(
-            False, f"{_TUN} cannot be opened: {error.strerror}.", f"Allow this user to open {_TUN}."
-        )
-    if not (_capabilities() or {}).get("CAP_NET_ADMIN"):
-        return answer(
-            None,
-            f"{_TUN} can be opened; making a device takes CAP_NET_ADMIN, so it was not tried.",
-            "Run as root, or grant CAP_NET_ADMIN.",
-        )
-    refusal = _try_tun()
-    if refusal:
-        return answer(False, f"A device could not be made: {refusal}.", "Allow TUNSETIFF to this process.")
-    return answer(True, "A device was made and taken away again.")
-
-
-def _stale_rules() -> int | None:
-    """Count the rules that lead to devices that are gone."""
-    if sys.platform != "linux":
-        return None
-    from natcompat.esp.device.routes import stale_rules
-
-    with contextlib.suppress(OSError):  # where the sandbox has no rtnetlink
-        return len(stale_rules())
-    return None
-
-
-def _try_tun() -> str:
-    """Return why no TUN device can be made; nothing if it can."""
-    refusals: list[str] = []
-
-    def attempt() -> None:
-        import ctypes
-        import fcntl
-
-        # this thread alone moves, and the namespace ends with it; without CAP_SYS_ADMIN it stays
-        ctypes.CDLL(None).unshare(0x40000000)  # CLONE_NEWNET, linux/sched.h
-        try:
-            descriptor = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
-            try:
-                fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", b"natcompat%d", _IFF_TUN_NO_PI))
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            refusals.append(error.strerror or str(error))
-
-    thread = threading.Thread(target=attempt, name="natcompat TUN probe")
-    thread.start()
-    thread.join()
-    return "".join(refusals)
-
-
-def _owners(port: int) -> Iterator[dict[str, Any]]:
-    """Yield who is bound to UDP `port` in this network namespace."""
-    for name, version in (("udp", "IPv4"), ("udp6", "IPv6")):
-        try:
-            lines = Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-        except OSError:
-            continue
-        for fields in map(str.split, lines):
-            address, _, number = fields[1].partition(":")
-            if int(number, 16) == port:
-                yield {
-                    "port": port,
-                    "family": version,
-                    "address": _address(address),
-                    "user": int(fields[7]),
-                    "owners": _holders(fields[9]),
-                }
-
-
-def _address(digits: str) -> str:
-    """Return the address of a line of /proc/net/udp: words in the machine's byte order."""
-    words = [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
-    packed = b"".join(struct.pack("=I", word) for word in words)
-    return socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, packed)
-
-
-def _holders(inode: str) -> list[dict[str, Any]]:
-    """Return the processes that have the socket with `inode` open, as far as this user may see them."""
-    wanted, found = f"socket:[{inode}]", []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if any(_target(link) == wanted for link in (process / "fd").iterdir()):
-                command = (process / "comm").read_text().strip()
-                found.append({"pid": int(process.name), "command": command})
-    return sorted(found, key=lambda each: int(each["pid"]))
-
-
-def _target(link: Path) -> str:
-    with contextlib.suppress(OSError):
-        return os.readlink(link)
-    return ""
-
-
-def _system() -> dict[str, Any]:
-    status = _status()
-    return {
-        "kernel": f"{platform.system()} {platform.release()}",
-        "machine": platform.machine(),
-        "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "sandbox": list(_sandbox()),
-        "seccomp": {"0": "off", "1": "strict", "2": "filter"}.get(status.get("Seccomp", "")),
-        "unprivileged_bpf": _read_first("/proc/sys/kernel/unprivileged_bpf_disabled"),
-        "gevent": _version("gevent"),
-        "uvloop": _version("uvloop"),
-    }
-
-
-def _sandbox() -> Iterator[str]:
-    """Yield what hints at something between this process and a kernel of its own."""
-    if _GVISOR in platform.version():
-        yield "gVisor (a kernel in user space, without socket filters)"
-    if "microsoft" in platform.release().lower():
-        yield "WSL"
-    if "User Mode Linux" in (_read_first("/proc/cpuinfo", "\nvendor_id") or ""):
-        yield "User Mode Linux"
-    for mark, what in (("/.dockerenv", "a Docker container"), ("/run/.containerenv", "a Podman container")):
-        if Path(mark).exists():
-            yield what
-    manager = os.environ.get("container")  # noqa: SIM112 - systemd's interface to containers
-    if manager:
-        yield f"a container ({manager})"
-    if os.environ.get("KUBERNETES_SERVICE_HOST"):
-        yield "a pod of Kubernetes"
-
-
-def _read_first(path: str, key: str = "") -> str | None:
-    """Return the first line of a file, or of what follows `key`; None if it cannot be read."""
-    try:
-        text = Path(path).read_text()
-    except OSError:
-        return None
-    return (text.partition(key)[2] if key else text).partition("\n")[0].strip(" \t:")
-
-
-def _version(distribution: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-@click.command("doctor", short_help="Tell what works on this machine, and what would help.")
-@click.option(
-    "--json",
-    "as_json",
-    is_flag=True,
-    help="Print JSON; natcompat/commands/doctor/examine.py documents its keys.",
-)
-@click.pass_context
-def command(context: click.Context, as_json: bool) -> int:
-    """Tell what works on this machine, why, and what would help.
-
-    For every backend: whether it is viable, the reason, a remedy, and who would do each of the four
-    duties (drop runts, divert ESP, strip the marker, insert the marker). Further: which backend is
-    chosen here and what NATCOMPAT_BACKEND asks for; whether the kernel would install an ESP SA, by
-    address family and algorithm; whether endpoints will be exempt from IPsec policies, and whether
-    the kernel sends NAT-keepalives and knows the direction of SAs; privileges, TUN, who holds UDP 500
-    and 4500, and signs of a sandbox.
-
-    That a kernel accepts the option UDP_ENCAP proves nothing, so ESP is asked for by a request that
-    the kernel has to refuse, filters and steering by datagrams over loopback, and TUN by a device in
-    a network namespace that ends with the command. The system is not changed.
-
-    It needs no privilege. An ordinary user may not see the processes of others, and without
-    CAP_NET_ADMIN the kernel does not say which algorithms it has; the report tells which it was.
-
-    \b
-    Exit status:
-      0  there is a backend that works here
-      1  there is none
-
-    \b
-    Examples:
-      natcompat doctor
-      natcompat doctor --json | jq -r .auto
-      NATCOMPAT_BACKEND=linux natcompat doctor
-    """
-    report = examine()
-    if as_json:
-        from natcompat.commands.report import print_json
-
-        print_json(report)
-    else:
-        from natcompat.commands.doctor.report import show
-
-        show(report)
-    return 0 if report["auto"] is not None else 1

@@ -18,9 +18,9 @@ from natcompat.commands.verify.trials import (
     SENTINEL,
     SENTINEL_SPI,
     Collector,
-    duty_words,
     until,
 )
+from natcompat.commands.verify.words import duty_words
 from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER, Performer, Verdict, classify
 from natcompat.endpoint import set_nat_t_endpoint
 

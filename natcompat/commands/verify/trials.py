@@ -9,7 +9,6 @@ whether it woke.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import queue
 import secrets
@@ -17,11 +16,22 @@ import select
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, Final, TypeAlias
+from dataclasses import replace
+from typing import Any, Final
 
 from natcompat import backends
 from natcompat.backends.base import port_of
+from natcompat.commands.verify.values import Outcome, Trial, TrialPath
+from natcompat.commands.verify.words import (
+    TIMED_OUT,
+    Address,
+    describe_error,
+    duty_words,
+    errno_of,
+    in_words,
+    octets,
+    show_bytes,
+)
 from natcompat.contract import (
     LARGEST_PAYLOAD,
     NAT_KEEPALIVE,
@@ -38,15 +48,12 @@ from natcompat.contract import (
 from natcompat.endpoint import set_nat_t_endpoint
 from natcompat.endpoint.endpoint import NatTEndpoint
 
-Address: TypeAlias = tuple[Any, ...]
-
 FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
 LOOPBACK: Final = {4: "127.0.0.1", 6: "::1"}
 
 PATIENCE: Final = 5.0  # seconds for a datagram that has to come
 _MOST_LOSSES: Final = 3  # sentinels that may be missed before a trial is given up
 _ROOM: Final = 65536
-_TIMED_OUT: Final = "nothing"
 _UDP_ENCAP: Final = 100  # linux/udp.h
 _GIVEN_UP: Final = "not tried any more"
 SENTINEL: Final = b"sentinel"
@@ -58,62 +65,6 @@ DUTY: Final = {
     Verdict.IKE: Duty.STRIP_MARKER,
     Verdict.ESP: Duty.DIVERT_ESP,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of one row."""
-
-    section: str
-    """``inbound``, ``outbound`` or ``socket``."""
-    row: str
-    sent: str
-    """What was sent, in words."""
-    solaris: str
-    """What Solaris does with it."""
-    arrived: str
-    """What the application, the consumer of ESP or the peer got."""
-    performer: str
-    """Who did the duty: ``kernel``, ``filter``, ``steering``, ``process``."""
-    woke: bool | None
-    """Whether `select` woke for what was dropped; None where it was not asked."""
-    passed: bool
-    """Whether it is as on Solaris, or a `limit`."""
-    limit: str = ""
-    """Why it cannot be as on Solaris here, one sentence; empty where it is, or could be."""
-
-
-@dataclass(slots=True)
-class Trial:
-    """One backend on one path."""
-
-    backend: str
-    path: str
-    version: int
-    """Of IP."""
-    mode: str = ""
-    reason: str = ""
-    duties: dict[str, str] = field(default_factory=dict)
-    outcomes: list[Outcome] = field(default_factory=list)
-
-    @property
-    def passed(self) -> bool:
-        """Whether there was no difference, and there was something to compare."""
-        return bool(self.outcomes) and all(each.passed for each in self.outcomes)
-
-
-@dataclass(frozen=True, slots=True)
-class Path:
-    """Where the endpoint is and where its peer: the addresses that they bind, and who begins.
-
-    Who is behind a NAT has to begin, since nobody can reach him before.
-    """
-
-    name: str
-    host: str
-    port: int
-    peer_host: str
-    endpoint_begins: bool
 
 
 class Collector:
@@ -131,7 +82,7 @@ class Collector:
         return until(sentinel, lambda: self.packets.get(timeout=PATIENCE))
 
 
-def run(backend: str, version: int, path: Path, peer: socket.socket) -> Trial:
+def run(backend: str, version: int, path: TrialPath, peer: socket.socket) -> Trial:
     """Send every row to an endpoint of `backend` and from it; `peer` is a plain socket at the other end.
 
     Runs in the network namespace of the endpoint; the `peer` may be in another. Raises
@@ -162,7 +113,7 @@ class _Run:
     def __init__(
         self,
         trial: Trial,
-        path: Path,
+        path: TrialPath,
         sock: socket.socket,
         witness: socket.socket,
         other: socket.socket,
@@ -193,7 +144,7 @@ class _Run:
     def _inbound(self, row: Row) -> Iterator[Outcome]:
         duty = DUTY[row.verdict]
         performer = self.duties[duty]
-        solaris = _solaris(row)
+        solaris = as_solaris_says(row)
         if self.losses >= _MOST_LOSSES:
             yield self._outcome("inbound", row.name, row.payload, solaris, _GIVEN_UP, performer)
             return
@@ -208,7 +159,7 @@ class _Run:
             passed, words = False, "what was sent behind it did not arrive"
         else:
             passed = arrived == expected and diverted == expected_esp
-            words = _words(arrived, diverted, self.seen, in_full=not passed)
+            words = in_words(arrived, diverted, self.seen, in_full=not passed)
             if woke and performer is not Performer.PROCESS and row.name not in self.endpoint.leaks:
                 passed, words = False, f"{words}, but select woke for it"
         yield self._outcome("inbound", row.name, row.payload, solaris, words, performer, woke, passed)
@@ -250,7 +201,7 @@ class _Run:
             self.sock.sendto(token, self.seen)
             datagrams = until(token, lambda: self.peer.recvfrom(_ROOM), suffix=True)
         except OSError as error:
-            return self._outcome(section, name, message, solaris, _error(error), performer)
+            return self._outcome(section, name, message, solaris, describe_error(error), performer)
         if datagrams is None:
             self.losses += 1
             arrived = "what was sent behind it did not arrive"
@@ -271,7 +222,7 @@ class _Run:
         yield self._sent(
             "socket", "largest message", message, NON_ESP_MARKER + message, f"marker, {octets(most)}"
         )
-        arrived = _errno_of(lambda: self.sock.sendto(bytes(most + 1), self.seen))
+        arrived = errno_of(lambda: self.sock.sendto(bytes(most + 1), self.seen))
         yield self._outcome("socket", "one byte more", bytes(most + 1), "EMSGSIZE", arrived, process)
         yield self._to_a_closed_port()
         yield self._switched_off()
@@ -318,7 +269,7 @@ class _Run:
                 self.sock.sendto(each, self.seen)
             went = [self.peer.recv(_ROOM) for _ in datagrams]
         except OSError as error:
-            arrived = _error(error)
+            arrived = describe_error(error)
         else:
             same = came == expected and went == datagrams
             arrived = "all as sent" if same else f"came {came}, went {went}"
@@ -354,8 +305,8 @@ def _refused(sock: socket.socket, address: Address) -> str:
         return sock.recv(_ROOM)
 
     for _ in range(4):  # an error that comes late surfaces in the next call
-        answer = _errno_of(ask)
-        if answer != _TIMED_OUT:
+        answer = errno_of(ask)
+        if answer != TIMED_OUT:
             break
     return answer
 
@@ -404,57 +355,8 @@ def until(sentinel: bytes, receive: Any, *, suffix: bool = False) -> list[Any] |
         return None
 
 
-def duty_words(duties: Any) -> dict[str, str]:
-    """Return who does which duty, as words: ``{"drop_runts": "filter", ...}``."""
-    return {str(duty.name).lower(): performer.value for duty, performer in duties.items()}
-
-
-def _solaris(row: Row) -> str:
+def as_solaris_says(row: Row) -> str:
+    """Return what Solaris does with the datagram of `row`."""
     if row.verdict is Verdict.ESP:
         return "to ESP"
     return "dropped" if row.delivered is None else f"IKE, {octets(len(row.delivered))}"
-
-
-def _words(
-    arrived: list[tuple[bytes, Address]],
-    diverted: list[tuple[bytes, Address]],
-    source: Address,
-    *,
-    in_full: bool,
-) -> str:
-    """Say what came, where, and `in_full` what it was."""
-    pieces = []
-    for where, datagrams in (("IKE", arrived), ("esp=", diverted)):
-        for data, who in datagrams:
-            what = show_bytes(data) if in_full else octets(len(data))
-            pieces.append(f"{where}, {what}{_from(who, source)}")
-    return "; ".join(pieces) or "nothing"
-
-
-def _from(source: Address, expected: Address) -> str:
-    return (
-        "" if source == expected else f" from {source[0]} port {source[1]}, not {expected[0]} {expected[1]}"
-    )
-
-
-def octets(count: int) -> str:
-    """Return "1 byte", "2 bytes"..."""
-    return "1 byte" if count == 1 else f"{count} bytes"
-
-
-def show_bytes(data: bytes) -> str:
-    """Return the number of bytes of `data` and the first of them: ``1404: 00000000...``."""
-    return f"{len(data)}: {data[:4].hex()}{'...' if len(data) > 4 else ''}".rstrip(": ")
-
-
-def _error(error: OSError) -> str:
-    if isinstance(error, TimeoutError):
-        return _TIMED_OUT
-    return errno.errorcode.get(error.errno or 0, "") or f"{type(error).__name__}: {error}"
-
-
-def _errno_of(operation: Any) -> str:
-    try:
-        return f"no error, but {operation()!r}"
-    except OSError as error:
-        return _error(error)

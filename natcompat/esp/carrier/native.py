@@ -66,21 +66,21 @@ class NativeCarrier(PortableCarrier):
             raise TypeError("the carrier in C takes an engine with the data path in C")
         self.engines: int = _engines()
         self._path = engine.path
-        self._readers: set[_LoopReader] = set()
+        self.readers: set[_LoopReader] = set()
         self._finished = {**dict.fromkeys(_REASONS, 0), **dict.fromkeys(_SOCKET_REASONS, 0)}
-        self._using = threading.RLock()
+        self.in_use = threading.RLock()
         """Held by who calls the loop, so that it is not freed meanwhile; not by the reading thread."""
-        self._loop: Any = None
+        self.loop: Any = None
         if getattr(device, "vnet_header", False):
-            self._loop = lib.loop_new(self._path.path, 1 + self.engines)
-            if not self._loop:
+            self.loop = lib.loop_new(self._path.path, 1 + self.engines)
+            if not self.loop:
                 raise NatCompatError(ffi.errno, f"the loop in C cannot be made: {os.strerror(ffi.errno)}")
             self._path.count_also(self._drops)
             _alive.add(self)
 
     def start(self) -> None:
         """Start the threads. Raises what `TunDevice.set_offload` raises, EAGAIN: too many threads."""
-        if self._loop is not None:
+        if self.loop is not None:
             try:
                 self._start_loop()
             except BaseException:
@@ -90,22 +90,22 @@ class NativeCarrier(PortableCarrier):
 
     def _start_loop(self) -> None:
         device: Any = self._device
-        failed = lib.loop_set_tun(self._loop, device.fileno(), _take_over_offload(device))
-        failed = failed or lib.loop_start(self._loop)
+        failed = lib.loop_set_tun(self.loop, device.fileno(), _take_over_offload(device))
+        failed = failed or lib.loop_start(self.loop)
         if failed:
             raise NatCompatError(failed, f"the loop in C cannot be started: {os.strerror(failed)}")
 
     def close(self) -> None:
         """End the threads and wait for them; sockets that are still read are left to Python."""
-        with self._using:
-            if self._loop is not None:
+        with self.in_use:
+            if self.loop is not None:
                 self._ended = True
-                for reader in list(self._readers):
+                for reader in list(self.readers):
                     reader.leave_to_python()
-                lib.loop_stop(self._loop)
+                lib.loop_stop(self.loop)
         super().close()
-        with self._using:
-            loop, self._loop = self._loop, None
+        with self.in_use:
+            loop, self.loop = self.loop, None
             if loop is not None:
                 self._note(loop)
                 lib.loop_free(loop)
@@ -116,15 +116,15 @@ class NativeCarrier(PortableCarrier):
         self, sockets: Sequence[socket.socket], diversion: Diversion, take: TakeBurst
     ) -> SocketReader | None:
         """Read `sockets`, to which ESP is steered, in C, or where there is no loop, as the portable one."""
-        with self._using:
-            if self._loop is None or self._ended:
+        with self.in_use:
+            if self.loop is None or self._ended:
                 return super().read_sockets(sockets, diversion, take)
             return _LoopReader(self, sockets, diversion, take)
 
     # --- what C hands up
 
     def _watch(self) -> None:
-        if self._loop is None:
+        if self.loop is None:
             super()._watch()
             return
         event, packet = ffi.new("struct loop_event *"), ffi.new("uint8_t[]", LARGEST_PACKET + 64)
@@ -135,7 +135,7 @@ class NativeCarrier(PortableCarrier):
             with contextlib.suppress(NatCompatError):  # the engine was closed meanwhile
                 self._path.see_to_due()
 
-        self._thread.add(lib.loop_event_descriptor(self._loop), see_to)
+        self._thread.add(lib.loop_event_descriptor(self.loop), see_to)
 
     def _take_events(self, event: Any, packet: Any) -> None:
         """See to what C has handed up, a part of it if it is much."""
@@ -143,7 +143,7 @@ class NativeCarrier(PortableCarrier):
         opened: list[bytes] = []
         now = time.time()
         for _ in range(_AT_ONCE):
-            if not lib.loop_next_event(self._loop, event, packet, len(packet)):
+            if not lib.loop_next_event(self.loop, event, packet, len(packet)):
                 break
             if event.kind == lib.LOOP_TUN_GONE:
                 reason = os.strerror(event.length)
@@ -181,14 +181,14 @@ class NativeCarrier(PortableCarrier):
 
     def _drops(self) -> Mapping[Reason, int]:
         """Return what the loop had to drop."""
-        with self._using:
+        with self.in_use:
             counted = dict(self._finished)
-            if self._loop is not None:
+            if self.loop is not None:
                 whole = ffi.new("struct loop_counters *")
-                lib.loop_read_counters(self._loop, whole)
+                lib.loop_read_counters(self.loop, whole)
                 for name in _REASONS:
                     counted[name] += getattr(whole, name)
-                for reader in list(self._readers):
+                for reader in list(self.readers):
                     for name, count in reader.counters().items():
                         if name in _SOCKET_REASONS:
                             counted[name] += count
@@ -203,15 +203,16 @@ class NativeCarrier(PortableCarrier):
         for name in _REASONS:
             self._finished[name] += getattr(whole, name)
 
-    def _reader_ended(self, reader: _LoopReader, counters: Mapping[str, int]) -> None:
-        self._readers.discard(reader)
+    def reader_ended(self, reader: _LoopReader, counters: Mapping[str, int]) -> None:
+        """Keep the counters of a reader that has left the loop."""
+        self.readers.discard(reader)
         for name in _SOCKET_REASONS:
             self._finished[name] += counters[name]
 
-    def _after_fork(self) -> None:
+    def after_fork(self) -> None:
         """In a forked child: the threads are the parent's, and so is what they share."""
-        self._using = threading.RLock()
-        loop, self._loop = self._loop, None
+        self.in_use = threading.RLock()
+        loop, self.loop = self.loop, None
         if loop is not None:
             lib.loop_abandon(loop)
 
@@ -241,7 +242,7 @@ class _LoopReader:
         except BaseException:
             self._leave()
             raise
-        carrier._readers.add(self)
+        carrier.readers.add(self)
 
     def _add(self, sock: socket.socket, thread: int) -> int:
         for option in (
@@ -252,7 +253,7 @@ class _LoopReader:
                 if sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < 2 * _RECEIVE_BUFFER:
                     sock.setsockopt(socket.SOL_SOCKET, option, _RECEIVE_BUFFER)
         prefix = self._diversion.hand_back.prefix
-        number = lib.loop_add_socket(self._carrier._loop, sock.fileno(), thread, _bound(sock), prefix)
+        number = lib.loop_add_socket(self._carrier.loop, sock.fileno(), thread, _bound(sock), prefix)
         if number < 0:
             raise OSError(-number, os.strerror(-number))
         return int(number)
@@ -262,14 +263,14 @@ class _LoopReader:
         total: dict[str, int] = {}
         each = ffi.new("struct loop_socket_counters *")
         for number in self._numbers:
-            lib.loop_read_socket_counters(self._carrier._loop, number, each)
+            lib.loop_read_socket_counters(self._carrier.loop, number, each)
             for name, _ in ffi.typeof(each).item.fields:
                 total[name] = total.get(name, 0) + getattr(each, name)
         return total
 
     def count(self) -> None:
         """Bring the counters of the endpoint up to date."""
-        with self._carrier._using:
+        with self._carrier.in_use:
             if self._python is None:
                 if self._numbers and os.getpid() == self._pid:
                     self._tell(self.counters())
@@ -288,7 +289,7 @@ class _LoopReader:
 
     def close(self) -> None:
         """Take the sockets out of the loop; no thread touches them any more."""
-        with self._carrier._using:
+        with self._carrier.in_use:
             if self._python is None:
                 self._leave()
                 return
@@ -296,7 +297,7 @@ class _LoopReader:
 
     def abandon(self) -> None:
         """Likewise, and close them. In a forked child nothing but the child's descriptors."""
-        with self._carrier._using:
+        with self._carrier.in_use:
             if self._python is None:
                 self._leave()
                 for sock in self._sockets:
@@ -305,14 +306,14 @@ class _LoopReader:
         self._python.abandon()
 
     def _leave(self) -> None:
-        if os.getpid() != self._pid or self._carrier._loop is None:
+        if os.getpid() != self._pid or self._carrier.loop is None:
             return
         last = dict.fromkeys((*_COUNTED, *_SOCKET_REASONS), 0) | self.counters()
         for number in self._numbers:
-            lib.loop_remove_socket(self._carrier._loop, number)
+            lib.loop_remove_socket(self._carrier.loop, number)
         self._numbers = []
         self._tell({name: max(last[name], self._told[name]) for name in _COUNTED})
-        self._carrier._reader_ended(self, last)
+        self._carrier.reader_ended(self, last)
 
 
 def _engines() -> int:
@@ -354,7 +355,7 @@ _alive: weakref.WeakSet[NativeCarrier] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for carrier in list(_alive):
-        carrier._after_fork()
+        carrier.after_fork()
 
 
 os.register_at_fork(after_in_child=_after_fork)

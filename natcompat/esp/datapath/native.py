@@ -10,7 +10,7 @@ import errno
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from struct import Struct
 from typing import Any, Final, TypeVar
 
@@ -22,16 +22,16 @@ from natcompat.esp.datapath.native_association import (
     NativeInbound,
     NativeOutbound,
     Register,
+    SharedKeyOutbound,
     endpoint_of,
     unzeroed,
 )
-from natcompat.esp.engine.association import PortableOutbound
 from natcompat.esp.engine.base import UNLIMITED, Address, Association, Inbound, Link, Outbound
 from natcompat.esp.engine.databases import AssociationDatabase, PolicyDatabase, PolicyEntry
 from natcompat.esp.engine.packet import Flow, FlowKey, expand, flow_key, runs
 from natcompat.esp.engine.portable import MOST_FLOWS, PortableDataPath, Sealed, Way
 from natcompat.esp.engine.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
-from natcompat.ipsec import Encr, Integ, Mode, SecurityAssociation
+from natcompat.ipsec import Mode, SecurityAssociation
 
 _VIEW: Final = Struct("=QIIBBB5x")
 """struct esp_view"""
@@ -49,21 +49,6 @@ _MOST_REMEMBERED: Final = 4096
 
 _new = tuple.__new__
 _N = TypeVar("_N", bound=NativeAssociation)
-
-
-class _PortableOutbound(PortableOutbound):
-    """An SA in Python whose key may be one that SAs in C have as well."""
-
-    __slots__ = ()
-
-    def draw_ivs(self, counter: Any) -> None:
-        """Take IVs from where C takes them."""
-        super().draw_ivs(_count(counter))
-
-
-def _count(counter: Any) -> Iterator[int]:
-    while True:
-        yield lib.esp_next_iv(counter)
 
 
 class NativeDataPath(PortableDataPath):
@@ -117,7 +102,7 @@ class NativeDataPath(PortableDataPath):
         """Return an SA that seals packets."""
         made = self._make(lib.esp_outbound_new, NativeOutbound, sa, link, sequence, permitted)
         self._spare = max(self._spare, sa.tfc)
-        return made or _PortableOutbound(sa, link, sequence, permitted)
+        return made or SharedKeyOutbound(sa, link, sequence, permitted)
 
     def _make(
         self,
@@ -406,15 +391,3 @@ def _flow(flow: Flow) -> Any:
         flow.protocol,
     )
     return ffi.from_buffer("struct esp_flow *", packed)
-
-
-def best_provider() -> str | None:
-    """Return the library that does most ciphers here, by its name; None: there is none."""
-    path = lib.esp_path_new(ffi.NULL)
-    if not path:
-        return None
-    try:
-        name = lib.esp_provider(path, Encr.AES_GCM_16, Integ.NONE, 20)
-        return ffi.string(name).decode() if name else None
-    finally:
-        lib.esp_path_release(path)

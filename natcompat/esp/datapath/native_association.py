@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from struct import Struct, error
 from typing import Any, Final
 
 from natcompat.esp.datapath.compiled import ffi, lib
 from natcompat.esp.engine.base import MOVED, UNLIMITED, Address, Association, Inbound, Link, Outbound
+from natcompat.esp.engine.outbound import PortableOutbound
 from natcompat.esp.engine.results import DROPPED, Destination, Dropped
 from natcompat.ipsec import Direction, IPAddress, SecurityAssociation, Usage
 
@@ -227,3 +228,19 @@ class Register:
         slot = (serial >> 32) - 1
         found = self._slots[slot]  # looked up first, else it might be the slot's next one
         return found if self._taken[slot] == serial & 0xFFFF_FFFF else None
+
+
+class SharedKeyOutbound(PortableOutbound):
+    """An SA in Python whose key may be one that SAs in C have as well."""
+
+    __slots__ = ()
+
+    def draw_ivs(self, counter: Any) -> None:
+        """Take IVs from where C takes them."""
+        super().draw_ivs(ivs_of(counter))
+
+
+def ivs_of(counter: Any) -> Iterator[int]:
+    """Yield the IVs that C draws from `counter`."""
+    while True:
+        yield lib.esp_next_iv(counter)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from natcompat.ipsec import Action, Direction, IPAddress, IPNetwork, Policy
-from natcompat.ipsec.associations import default_priority
+from natcompat.ipsec.policies import default_priority
 
 
 class PolicyRoutes:

@@ -42,8 +42,10 @@ from ipaddress import ip_address, ip_network
 from typing import Final, NamedTuple, Self
 
 from natcompat.errors import NatCompatError
+from natcompat.esp.device.outer_path import NO_LOOP_REMEDY, refuse_loop, rp_filter
 from natcompat.esp.device.policy_routes import PolicyRoutes, covering
 from natcompat.esp.device.rtnetlink import MAIN_TABLE, Rtnetlink, Rule, family_of
+from natcompat.esp.device.stale_rules import SLOT, TABLES, present_tables, stale_among
 from natcompat.esp.device.tun import TunDevice
 from natcompat.ipsec import IPAddress, IPNetwork, Policy
 
@@ -63,33 +65,6 @@ _EVERYBODY: Final[Mapping[int, IPNetwork]] = {4: ip_network("0.0.0.0/0"), 6: ip_
 
 _PREFER_MAIN_PRIORITY: Final = 4600
 _PREFER_MAIN_SLOTS: Final = 5000
-_SLOT: Final = 4
-"""Priorities for one device with `prefer_main`: its three, and in front of them that for the main table."""
-
-_TABLES: Final = 0x4E45_0000
-"""A device's table is this plus the index of its interface."""
-
-_NO_LOOP_REMEDY: Final = (
-    "Route smaller networks that leave the peer's address out, or give the process CAP_NET_ADMIN on a kernel "
-    "with CONFIG_IP_MULTIPLE_TABLES"
-)
-
-
-def refuse_loop(network: IPNetwork | str, peers: Iterable[IPAddress | str]) -> None:
-    """Raise ELOOP if `network` contains one of `peers`, the outer addresses.
-
-    For routes whose outer packets cannot be kept out.
-    """
-    network = ip_network(network)
-    for each in peers:
-        peer = ip_address(each)
-        peer = getattr(peer, "ipv4_mapped", None) or peer
-        if peer in network:
-            raise NatCompatError(
-                errno.ELOOP,
-                f"the route to {network} covers the peer {peer}: its outer packets would loop",
-                _NO_LOOP_REMEDY,
-            )
 
 
 class _Route(NamedTuple):
@@ -112,7 +87,7 @@ class DeviceRoutes:
     """
 
     def __init__(self, device: TunDevice, *, prefer_main: bool = False) -> None:
-        self.table: int = _TABLES + device.index
+        self.table: int = TABLES + device.index
         """Where the routes are; the main table (254) where there are no rules."""
         self.refusal: str = ""
         """Why routes that cover a peer are refused; empty where outer packets can be kept out."""
@@ -319,7 +294,7 @@ class DeviceRoutes:
             raise NatCompatError(
                 errno.ELOOP,
                 f"the outer packets to {peer} would go into {self._device.name}",
-                self.refusal and _NO_LOOP_REMEDY,
+                self.refusal and NO_LOOP_REMEDY,
             )
         if not index:
             raise NatCompatError(
@@ -328,7 +303,7 @@ class DeviceRoutes:
                 "Connect to the network first",
             )
         name = socket.if_indextoname(index)
-        if peer.version == 4 and max(_rp_filter("all"), _rp_filter(name)) == 1:
+        if peer.version == 4 and max(rp_filter("all"), rp_filter(name)) == 1:
             raise NatCompatError(
                 errno.EHOSTUNREACH,
                 f"{name} drops what {peer} sends: its reverse path filter is strict, and a route into "
@@ -374,7 +349,7 @@ class DeviceRoutes:
             return
         family, priority = family_of(version), PRIORITY
         if self._prefer_main:
-            priority = _PREFER_MAIN_PRIORITY + _SLOT * (self._device.index % _PREFER_MAIN_SLOTS) + 1
+            priority = _PREFER_MAIN_PRIORITY + SLOT * (self._device.index % _PREFER_MAIN_SLOTS) + 1
         here = Rule(family, priority, self.table, without_mark=MARK)
         if user is None:
             yield here._replace(priority=priority + _OWN, own=True)
@@ -387,10 +362,10 @@ class DeviceRoutes:
 
     def _remove_stale(self) -> None:
         """Remove what killed processes left, one that had this device, which persists, among them."""
-        present = _present_tables() - {self.table}
+        present = present_tables() - {self.table}
         with contextlib.ExitStack() as each_of_them:
             each_of_them.enter_context(contextlib.suppress(OSError))  # another process was faster
-            for rule in _stale(self._netlink.rules(), present):
+            for rule in stale_among(self._netlink.rules(), present):
                 each_of_them.callback(self._netlink.delete_rule, rule)
             for index, network, table in self._netlink.routes():
                 if table == self.table or (not index and table not in present):
@@ -407,37 +382,6 @@ class DeviceRoutes:
             raise
         self._netlink.delete_rule(rule)
         return ""
-
-
-def stale_rules() -> list[Rule]:
-    """Return the rules of devices that are gone: their processes were killed. Takes no privilege."""
-    netlink = Rtnetlink()
-    try:
-        return _stale(netlink.rules(), _present_tables())
-    finally:
-        netlink.close()
-
-
-def _stale(rules: list[Rule], present: set[int]) -> list[Rule]:
-    slots = {(each.family, each.priority // _SLOT) for each in rules if each.table in present}
-
-    def lives(rule: Rule) -> bool:
-        return rule.table in present or (rule.not_default and (rule.family, rule.priority // _SLOT) in slots)
-
-    return [each for each in rules if not lives(each)]
-
-
-def _present_tables() -> set[int]:
-    return {_TABLES + index for index, _ in socket.if_nameindex()}
-
-
-def _rp_filter(name: str) -> int:
-    """Return the reverse path filter of an interface: 0 none, 1 strict, 2 loose (ip-sysctl.rst)."""
-    try:
-        with open(f"/proc/sys/net/ipv4/conf/{name}/rp_filter") as file:
-            return int(file.read())
-    except OSError:
-        return 0
 
 
 def _refused(what: str, error: OSError) -> NatCompatError:

@@ -20,7 +20,7 @@ from natcompat.ipsec import (
     SecurityAssociation,
     TrafficSelector,
 )
-from natcompat.ipsec.associations import default_priority
+from natcompat.ipsec.policies import default_priority
 
 _K = TypeVar("_K")
 _A = TypeVar("_A", bound=Association)

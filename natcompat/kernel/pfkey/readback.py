@@ -7,16 +7,13 @@ from typing import NamedTuple, TypeVar
 
 from natcompat.ipsec import InstalledSA, Usage
 from natcompat.ipsec.associations import (
-    Direction,
-    IPAddress,
     Lifetime,
-    Mode,
     SaId,
     SecurityAssociation,
-    TrafficSelector,
     UDPEncapsulation,
     encapsulation_of,
 )
+from natcompat.ipsec.policies import Direction, IPAddress, Mode, TrafficSelector
 from natcompat.ipsec.transforms import Integ, Key
 from natcompat.kernel.pfkey import numbers as n
 from natcompat.kernel.pfkey.dialects import Dialect, Modes, NatT

@@ -15,7 +15,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from natcompat.ipsec import PolicyUsage
-from natcompat.ipsec.associations import (
+from natcompat.ipsec.policies import (
     Action,
     Direction,
     IPAddress,

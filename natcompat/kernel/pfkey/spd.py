@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import PolicyUsage
-from natcompat.ipsec.associations import (
+from natcompat.ipsec.policies import (
     Action,
     Direction,
     IPAddress,

@@ -11,18 +11,8 @@ from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_network
 
 from natcompat.errors import NatCompatError
-from natcompat.ipsec.associations import (
-    Direction,
-    IPAddress,
-    IPNetwork,
-    Lifetime,
-    Mode,
-    SaId,
-    SecurityAssociation,
-    TrafficSelector,
-    UDPEncapsulation,
-    wire_ports,
-)
+from natcompat.ipsec.associations import Lifetime, SaId, SecurityAssociation, UDPEncapsulation, wire_ports
+from natcompat.ipsec.policies import Direction, IPAddress, IPNetwork, Mode, TrafficSelector
 from natcompat.ipsec.transforms import Encr, Integ
 from natcompat.kernel.pfkey import numbers as n
 from natcompat.kernel.pfkey.dialects import Dialect, Modes, NatT

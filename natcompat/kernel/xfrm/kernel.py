@@ -35,14 +35,16 @@ from natcompat.kernel.xfrm.translate import (
     INFO_END,
     KernelFeatures,
     encode_allocate,
-    encode_policy,
-    encode_policy_id,
     encode_sa,
     encode_sa_id,
-    kernel_directions,
     modules_of,
-    policy_of,
     put_sequence,
+)
+from natcompat.kernel.xfrm.translate_policy import (
+    encode_policy,
+    encode_policy_id,
+    kernel_directions,
+    policy_of,
 )
 
 _NEW = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL

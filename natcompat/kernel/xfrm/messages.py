@@ -15,6 +15,18 @@ from typing import Any
 
 from pyroute2.netlink import nla, nlmsg
 
+from natcompat.kernel.xfrm.layouts import (
+    XFRM_ID,
+    XFRM_LIFETIME_CUR,
+    XFRM_SELECTOR,
+    XFRM_USER_TMPL,
+    XFRM_USERPOLICY_INFO,
+    XFRM_USERSA_INFO,
+    Fields,
+    embedded,
+    size_of,
+)
+
 XFRM_MSG_NEWSA = 0x10
 XFRM_MSG_DELSA = 0x11
 XFRM_MSG_GETSA = 0x12
@@ -63,99 +75,8 @@ XFRM_SA_DIR_IN = 1
 XFRM_SA_DIR_OUT = 2
 XFRM_INF = (1 << 64) - 1
 
-Fields = tuple[tuple[str, str], ...]
 
-
-def _embedded(name: str, fields: Fields) -> Fields:
-    """Return `fields` as those of the member `name` of a larger structure."""
-    return tuple((f"{name}_{field.lstrip('_')}", fmt) for field, fmt in fields)
-
-
-XFRM_ID: Fields = (("daddr", "16B"), ("spi", ">I"), ("proto", "B"), ("_pad", "3x"))
-XFRM_SELECTOR: Fields = (
-    ("daddr", "16B"),
-    ("saddr", "16B"),
-    ("dport", ">H"),
-    ("dport_mask", ">H"),
-    ("sport", ">H"),
-    ("sport_mask", ">H"),
-    ("family", "H"),
-    ("prefixlen_d", "B"),
-    ("prefixlen_s", "B"),
-    ("proto", "B"),
-    ("_pad", "3x"),
-    ("ifindex", "i"),
-    ("user", "I"),
-)
-XFRM_LIFETIME_CFG: Fields = (
-    ("soft_byte_limit", "Q"),
-    ("hard_byte_limit", "Q"),
-    ("soft_packet_limit", "Q"),
-    ("hard_packet_limit", "Q"),
-    ("soft_add_expires_seconds", "Q"),
-    ("hard_add_expires_seconds", "Q"),
-    ("soft_use_expires_seconds", "Q"),
-    ("hard_use_expires_seconds", "Q"),
-)
-XFRM_LIFETIME_CUR: Fields = (("bytes", "Q"), ("packets", "Q"), ("add_time", "Q"), ("use_time", "Q"))
-XFRM_STATS: Fields = (("replay_window", "I"), ("replay", "I"), ("integrity_failed", "I"))
 XFRM_USERSA_ID: Fields = (("daddr", "16B"), ("spi", ">I"), ("family", "H"), ("proto", "B"), ("_pad", "x"))
-XFRM_USERSA_INFO: Fields = (
-    *_embedded("sel", XFRM_SELECTOR),
-    *_embedded("id", XFRM_ID),
-    ("saddr", "16B"),
-    *_embedded("lft", XFRM_LIFETIME_CFG),
-    *_embedded("curlft", XFRM_LIFETIME_CUR),
-    *_embedded("stats", XFRM_STATS),
-    ("seq", "I"),
-    ("reqid", "I"),
-    ("family", "H"),
-    ("mode", "B"),
-    ("replay_window", "B"),
-    ("flags", "B"),
-    ("_pad", "7x"),
-)
-XFRM_USERPOLICY_INFO: Fields = (
-    *_embedded("sel", XFRM_SELECTOR),
-    *_embedded("lft", XFRM_LIFETIME_CFG),
-    *_embedded("curlft", XFRM_LIFETIME_CUR),
-    ("priority", "I"),
-    ("index", "I"),
-    ("dir", "B"),
-    ("action", "B"),
-    ("flags", "B"),
-    ("share", "B"),
-    ("_pad", "4x"),
-)
-XFRM_USER_TMPL: Fields = (
-    *_embedded("id", XFRM_ID),
-    ("family", "H"),
-    ("_pad", "2x"),
-    ("saddr", "16B"),
-    ("reqid", "I"),
-    ("mode", "B"),
-    ("share", "B"),
-    ("optional", "B"),
-    ("_pad_aalgos", "x"),
-    ("aalgos", "I"),
-    ("ealgos", "I"),
-    ("calgos", "I"),
-)
-
-
-def size_of(fields: Fields) -> int:
-    """Return the bytes that `fields` take."""
-    return sum(struct.calcsize(fmt) for _, fmt in fields)
-
-
-def offset_of(fields: Fields, name: str) -> int:
-    """Return the offset of the field `name` among `fields`."""
-    offset = 0
-    for field, fmt in fields:
-        if field == name:
-            return offset
-        offset += struct.calcsize(fmt)
-    raise KeyError(name)
 
 
 class _algorithm(nla):
@@ -362,7 +283,7 @@ class xfrm_userspi_info(xfrm_attributes, nlmsg):
     """XFRM_MSG_ALLOCSPI; `min` and `max` are in host byte order."""
 
     __slots__ = ()
-    fields = (*_embedded("info", XFRM_USERSA_INFO), ("min", "I"), ("max", "I"))
+    fields = (*embedded("info", XFRM_USERSA_INFO), ("min", "I"), ("max", "I"))
 
 
 class xfrm_usersa_flush(xfrm_attributes, nlmsg):
@@ -383,7 +304,7 @@ class xfrm_userpolicy_id(xfrm_attributes, nlmsg):
     """XFRM_MSG_DELPOLICY, XFRM_MSG_GETPOLICY."""
 
     __slots__ = ()
-    fields = (*_embedded("sel", XFRM_SELECTOR), ("index", "I"), ("dir", "B"), ("_pad", "3x"))
+    fields = (*embedded("sel", XFRM_SELECTOR), ("index", "I"), ("dir", "B"), ("_pad", "3x"))
 
 
 class xfrm_userpolicy_flush(xfrm_attributes, nlmsg):
@@ -398,10 +319,10 @@ class xfrm_user_acquire(xfrm_attributes, nlmsg):
 
     __slots__ = ()
     fields = (
-        *_embedded("id", XFRM_ID),
+        *embedded("id", XFRM_ID),
         ("saddr", "16B"),
-        *_embedded("sel", XFRM_SELECTOR),
-        *_embedded("policy", XFRM_USERPOLICY_INFO),
+        *embedded("sel", XFRM_SELECTOR),
+        *embedded("policy", XFRM_USERPOLICY_INFO),
         ("aalgos", "I"),
         ("ealgos", "I"),
         ("calgos", "I"),
@@ -413,14 +334,14 @@ class xfrm_user_expire(xfrm_attributes, nlmsg):
     """XFRM_MSG_EXPIRE."""
 
     __slots__ = ()
-    fields = (*_embedded("state", XFRM_USERSA_INFO), ("hard", "B"), ("_pad", "7x"))
+    fields = (*embedded("state", XFRM_USERSA_INFO), ("hard", "B"), ("_pad", "7x"))
 
 
 class xfrm_user_polexpire(xfrm_attributes, nlmsg):
     """XFRM_MSG_POLEXPIRE."""
 
     __slots__ = ()
-    fields = (*_embedded("pol", XFRM_USERPOLICY_INFO), ("hard", "B"), ("_pad", "7x"))
+    fields = (*embedded("pol", XFRM_USERPOLICY_INFO), ("hard", "B"), ("_pad", "7x"))
 
 
 class xfrm_user_mapping(xfrm_attributes, nlmsg):
@@ -428,7 +349,7 @@ class xfrm_user_mapping(xfrm_attributes, nlmsg):
 
     __slots__ = ()
     fields = (
-        *_embedded("id", XFRM_USERSA_ID),
+        *embedded("id", XFRM_USERSA_ID),
         ("reqid", "I"),
         ("old_saddr", "16B"),
         ("new_saddr", "16B"),
@@ -441,14 +362,14 @@ class xfrm_aevent_id(xfrm_attributes, nlmsg):
     """XFRM_MSG_NEWAE, XFRM_MSG_GETAE."""
 
     __slots__ = ()
-    fields = (*_embedded("sa_id", XFRM_USERSA_ID), ("saddr", "16B"), ("flags", "I"), ("reqid", "I"))
+    fields = (*embedded("sa_id", XFRM_USERSA_ID), ("saddr", "16B"), ("flags", "I"), ("reqid", "I"))
 
 
 class xfrm_user_report(xfrm_attributes, nlmsg):
     """XFRM_MSG_REPORT."""
 
     __slots__ = ()
-    fields = (("proto", "B"), ("_pad", "3x"), *_embedded("sel", XFRM_SELECTOR))
+    fields = (("proto", "B"), ("_pad", "3x"), *embedded("sel", XFRM_SELECTOR))
 
 
 MESSAGES: dict[int, type[nlmsg]] = {

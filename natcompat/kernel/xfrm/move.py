@@ -18,7 +18,7 @@ from types import EllipsisType
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import Direction, IPAddress, SaId, UDPEncapsulation
 from natcompat.ipsec.associations import wire_ports
-from natcompat.kernel.xfrm import messages
+from natcompat.kernel.xfrm import layouts, messages
 from natcompat.kernel.xfrm.netlink import HEADER, LocalAddresses, Netlink, attributes
 from natcompat.kernel.xfrm.probe import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, UDP_ENCAP_ESPINUDP
 from natcompat.kernel.xfrm.readback import XFRMA, refuse_withheld_keys
@@ -32,7 +32,7 @@ from natcompat.kernel.xfrm.translate import (
 )
 
 _AT = {
-    name: BODY + messages.offset_of(messages.XFRM_USERSA_INFO, name)
+    name: BODY + layouts.offset_of(layouts.XFRM_USERSA_INFO, name)
     for name in (
         "sel_daddr",
         "sel_saddr",
@@ -47,7 +47,7 @@ _AT = {
     )
 }
 _ENCAP_SIZE = 24
-_DELETED_INFO = BODY + messages.size_of(messages.XFRM_USERSA_ID)
+_DELETED_INFO = BODY + layouts.size_of(messages.XFRM_USERSA_ID)
 
 
 def move_sa(

@@ -23,7 +23,7 @@ from natcompat.ipsec import (
     Usage,
 )
 from natcompat.ipsec.associations import encapsulation_of
-from natcompat.kernel.xfrm import messages
+from natcompat.kernel.xfrm import layouts, messages
 from natcompat.kernel.xfrm.netlink import LocalAddresses, attributes
 from natcompat.kernel.xfrm.translate import (
     BODY,
@@ -40,8 +40,8 @@ XFRMA = {
 }
 """Attribute numbers by name."""
 
-_CURRENT = BODY + messages.offset_of(messages.XFRM_USERSA_INFO, "curlft_bytes")
-_STATISTICS = BODY + messages.offset_of(messages.XFRM_USERSA_INFO, "stats_replay_window")
+_CURRENT = BODY + layouts.offset_of(layouts.XFRM_USERSA_INFO, "curlft_bytes")
+_STATISTICS = BODY + layouts.offset_of(layouts.XFRM_USERSA_INFO, "stats_replay_window")
 
 _ENCRYPTION = {name: transform for transform, name in reversed(ENCRYPTION_NAMES.items())}
 _AEAD = {

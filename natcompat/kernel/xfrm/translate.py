@@ -7,16 +7,13 @@ the one buffer that is sent (and overwritten by `natcompat.kernel.xfrm.netlink`)
 
 from __future__ import annotations
 
-import errno
 import functools
 import socket
 import struct
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Any, NamedTuple
 
-from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
-    Action,
     Direction,
     Encr,
     Integ,
@@ -24,14 +21,13 @@ from natcompat.ipsec import (
     Lifetime,
     Mark,
     Mode,
-    Policy,
     SaId,
     SecurityAssociation,
     TrafficSelector,
     UDPEncapsulation,
 )
-from natcompat.ipsec.associations import default_priority, wire_ports
-from natcompat.kernel.xfrm import messages
+from natcompat.ipsec.associations import wire_ports
+from natcompat.kernel.xfrm import layouts, messages
 from natcompat.kernel.xfrm.netlink import HEADER, attributes
 from natcompat.kernel.xfrm.probe import MODULES, UDP_ENCAP_ESPINUDP
 
@@ -66,10 +62,10 @@ _REPLAY_VAL, _REPLAY_ESN_VAL = 10, 23  # linux/xfrm.h, XFRMA_*
 
 BODY = HEADER.size
 _INFO = {
-    name: BODY + messages.offset_of(messages.XFRM_USERSA_INFO, name)
+    name: BODY + layouts.offset_of(layouts.XFRM_USERSA_INFO, name)
     for name in ("sel_daddr", "sel_saddr", "sel_family", "id_daddr", "id_spi", "saddr", "reqid", "family")
 }
-INFO_END = BODY + messages.size_of(messages.XFRM_USERSA_INFO)
+INFO_END = BODY + layouts.size_of(layouts.XFRM_USERSA_INFO)
 
 
 class KernelFeatures(NamedTuple):
@@ -384,91 +380,3 @@ KERNEL_DIRECTIONS = {
     Direction.IN: messages.XFRM_POLICY_IN,
     Direction.OUT: messages.XFRM_POLICY_OUT,
 }
-
-
-def kernel_directions(policy: Policy) -> tuple[int, ...]:
-    """Return the kernel's directions of `policy`: what comes in may be for this host or be forwarded."""
-    if policy.direction is Direction.OUT:
-        return (messages.XFRM_POLICY_OUT,)
-    if policy.action is Action.PROTECT and policy.mode is Mode.TRANSPORT:
-        return (messages.XFRM_POLICY_IN,)
-    return (messages.XFRM_POLICY_IN, messages.XFRM_POLICY_FWD)
-
-
-def encode_policy(policy: Policy, direction: int) -> bytearray:
-    """Return the message that installs `policy` in the kernel's `direction` (XFRM_MSG_NEWPOLICY)."""
-    message = messages.xfrm_userpolicy_info()
-    discard = policy.action is Action.DISCARD
-    message.update(
-        {
-            **selector_fields(policy.selector, "sel_"),
-            **_lifetime_fields(None),
-            "priority": default_priority(policy.selector) if policy.priority is None else policy.priority,
-            "dir": direction,
-            "action": messages.XFRM_POLICY_BLOCK if discard else messages.XFRM_POLICY_ALLOW,
-        }
-    )
-    found: list[tuple[str, Any]] = []
-    if policy.action is Action.PROTECT:
-        outer = policy.destination or policy.selector.destination.network_address
-        template = {
-            "id_daddr": tuple(octets(policy.destination)),
-            "id_proto": socket.IPPROTO_ESP,
-            "family": family_of(outer),
-            "saddr": tuple(octets(policy.source)),
-            "reqid": policy.reqid,
-            "mode": messages.XFRM_MODE_TUNNEL if policy.mode is Mode.TUNNEL else messages.XFRM_MODE_TRANSPORT,
-            "optional": int(policy.optional),
-            "aalgos": 0xFFFF_FFFF,
-            "ealgos": 0xFFFF_FFFF,
-            "calgos": 0xFFFF_FFFF,
-        }
-        found.append(("XFRMA_TMPL", [template]))
-    if policy.mark is not None:
-        found.append(("XFRMA_MARK", {"v": policy.mark.value, "m": policy.mark.mask}))
-    if policy.interface_id is not None:
-        found.append(("XFRMA_IF_ID", policy.interface_id))
-    message["attrs"] = found
-    message.encode()
-    return bytearray(message.data)
-
-
-def encode_policy_id(policy: Policy, direction: int) -> bytearray:
-    """Return the message that names a policy (XFRM_MSG_GETPOLICY, XFRM_MSG_DELPOLICY)."""
-    message = messages.xfrm_userpolicy_id()
-    message.update({**selector_fields(policy.selector, "sel_"), "dir": direction})
-    found: list[tuple[str, Any]] = []
-    if policy.mark is not None:
-        found.append(("XFRMA_MARK", {"v": policy.mark.value, "m": policy.mark.mask}))
-    if policy.interface_id is not None:
-        found.append(("XFRMA_IF_ID", policy.interface_id))
-    message["attrs"] = found
-    message.encode()
-    return bytearray(message.data)
-
-
-def policy_of(message: Any) -> Policy:
-    """Return the policy in an xfrm_userpolicy_info; NatCompatError for what natcompat has no words for."""
-    templates = message.get_attr("XFRMA_TMPL") or []
-    direction = {number: name for name, number in KERNEL_DIRECTIONS.items()}.get(message["dir"])
-    if len(templates) > 1 or direction is None or any(each["id_proto"] != 50 for each in templates):
-        raise NatCompatError(errno.EPROTONOSUPPORT, "The policy is not one that natcompat installs")
-    action = Action.PROTECT if templates else Action.BYPASS
-    if message["action"] == messages.XFRM_POLICY_BLOCK:
-        action = Action.DISCARD
-    mark = message.get_attr("XFRMA_MARK")
-    template = templates[0] if templates else None
-    tunnel = template is not None and template["mode"] == messages.XFRM_MODE_TUNNEL
-    return Policy(
-        direction=direction,
-        selector=selector_of(message),
-        source=address_of(template["saddr"], template["family"]) if template and tunnel else None,
-        destination=address_of(template["id_daddr"], template["family"]) if template and tunnel else None,
-        mode=Mode.TRANSPORT if template and not tunnel else Mode.TUNNEL,
-        reqid=template["reqid"] if template else 0,
-        action=action,
-        priority=message["priority"],
-        optional=bool(template and template["optional"]),
-        mark=Mark(value=mark["v"], mask=mark["m"]) if mark else None,
-        interface_id=message.get_attr("XFRMA_IF_ID") or None,
-    )

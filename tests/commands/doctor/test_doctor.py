@@ -18,10 +18,12 @@ import pytest
 from natcompat import backends
 from natcompat.commands.doctor import examine as doctor
 from natcompat.commands.doctor import report as doctor_report
+from natcompat.commands.doctor import system
 from natcompat.commands.verify.namespaces import Topology
 from natcompat.errors import NatCompatError
 from natcompat.kernel.xfrm.bypass import bypass
-from natcompat.kernel.xfrm.probe import EspSupport, probe_esp
+from natcompat.kernel.xfrm.esp_support import EspSupport
+from natcompat.kernel.xfrm.probe import probe_esp
 from tests.support.running import as_nobody, run, run_on_terminal
 
 SHAPE = {
@@ -186,7 +188,7 @@ def test_what_the_environment_asks_for(value: str, backend: str | None, error: s
 def test_owner_of_a_port(family: int, address: str, shown: str) -> None:
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.bind((address, 0))
-        found = [each for each in doctor._owners(sock.getsockname()[1]) if each["address"] == shown]
+        found = [each for each in system.owners_of_port(sock.getsockname()[1]) if each["address"] == shown]
     assert len(found) == 1
     assert found[0]["user"] == os.geteuid()
     assert found[0]["owners"] == [
@@ -199,13 +201,13 @@ def test_a_free_port_has_no_owner() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
-    assert [each for each in doctor._owners(port) if each["address"] == "127.0.0.1"] == []
+    assert [each for each in system.owners_of_port(port) if each["address"] == "127.0.0.1"] == []
 
 
 @linux_only
 def test_leaves_no_device_behind() -> None:
     before = sorted(os.listdir("/sys/class/net"))
-    assert doctor._tun()["usable"] in (True, False, None)
+    assert system.tun_device()["usable"] in (True, False, None)
     assert sorted(os.listdir("/sys/class/net")) == before
 
 
@@ -247,7 +249,7 @@ def test_a_port_of_somebody_else() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.bind(("127.4.5.6", 0))
         port = sock.getsockname()[1]
-        script = f"from natcompat.commands.doctor import examine; print(list(examine._owners({port})))"
+        script = f"from natcompat.commands.doctor import system; print(list(system.owners_of_port({port})))"
         done = subprocess.run([*prefix, "-c", script], capture_output=True, text=True, check=True)
     assert "'owners': []" in done.stdout
     assert "'user': 0" in done.stdout
@@ -329,9 +331,9 @@ def test_tun_that_cannot_be_had(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(doctor, "_TUN", tmp_path / "tun")
+    monkeypatch.setattr(system, "_TUN", tmp_path / "tun")
     make(tmp_path / "tun")
-    found = doctor._tun()
+    found = system.tun_device()
     assert found["usable"] is usable
     assert reason.lower() in found["reason"].lower()
     assert found["remedy"]
@@ -348,7 +350,7 @@ def test_tun_that_cannot_be_had(
 def test_signs_of_a_sandbox(name: str, value: str, sign: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What these systems say of themselves; they cannot run here."""
     monkeypatch.setattr(f"platform.{name}", lambda: value)
-    assert any(each.startswith(sign) for each in doctor._sandbox())
+    assert any(each.startswith(sign) for each in system.sandbox())
 
 
 @linux_only

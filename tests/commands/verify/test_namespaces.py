@@ -15,8 +15,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from natcompat.commands.verify import namespaces
-from natcompat.commands.verify.namespaces import INITIATOR, NAT_PORTS, RESPONDER, ROUTER_OUTSIDE, Topology
+from natcompat.commands.verify import namespace_process
+from natcompat.commands.verify.namespace_process import NAT_PORTS
+from natcompat.commands.verify.namespaces import INITIATOR, RESPONDER, ROUTER_OUTSIDE, Topology
 from natcompat.errors import NatCompatError
 from tests.support.running import as_nobody, children, environment, wait_for_output, wait_until_gone
 
@@ -150,12 +151,12 @@ def test_without_a_tool_the_remedy_is_named(network: Topology) -> None:
 
 
 def _masquerade_without_tools() -> None:
-    paths = namespaces._SYSTEM_PATH, os.environ["PATH"]
-    namespaces._SYSTEM_PATH = os.environ["PATH"] = "/nonexistent"  # type: ignore[misc]
+    paths = namespace_process._SYSTEM_PATH, os.environ["PATH"]
+    namespace_process._SYSTEM_PATH = os.environ["PATH"] = "/nonexistent"  # type: ignore[misc]
     try:
-        namespaces._masquerade(None)
+        namespace_process.masquerade(None)
     finally:
-        namespaces._SYSTEM_PATH, os.environ["PATH"] = paths  # type: ignore[misc]
+        namespace_process._SYSTEM_PATH, os.environ["PATH"] = paths  # type: ignore[misc]
 
 
 def test_no_name_is_left_and_everything_ends() -> None:

@@ -21,6 +21,7 @@ from natcompat import backends
 from natcompat.commands.verify import trials as verify
 from natcompat.commands.verify.conversation import Conversation, Datagram, load
 from natcompat.commands.verify.recorded import replay
+from natcompat.commands.verify.values import TrialPath
 from natcompat.contract import OUTBOUND_TABLE, TABLE, Verdict, classify
 from tests.support.running import (
     COMMAND,
@@ -347,7 +348,7 @@ def _wait_for_children(process: subprocess.Popen[str]) -> list[int]:
 def test_trial_needs_no_privilege_and_no_namespace() -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
         peer.bind(("127.0.0.1", 0))
-        path = verify.Path("loopback", "127.0.0.1", 0, "127.0.0.1", endpoint_begins=True)
+        path = TrialPath("loopback", "127.0.0.1", 0, "127.0.0.1", endpoint_begins=True)
         trial = verify.run("userspace", 4, path, peer)
     assert trial.passed
     assert trial.mode == "steering"

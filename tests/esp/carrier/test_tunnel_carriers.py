@@ -323,7 +323,7 @@ def test_what_becomes_due_while_events_are_taken_is_told() -> None:
         module: Any = Interrupted(monkeypatch)
         association = near.ipsec._find(near.ids[0xC0DE0000])
         carrier: Any = near.ipsec.carrier
-        descriptor = module.loop_event_descriptor(carrier._loop)
+        descriptor = module.loop_event_descriptor(carrier.loop)
         pending = [association]
 
         def next_event(*arguments: Any) -> int:

@@ -25,8 +25,9 @@ from natcompat.commands.doctor import report as doctor_report
 from natcompat.commands.verify.namespaces import INITIATOR, RESPONDER, Topology
 from natcompat.errors import NatCompatError
 from natcompat.esp.carrier.path_mtu import kernel_path_mtu
+from natcompat.esp.device.outer_path import refuse_loop
 from natcompat.esp.device.policy_routes import PolicyRoutes
-from natcompat.esp.device.routes import MARK, DeviceRoutes, refuse_loop
+from natcompat.esp.device.routes import MARK, DeviceRoutes
 from natcompat.esp.device.rtnetlink import MAIN_TABLE, Rtnetlink
 from natcompat.esp.device.tun import TunDevice
 from natcompat.esp.engine.databases import PolicyDatabase

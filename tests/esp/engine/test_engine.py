@@ -19,10 +19,10 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers import aead
 
 from natcompat.errors import NatCompatError
-from natcompat.esp.engine.association import PortableInbound
 from natcompat.esp.engine.base import link_of
 from natcompat.esp.engine.engine import ACQUIRE_INTERVAL, LONGEST_QUEUE, EspEngine
 from natcompat.esp.engine.events import LONGEST_QUEUE as MOST_EVENTS
+from natcompat.esp.engine.inbound import PortableInbound
 from natcompat.esp.engine.portable import PortableDataPath
 from natcompat.esp.engine.results import Destination, Dropped, Opened, Packet, Reason
 from natcompat.ipsec import (

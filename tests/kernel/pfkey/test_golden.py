@@ -9,17 +9,8 @@ from typing import Any
 
 import pytest
 
-from natcompat.ipsec.associations import (
-    Action,
-    Direction,
-    Lifetime,
-    Mode,
-    Policy,
-    SaId,
-    SecurityAssociation,
-    TrafficSelector,
-    UDPEncapsulation,
-)
+from natcompat.ipsec.associations import Lifetime, SaId, SecurityAssociation, UDPEncapsulation
+from natcompat.ipsec.policies import Action, Direction, Mode, Policy, TrafficSelector
 from natcompat.ipsec.transforms import Encr, Integ
 from natcompat.kernel.pfkey import bypass, flows, rules, spd
 from natcompat.kernel.pfkey.dialects import DIALECTS

@@ -16,15 +16,11 @@ from natcompat.errors import NatCompatError
 from natcompat.ipsec.associations import (
     LARGEST_SPI,
     SMALLEST_SPI,
-    Action,
-    Direction,
     Lifetime,
-    Mode,
-    Policy,
     SecurityAssociation,
-    TrafficSelector,
     UDPEncapsulation,
 )
+from natcompat.ipsec.policies import Action, Direction, Mode, Policy, TrafficSelector
 from natcompat.ipsec.transforms import Encr, Integ
 from natcompat.kernel.pfkey import flows, rules, spd
 from natcompat.kernel.pfkey.dialects import DIALECTS, Dialect, Policies

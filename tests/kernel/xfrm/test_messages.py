@@ -12,7 +12,7 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("XFRM is the IPsec of Linux", allow_module_level=True)
 
-from natcompat.kernel.xfrm import messages
+from natcompat.kernel.xfrm import layouts, messages
 
 REQUESTS = json.loads((Path(__file__).parent / "golden" / "xfrm_requests.json").read_text())
 
@@ -59,25 +59,25 @@ ATTRIBUTES = {
 @pytest.mark.parametrize(("name", "size", "offsets"), STRUCTURES, ids=[row[0] for row in STRUCTURES])
 def test_messages_are_laid_out_as_in_c(name: str, size: int, offsets: dict[str, int]) -> None:
     fields = getattr(messages, name).fields
-    assert messages.size_of(fields) == size
-    assert {field: messages.offset_of(fields, field) for field in offsets} == offsets
+    assert layouts.size_of(fields) == size
+    assert {field: layouts.offset_of(fields, field) for field in offsets} == offsets
 
 
 @pytest.mark.parametrize(("name", "size"), ATTRIBUTES.items())
 def test_attributes_are_laid_out_as_in_c(name: str, size: int) -> None:
-    assert messages.size_of(getattr(messages.xfrm_attributes, name).fields) == size
+    assert layouts.size_of(getattr(messages.xfrm_attributes, name).fields) == size
 
 
 def test_embedded_structures() -> None:
-    assert messages.size_of(messages.XFRM_SELECTOR) == 56
-    assert messages.size_of(messages.XFRM_ID) == 24
-    assert messages.size_of(messages.XFRM_USER_TMPL) == 64
-    assert messages.size_of(messages.XFRM_LIFETIME_CFG) == 64
-    assert messages.offset_of(messages.XFRM_USER_TMPL, "reqid") == 44
-    assert messages.offset_of(messages.XFRM_USER_TMPL, "optional") == 50
-    assert messages.offset_of(messages.XFRM_USER_TMPL, "aalgos") == 52
+    assert layouts.size_of(layouts.XFRM_SELECTOR) == 56
+    assert layouts.size_of(layouts.XFRM_ID) == 24
+    assert layouts.size_of(layouts.XFRM_USER_TMPL) == 64
+    assert layouts.size_of(layouts.XFRM_LIFETIME_CFG) == 64
+    assert layouts.offset_of(layouts.XFRM_USER_TMPL, "reqid") == 44
+    assert layouts.offset_of(layouts.XFRM_USER_TMPL, "optional") == 50
+    assert layouts.offset_of(layouts.XFRM_USER_TMPL, "aalgos") == 52
     with pytest.raises(KeyError):
-        messages.offset_of(messages.XFRM_ID, "colour")
+        layouts.offset_of(layouts.XFRM_ID, "colour")
 
 
 def test_attribute_numbers() -> None:

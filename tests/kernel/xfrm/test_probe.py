@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from natcompat.kernel.xfrm import probe
-from natcompat.kernel.xfrm.probe import EspSupport, probe_esp, probe_esp_unprivileged
+from natcompat.kernel.xfrm.esp_support import EspSupport, XfrmAttributes
+from natcompat.kernel.xfrm.probe import probe_esp, probe_esp_unprivileged
 from tests.support.running import becomes_nobody
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="XFRM is the IPsec of Linux")
@@ -76,7 +77,7 @@ def test_attributes_are_known_from_the_kernels_that_brought_them_on() -> None:
 def test_an_attribute_that_no_kernel_knows_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "XFRMA_SA_DIR", 1000)
     monkeypatch.setattr(probe, "XFRMA_NAT_KEEPALIVE_INTERVAL", 1001)
-    assert probe.probe_attributes() == probe.XfrmAttributes(sa_direction=False, keepalive=False)
+    assert probe.probe_attributes() == XfrmAttributes(sa_direction=False, keepalive=False)
 
 
 @becomes_nobody

@@ -28,14 +28,8 @@ from natcompat.ipsec import (
 from natcompat.ipsec.associations import encapsulation_of, wire_ports
 from natcompat.kernel.xfrm import messages
 from natcompat.kernel.xfrm.netlink import NLM_F_DUMP_INTR, Netlink
-from natcompat.kernel.xfrm.translate import (
-    KernelFeatures,
-    encode_policy,
-    encode_policy_id,
-    encode_sa,
-    encode_sa_id,
-    kernel_directions,
-)
+from natcompat.kernel.xfrm.translate import KernelFeatures, encode_sa, encode_sa_id
+from natcompat.kernel.xfrm.translate_policy import encode_policy, encode_policy_id, kernel_directions
 from tests.kernel.xfrm.test_messages import REQUESTS, decode
 
 OLD = KernelFeatures(sa_direction=False, keepalive=False)

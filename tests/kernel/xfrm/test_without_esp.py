@@ -18,8 +18,9 @@ if sys.platform != "linux":
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import Direction, Encr, Integ, Key, Mode, SecurityAssociation, UDPEncapsulation
+from natcompat.kernel.xfrm.esp_support import EspSupport
 from natcompat.kernel.xfrm.kernel import XfrmIPsec
-from natcompat.kernel.xfrm.probe import EspSupport, probe_esp
+from natcompat.kernel.xfrm.probe import probe_esp
 
 CLONE_NEWNET = 0x40000000  # linux/sched.h
 

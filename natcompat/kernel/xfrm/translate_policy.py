@@ -1,0 +1,115 @@
+"""Between the policies of `natcompat.ipsec` and the messages of XFRM, both ways."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from typing import Any
+
+from natcompat.errors import NatCompatError
+from natcompat.ipsec import (
+    Action,
+    Direction,
+    Mark,
+    Mode,
+    Policy,
+)
+from natcompat.ipsec.policies import default_priority
+from natcompat.kernel.xfrm import messages
+from natcompat.kernel.xfrm.translate import (
+    KERNEL_DIRECTIONS,
+    _lifetime_fields,
+    address_of,
+    family_of,
+    octets,
+    selector_fields,
+    selector_of,
+)
+
+
+def kernel_directions(policy: Policy) -> tuple[int, ...]:
+    """Return the kernel's directions of `policy`: what comes in may be for this host or be forwarded."""
+    if policy.direction is Direction.OUT:
+        return (messages.XFRM_POLICY_OUT,)
+    if policy.action is Action.PROTECT and policy.mode is Mode.TRANSPORT:
+        return (messages.XFRM_POLICY_IN,)
+    return (messages.XFRM_POLICY_IN, messages.XFRM_POLICY_FWD)
+
+
+def encode_policy(policy: Policy, direction: int) -> bytearray:
+    """Return the message that installs `policy` in the kernel's `direction` (XFRM_MSG_NEWPOLICY)."""
+    message = messages.xfrm_userpolicy_info()
+    discard = policy.action is Action.DISCARD
+    message.update(
+        {
+            **selector_fields(policy.selector, "sel_"),
+            **_lifetime_fields(None),
+            "priority": default_priority(policy.selector) if policy.priority is None else policy.priority,
+            "dir": direction,
+            "action": messages.XFRM_POLICY_BLOCK if discard else messages.XFRM_POLICY_ALLOW,
+        }
+    )
+    found: list[tuple[str, Any]] = []
+    if policy.action is Action.PROTECT:
+        outer = policy.destination or policy.selector.destination.network_address
+        template = {
+            "id_daddr": tuple(octets(policy.destination)),
+            "id_proto": socket.IPPROTO_ESP,
+            "family": family_of(outer),
+            "saddr": tuple(octets(policy.source)),
+            "reqid": policy.reqid,
+            "mode": messages.XFRM_MODE_TUNNEL if policy.mode is Mode.TUNNEL else messages.XFRM_MODE_TRANSPORT,
+            "optional": int(policy.optional),
+            "aalgos": 0xFFFF_FFFF,
+            "ealgos": 0xFFFF_FFFF,
+            "calgos": 0xFFFF_FFFF,
+        }
+        found.append(("XFRMA_TMPL", [template]))
+    if policy.mark is not None:
+        found.append(("XFRMA_MARK", {"v": policy.mark.value, "m": policy.mark.mask}))
+    if policy.interface_id is not None:
+        found.append(("XFRMA_IF_ID", policy.interface_id))
+    message["attrs"] = found
+    message.encode()
+    return bytearray(message.data)
+
+
+def encode_policy_id(policy: Policy, direction: int) -> bytearray:
+    """Return the message that names a policy (XFRM_MSG_GETPOLICY, XFRM_MSG_DELPOLICY)."""
+    message = messages.xfrm_userpolicy_id()
+    message.update({**selector_fields(policy.selector, "sel_"), "dir": direction})
+    found: list[tuple[str, Any]] = []
+    if policy.mark is not None:
+        found.append(("XFRMA_MARK", {"v": policy.mark.value, "m": policy.mark.mask}))
+    if policy.interface_id is not None:
+        found.append(("XFRMA_IF_ID", policy.interface_id))
+    message["attrs"] = found
+    message.encode()
+    return bytearray(message.data)
+
+
+def policy_of(message: Any) -> Policy:
+    """Return the policy in an xfrm_userpolicy_info; NatCompatError for what natcompat has no words for."""
+    templates = message.get_attr("XFRMA_TMPL") or []
+    direction = {number: name for name, number in KERNEL_DIRECTIONS.items()}.get(message["dir"])
+    if len(templates) > 1 or direction is None or any(each["id_proto"] != 50 for each in templates):
+        raise NatCompatError(errno.EPROTONOSUPPORT, "The policy is not one that natcompat installs")
+    action = Action.PROTECT if templates else Action.BYPASS
+    if message["action"] == messages.XFRM_POLICY_BLOCK:
+        action = Action.DISCARD
+    mark = message.get_attr("XFRMA_MARK")
+    template = templates[0] if templates else None
+    tunnel = template is not None and template["mode"] == messages.XFRM_MODE_TUNNEL
+    return Policy(
+        direction=direction,
+        selector=selector_of(message),
+        source=address_of(template["saddr"], template["family"]) if template and tunnel else None,
+        destination=address_of(template["id_daddr"], template["family"]) if template and tunnel else None,
+        mode=Mode.TRANSPORT if template and not tunnel else Mode.TUNNEL,
+        reqid=template["reqid"] if template else 0,
+        action=action,
+        priority=message["priority"],
+        optional=bool(template and template["optional"]),
+        mark=Mark(value=mark["v"], mask=mark["m"]) if mark else None,
+        interface_id=message.get_attr("XFRMA_IF_ID") or None,
+    )
