@@ -250,9 +250,9 @@ def _run_elsewhere(module: str, name: str, arguments: Any, network: bool) -> Non
 
 def _become_nobody() -> None:
     # the interpreter may be in a directory of root's: what is imported later has to be there before
-    import natcompat.backends.linux
-    import natcompat.backends.userspace
-    import natcompat.kernel.xfrm.probe
+    import natcompat.backends.linux  # noqa: F401
+    import natcompat.backends.userspace  # noqa: F401
+    import natcompat.kernel.xfrm.probe  # noqa: F401
 
     probe()
     os.setgroups([])

@@ -214,7 +214,7 @@ def _mac(integrity: Integ, key: bytes) -> Any:
     if integrity is Integ.AES_CMAC_96:
         return cmac.CMAC(algorithms.AES(key))
     hash_of: dict[Integ, Callable[[], hashes.HashAlgorithm]] = {
-        Integ.HMAC_SHA1_96: hashes.SHA1,  # noqa: S324 - within HMAC
+        Integ.HMAC_SHA1_96: hashes.SHA1,  # noqa: S303 - within HMAC
         Integ.HMAC_SHA2_256_128: hashes.SHA256,
         Integ.HMAC_SHA2_384_192: hashes.SHA384,
         Integ.HMAC_SHA2_512_256: hashes.SHA512,
