@@ -181,9 +181,7 @@ class TestLinuxByTheDryRun:
         viable: bool,
         automatic: bool,
     ) -> None:
-        found = self.answer(
-            monkeypatch, getattr(EspSupport, privileged), getattr(EspSupport, unprivileged)
-        )
+        found = self.answer(monkeypatch, getattr(EspSupport, privileged), getattr(EspSupport, unprivileged))
         assert (found.viable, found.automatic) == (viable, automatic)
         assert found.remedy or found.viable
         if not viable:
