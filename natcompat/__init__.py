@@ -1,19 +1,20 @@
 """The Solaris socket option UDP_NAT_T_ENDPOINT on every operating system.
 
-`set_nat_t_endpoint(sock)` gives a UDP socket these semantics (RFC 3948, udp(4P) of Solaris):
+`set_nat_t_endpoint(sock)` gives a UDP socket these semantics (RFC 3948; udp(4P) of Solaris).
 
-Inbound, by UDP payload
+Inbound, by UDP payload:
 
-- fewer than four bytes, whatever they are (NAT-keepalives, empty datagrams): dropped, counted, and
-  the application is not woken;
-- four zero bytes (the non-ESP marker) and anything or nothing behind them: delivered without the
-  marker; a bare marker is a datagram of length zero;
-- anything else: to ESP, never to the application.
+- fewer than four bytes (NAT-keepalives, empty datagrams): dropped and counted; the application is not
+  woken;
+- four zero bytes (the non-ESP marker), alone or with more behind them: delivered without the marker; a
+  bare marker becomes a datagram of length zero;
+- every other payload: to ESP, never to the application.
 
 Outbound, every send gets the marker in front. The largest message has 65503 bytes over IPv4 and
-65523 over IPv6. ESP sends its packets and keepalives by itself.
+65523 over IPv6. ESP sends its packets and keepalives itself.
 
-The option can be set, read and cleared at any time. Names are loaded when they are first used.
+The option can be set, read and cleared at any time. The package imports its modules when their names
+are first used.
 """
 
 TYPE_CHECKING = False
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
+_MODULES = {
     "natcompat.backends": ("open_ipsec", "probe"),
     "natcompat.backends.base": ("Viability",),
     "natcompat.contract": (
@@ -91,7 +92,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    for module, names in _HOMES.items():
+    for module, names in _MODULES.items():
         if name in names:
             import importlib
 

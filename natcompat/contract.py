@@ -1,7 +1,7 @@
 """The contract: what a socket with the option delivers, drops, diverts and sends.
 
-Everything that natcompat promises is in this module as data: the classifier, the four duties that
-implement it, and `TABLE`, the rows that every backend and `natcompat verify` are tested against.
+This module holds the contract as data: the classifier, the four duties that implement it, and `TABLE`,
+the rows against which every backend and `natcompat verify` are tested.
 
 Sources: RFC 3948 (sections 2.1 to 2.4, 3.3); udp(4P) and ``zero_spi_check()`` in ip.c of illumos.
 """
@@ -21,7 +21,7 @@ NAT_KEEPALIVE = b"\xff"
 """The payload of a NAT-keepalive (RFC 3948, 2.3)."""
 
 IKE_PORT = 500
-"""The UDP port of IKE where no NAT is (RFC 7296, 2; host byte order)."""
+"""The UDP port of IKE without a NAT (RFC 7296, 2; host byte order)."""
 
 NAT_T_PORT = 4500
 """The UDP port of IKE and ESP behind a NAT (RFC 7296, 2.23; host byte order)."""
@@ -30,20 +30,20 @@ MARKER_LENGTH = len(NON_ESP_MARKER)
 
 
 class Verdict(enum.Enum):
-    """What becomes of an inbound UDP payload."""
+    """The fate of an inbound UDP payload."""
 
     KEEPALIVE = "keepalive"
     """One byte 0xFF: dropped."""
     RUNT = "runt"
-    """Fewer than four bytes, and no keepalive (an empty payload included): dropped."""
+    """Fewer than four bytes, but not a keepalive; an empty payload, too: dropped."""
     IKE = "ike"
-    """Led by the non-ESP marker: delivered without it."""
+    """Begins with the non-ESP marker: delivered without it."""
     ESP = "esp"
     """Four bytes or more with a first word that is not zero: to ESP, never to the application."""
 
 
 class Duty(enum.Flag):
-    """The four things that have to be done on a socket; a backend's kernel does some of them."""
+    """The four parts of the option. The kernel performs some of them, depending on the backend."""
 
     DROP_RUNTS = enum.auto()
     DIVERT_ESP = enum.auto()
@@ -52,26 +52,26 @@ class Duty(enum.Flag):
 
 
 class Performer(enum.Enum):
-    """Who does a duty."""
+    """What performs a duty."""
 
     KERNEL = "kernel"
     """The operating system's own NAT-T support."""
     FILTER = "filter"
-    """The kernel, by a classic BPF program that natcompat put on the socket."""
+    """The kernel, by a classic BPF program that natcompat attached to the socket."""
     STEERING = "steering"
-    """The kernel, by a SO_REUSEPORT program that sends the datagram to a socket of natcompat's."""
+    """The kernel, by a SO_REUSEPORT program that sends the datagram to natcompat's own socket."""
     PROCESS = "process"
-    """This process, when the application receives or sends."""
+    """This process, in the application's receives and sends."""
 
 
 def classify(payload: bytes | bytearray | memoryview) -> Verdict:
-    """Return what becomes of an inbound UDP `payload` on a socket with the option.
+    """Return the verdict on an inbound UDP `payload` of a socket with the option.
 
-    Pure and total: any length, any content. Nothing behind the first word is looked at, so a
-    four-byte payload that is not zero is already ESP, as on Solaris.
+    Takes any payload and raises nothing. Only the first four bytes count, as on Solaris: a payload of
+    four bytes that are not all zero is ESP.
     """
     if type(payload) is memoryview and payload.format != "B":
-        payload = payload.cast("B")  # else it compares unequal to the same bytes
+        payload = payload.cast("B")  # a view of another format is unequal to the same bytes
     if payload[:MARKER_LENGTH] == NON_ESP_MARKER:
         return Verdict.IKE
     if len(payload) >= MARKER_LENGTH:
@@ -83,13 +83,13 @@ class Row(NamedTuple):
     """One inbound row of the contract."""
 
     name: str
-    """Words that name the case."""
+    """Name of the case."""
     payload: bytes
     """The UDP payload on the wire."""
     verdict: Verdict
-    """What becomes of it."""
+    """The verdict on it."""
     delivered: bytes | None
-    """What the application receives; None: nothing, and it is not woken."""
+    """What the application receives; None: nothing, and `select` does not wake."""
 
 
 class OutboundRow(NamedTuple):
@@ -97,7 +97,7 @@ class OutboundRow(NamedTuple):
 
     name: str
     message: bytes
-    """What the application sends."""
+    """The message of the application."""
     wire: bytes
     """The UDP payload on the wire."""
 
@@ -135,7 +135,7 @@ TABLE: tuple[Row, ...] = (
     Row("ESP packet of 1400 bytes", _SPI + b"\0\0\0\x02" + b"\xc3" * 1392, _ESP, None),
     Row("IKE without a marker", _IKE_HEADER, _ESP, None),
 )
-"""Inbound: what every backend is held to, row by row, on IPv4 and IPv6."""
+"""Inbound payloads; every backend keeps every row, on IPv4 and IPv6."""
 
 OUTBOUND_TABLE: tuple[OutboundRow, ...] = tuple(
     OutboundRow(name, message, NON_ESP_MARKER + message)
@@ -149,7 +149,7 @@ OUTBOUND_TABLE: tuple[OutboundRow, ...] = tuple(
         ("9000 bytes", b"\x5a" * 9000),
     )
 )
-"""Outbound: every send gets the marker, whatever it is and wherever it goes."""
+"""Outbound messages; every send gets the marker, to every destination."""
 
 LARGEST_PAYLOAD = {4: 65535 - 20 - 8 - MARKER_LENGTH, 6: 65535 - 8 - MARKER_LENGTH}
 """Largest message that can be sent, by IP version: 65503 and 65523 bytes; one more is EMSGSIZE.

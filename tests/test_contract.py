@@ -1,4 +1,4 @@
-"""The contract as data: the classifier against its table, and both against RFC 3948 in other words."""
+"""The contract as data: the classifier against its table, and both against RFC 3948."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_every_send_has_the_marker(row: OutboundRow) -> None:
     assert row.wire == bytes(4) + row.message
 
 
-def test_the_table_has_every_length_that_matters_with_and_without_zeros() -> None:
+def test_the_table_has_every_boundary_length_with_and_without_zeros() -> None:
     by_length: dict[int, set[Verdict]] = {}
     for row in TABLE:
         by_length.setdefault(len(row.payload), set()).add(row.verdict)
@@ -58,7 +58,7 @@ FIRST_WORDS = [bytes(octets) for octets in itertools.product((0, 1, 255), repeat
 
 
 @pytest.mark.parametrize("rest", [b"", b"\0", bytes(4), b"\xff"], ids=["bare", "zero", "zeros", "FF"])
-def test_any_bit_of_the_first_word_makes_esp(rest: bytes) -> None:
+def test_any_bit_of_the_first_word_makes_a_datagram_esp(rest: bytes) -> None:
     for word in FIRST_WORDS:
         assert (classify(word + rest) is Verdict.IKE) == (word == bytes(4))
 
@@ -84,7 +84,7 @@ def test_the_largest_messages_fill_a_datagram() -> None:
     assert LARGEST_PAYLOAD[6] + 4 + udp_header == 65535
 
 
-def test_every_public_name_is_there_and_no_other_is_made_up() -> None:
+def test_every_public_name_of_the_module_is_defined() -> None:
     for name in natcompat.__all__:
         assert getattr(natcompat, name) is not None
     assert set(natcompat.__all__) <= set(dir(natcompat))

@@ -1,4 +1,4 @@
-"""Importing natcompat is cheap: heavy modules wait until somebody needs them."""
+"""Importing natcompat is cheap: heavy modules are imported when they are used."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ NEVER_FOR_THE_CALL = {"asyncio", "cffi", "click", "cryptography", "multiprocessi
 
 
 def modules_after(statement: str) -> set[str]:
-    """Return what is loaded after `statement` in an interpreter that has loaded nothing else."""
+    """Return the names of the modules that `statement` loads in a new interpreter."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{statement}\nprint(*sys.modules)"
     run = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, check=True)
     return set(run.stdout.split())
 
 
-def test_the_package_loads_nothing() -> None:
+def test_importing_the_package_loads_no_other_module() -> None:
     loaded = modules_after("import natcompat")
     assert "natcompat" in loaded
     assert not loaded & NEVER_FOR_THE_PACKAGE
@@ -33,12 +33,12 @@ def test_the_package_loads_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["set_nat_t_endpoint", "get_nat_t_endpoint", "classify", "NatTSocket"])
-def test_the_call_loads_what_it_needs(name: str) -> None:
+def test_the_call_loads_no_heavy_module(name: str) -> None:
     assert not modules_after(f"from natcompat import {name}") & NEVER_FOR_THE_CALL
 
 
 @pytest.mark.parametrize("name", natcompat.__all__)
-def test_every_public_name_is_there_and_listed(name: str) -> None:
+def test_every_public_name_is_defined_and_listed(name: str) -> None:
     assert getattr(natcompat, name) is not None
     assert name in dir(natcompat)
 

@@ -49,7 +49,7 @@ class NatTSocket(_Socket):
 
     _nat_t: ClassVar[EndpointState]
 
-    # --- receiving -----------------------------------------------------------------------------
+    # --- receiving --------------------------------------------------------------------------------
 
     def recv(self, bufsize: int, flags: int = 0, /) -> bytes:
         """Receive one message; see `recv(2)`."""
@@ -124,7 +124,7 @@ class NatTSocket(_Socket):
             data, ancillary, message_flags, source = NatTSocket.recvmsg(self, size, ancbufsize, flags)
             return _fill(views, data), ancillary, message_flags, source
 
-    # --- sending -------------------------------------------------------------------------------
+    # --- sending ----------------------------------------------------------------------------------
 
     def send(self, data: ReadableBuffer, flags: int = 0, **timeout: Any) -> int:
         """Send `data` as one datagram behind the marker; returns the bytes of `data` that were sent."""
@@ -185,7 +185,7 @@ class NatTSocket(_Socket):
             message = [b"".join(message)]
         return send_buffers(self, state, message, ancillary, flags, () if address is None else (address,))
 
-    # --- calls that may change how the socket is served --------------------------------------------
+    # --- calls that may change how the socket is served -------------------------------------------
 
     def bind(self, address: Any, /) -> None:
         """Bind, and serve the bound socket: some backends can do nothing before."""
@@ -230,7 +230,7 @@ class NatTSocket(_Socket):
             return option_answer(state.hidden[level, option], *length)
         return state.root.getsockopt(self, level, option, *length)
 
-    # --- identity and end ------------------------------------------------------------------------
+    # --- identity and end -------------------------------------------------------------------------
 
     def dup(self) -> NatTSocket:
         """Return another object for the same socket; the option holds on both."""

@@ -1,7 +1,7 @@
-"""The option under its own name: ``sock.setsockopt(IPPROTO_UDP, UDP_NAT_T_ENDPOINT, 1)``.
+"""``setsockopt(IPPROTO_UDP, UDP_NAT_T_ENDPOINT)`` on plain sockets: `install`.
 
-A daemon that was written for Solaris knows nothing else. `install` teaches it to every plain socket
-of the process; ``python -m natcompat.commands.run`` does that for a whole program.
+A daemon written for Solaris makes this call. ``python -m natcompat.commands.run`` runs a whole program with
+the option installed.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _originals: dict[str, Any] = {}
 
 
 def install() -> None:
-    """Make every ``socket.socket`` of this process answer the option; may be repeated.
+    """Give every ``socket.socket`` of this process the option UDP_NAT_T_ENDPOINT; may be repeated.
 
-    ``setsockopt`` with it raises what `set_nat_t_endpoint` raises, with the errno that Solaris
-    gives. ``socket.UDP_NAT_T_ENDPOINT`` exists afterwards. All other options stay what they are.
-    Does nothing on Solaris and illumos, where the kernel answers. Not thread-safe: call it first.
+    ``setsockopt`` with the option raises what `set_nat_t_endpoint` raises, with the errno of Solaris.
+    ``socket.UDP_NAT_T_ENDPOINT`` is defined afterwards. Other options do not change. Does nothing on
+    Solaris and illumos, whose kernel has the option. Not thread-safe: call it before threads start.
     """
     if _originals or sys.platform == "sunos5":
         return
     cls = socket.socket
     for name in _METHODS:
-        _originals[name] = cls.__dict__.get(name)  # None: inherited
+        _originals[name] = cls.__dict__.get(name)  # None: an inherited method
     plain_setsockopt, plain_getsockopt = cls.setsockopt, cls.getsockopt
 
     @functools.wraps(plain_setsockopt)
@@ -43,7 +43,7 @@ def install() -> None:
 
     @functools.wraps(plain_getsockopt)
     def getsockopt(self: socket.socket, level: int, option: int, *length: int) -> int | bytes:
-        # an endpoint's socket has a getsockopt of its own, which answers 1
+        # the class of an endpoint's socket has its own getsockopt, which returns 1
         if (level, option) == _OPTION and _has_option(self):
             return option_answer(0, *length)
         return plain_getsockopt(self, level, option, *length)
@@ -55,7 +55,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo `install`. Sockets on which the option is set keep it."""
+    """Undo `install`. Sockets with the option keep it."""
     for name, original in _originals.items():
         owner: Any = socket if name == "UDP_NAT_T_ENDPOINT" else socket.socket
         if original is None:
@@ -66,7 +66,7 @@ def uninstall() -> None:
 
 
 def _has_option(sock: socket.socket) -> bool:
-    """Tell whether Solaris knows the option on such a socket."""
+    """Tell whether Solaris has the option on sockets of this kind."""
     return (
         sock.fileno() >= 0
         and sock.family in (socket.AF_INET, socket.AF_INET6)

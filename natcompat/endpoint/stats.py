@@ -8,44 +8,44 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """What has passed an endpoint since the option was set, and how it is served.
+    """The counters of an endpoint since the option was set, in datagrams, and how it is served.
 
-    Counts of datagrams. What the kernel drops or decapsulates by itself this process cannot tell
-    apart; it is in `dropped_in_kernel`, or in the counters of the SA.
+    The process does not see datagrams that the kernel drops or decapsulates; the kernel counts them in
+    `dropped_in_kernel` or in the counters of the SA.
     """
 
     backend: str
     mode: str
     """How the socket is served now; see `NatTEndpoint.mode`."""
     reason: str
-    """Why not in a stronger mode; empty for the strongest."""
+    """Why the mode is not a stronger one; empty for the strongest."""
     ike: int
     """Delivered to the application."""
     esp: int
-    """Diverted by this process or to a socket of natcompat's."""
+    """Diverted by this process, or to natcompat's own socket on the port."""
     keepalives: int
-    """NAT-keepalives that this process or a socket of natcompat's received and dropped."""
+    """NAT-keepalives that this process or natcompat's own socket received and dropped."""
     runts: int
     """Other payloads under four bytes, likewise."""
     markers_inserted: int
-    """Sent by the application."""
+    """Messages that the application sent."""
     keepalives_sent: int
-    """By `NatTEndpoint.send_keepalive`."""
+    """NAT-keepalives that `NatTEndpoint.send_keepalive` sent."""
     dropped_in_kernel: int | None
-    """On the application's socket: by filter and for want of room together, since the kernel does not
-    tell them apart. None where the kernel does not say."""
+    """Dropped on the application's socket, by the filter or by a full queue: the kernel has one counter for
+    both. None where the kernel has none."""
     esp_dropped_in_kernel: int | None
-    """On the sockets that ESP is steered to, since more came than was taken; None: nothing is steered."""
+    """Dropped by the full queues of natcompat's sockets for ESP; None where ESP is not steered."""
     bypassed: bool | None
-    """Whether the kernel's IPsec policies leave the socket alone. If not (it takes CAP_NET_ADMIN), a
-    policy that blocks UDP blocks IKE and ESP-in-UDP. None where the kernel's IPsec is not used."""
+    """Whether the socket bypasses the kernel's IPsec policies, which takes CAP_NET_ADMIN. If not, a policy
+    that blocks UDP blocks IKE and ESP-in-UDP. None where the kernel's IPsec is not used."""
     handed_back: int
-    """IKE that had come to a socket of natcompat's and was given back to the application's."""
+    """IKE that came to natcompat's own socket and was handed back to the application's."""
     datapath: str | None
-    """What carries ESP in this process, as NATCOMPAT_DATAPATH calls it, and whose ciphers it has: "python",
-    "c (ipsec-mb)", "c (libcrypto)"; None where natcompat does not."""
+    """The data path of ESP in this process and its cipher library: "python", "c (ipsec-mb)",
+    "c (libcrypto)"; None without ESP in this process. See NATCOMPAT_DATAPATH."""
     errors: int
-    """Exceptions of the consumer of ESP, IKE that could not be handed back; logged to ``natcompat``."""
+    """Exceptions of the ESP consumer and IKE that could not be handed back; logged to ``natcompat``."""
     system_wide: Mapping[str, int] = field(default_factory=dict)
-    """What the kernel counts of ESP-in-UDP for all sockets, since it started and under its own names
-    (kstats of Solaris: ``ip:0:ipdrop:esp_nat_t_ka``). Empty where it does not say."""
+    """The kernel's counters of ESP-in-UDP for all sockets since it started, by its own names (kstats of
+    Solaris: ``ip:0:ipdrop:esp_nat_t_ka``). Empty where the kernel has none."""

@@ -80,7 +80,7 @@ class Switch:
                 raise
         _switches.add(self)
 
-    # --- for the endpoint ----------------------------------------------------------------------------
+    # --- for the endpoint -------------------------------------------------------------------------
 
     def attachment(self) -> Attachment | None:
         """Return the attachment, None once the option is off.
@@ -167,7 +167,7 @@ class Switch:
                 for alias in self.aliases.living():
                     self.aliases.forget(alias)
 
-    # --- for the sockets' methods, through the state ---------------------------------------------------
+    # --- for the sockets' methods, through the state ----------------------------------------------
 
     def _reattach_around(self, sock: socket.socket, operation: Callable[[], Any]) -> Any:
         with self._locked():
@@ -196,7 +196,7 @@ class Switch:
             if not self.aliases:
                 self._release()
 
-    # --- attaching and detaching -------------------------------------------------------------------
+    # --- attaching and detaching ------------------------------------------------------------------
 
     def _attach(self, sock: socket.socket) -> None:
         state = self.state
@@ -253,7 +253,7 @@ class Switch:
         if attachment is not None:
             attachment.release()
 
-    # --- who takes ESP -------------------------------------------------------------------------------
+    # --- who takes ESP ----------------------------------------------------------------------------
 
     def _consumer(self) -> EspConsumer | None:
         """Return the consumer of ESP: the application's, else the one of the backend's own ESP."""
@@ -295,7 +295,7 @@ class Switch:
                 self.state.diversion.error(f"detaching failed: {error}")
             self._attach_or_serve_in_line(sock)
 
-    # --- processes and threads -----------------------------------------------------------------------
+    # --- processes and threads --------------------------------------------------------------------
 
     def _owned(self) -> bool:
         """Tell whether this process may change the kernel's socket: the endpoint's maker, or its heir."""

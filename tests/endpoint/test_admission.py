@@ -1,4 +1,4 @@
-"""Bad input: a precise error that names the way, and nothing has changed."""
+"""Unsuitable sockets and arguments give an error with a remedy, and change nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="options and addresse
 
 
 class Imposter:
-    """Has what a socket has, and is none."""
+    """An object with the attributes of a socket."""
 
     family, type, proto = socket.AF_INET, socket.SOCK_DGRAM, 0
 
@@ -34,7 +34,7 @@ class Imposter:
         return 0
 
     def __getattr__(self, name: str) -> Any:
-        raise RuntimeError(f"nobody may ask an imposter for {name}")
+        raise RuntimeError(f"natcompat must not read {name}")
 
 
 def closed() -> socket.socket:
@@ -115,7 +115,9 @@ def bad(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 @pytest.mark.parametrize(("bad", "message"), NO_SOCKETS.values(), ids=NO_SOCKETS.keys(), indirect=["bad"])
 @pytest.mark.parametrize("enable", [True, False], ids=["on", "off"])
-def test_what_is_no_socket_is_a_type_error_that_names_the_way(bad: Any, message: str, enable: bool) -> None:
+def test_an_object_that_is_no_socket_is_a_type_error_with_a_remedy(
+    bad: Any, message: str, enable: bool
+) -> None:
     with pytest.raises(TypeError, match=message):
         set_nat_t_endpoint(bad, enable)
     assert get_nat_t_endpoint(bad) is None
@@ -125,7 +127,7 @@ def test_what_is_no_socket_is_a_type_error_that_names_the_way(bad: Any, message:
     ("bad", "number", "message"), WRONG_SOCKETS.values(), ids=WRONG_SOCKETS.keys(), indirect=["bad"]
 )
 @pytest.mark.parametrize("enable", [True, False], ids=["on", "off"])
-def test_a_wrong_socket_is_an_error_with_the_number_of_solaris(
+def test_an_unsuitable_socket_is_refused_with_the_errno_of_solaris(
     bad: socket.socket, number: int, message: str, enable: bool
 ) -> None:
     before = type(bad)
@@ -137,21 +139,21 @@ def test_a_wrong_socket_is_an_error_with_the_number_of_solaris(
 
 
 class Elusive(type):
-    """A class that answers every question with an exception."""
+    """A metaclass whose every attribute raises."""
 
     def __getattr__(cls, name: str) -> Any:
         raise AttributeError(name)
 
 
 class Answering:
-    """Has an attribute of any name."""
+    """An object with attributes of every name."""
 
     def __getattr__(self, name: str) -> str:
         return name
 
 
 class Alike:
-    """Uses our name for something else."""
+    """A class with another use of the attribute `_nat_t`."""
 
     _nat_t = "something else"
 
@@ -172,7 +174,7 @@ class Alike:
     ],
     ids=lambda odd: type(odd).__name__,
 )
-def test_asking_never_raises(odd: Any) -> None:
+def test_get_nat_t_endpoint_never_raises(odd: Any) -> None:
     assert get_nat_t_endpoint(odd) is None
 
 
@@ -182,7 +184,7 @@ def sock(family: socket.AddressFamily) -> Iterator[socket.socket]:
         yield sock
 
 
-def test_switching_a_plain_socket_off_is_no_error(sock: socket.socket) -> None:
+def test_clearing_the_option_on_a_plain_socket_is_no_error(sock: socket.socket) -> None:
     assert set_nat_t_endpoint(sock, False) is None
     assert set_nat_t_endpoint(sock, enable=False) is None
     assert type(sock) is socket.socket
@@ -195,7 +197,7 @@ def options(sock: socket.socket) -> list[int]:
     return [sock.getsockopt(*option) for option in wanted]
 
 
-def test_an_unknown_backend_is_named_with_those_that_there_are(sock: socket.socket) -> None:
+def test_an_unknown_backend_is_refused_with_a_list_of_the_backends(sock: socket.socket) -> None:
     before = options(sock)
     with pytest.raises(BackendUnavailableError, match="there is no backend called 'nonesuch'") as caught:
         set_nat_t_endpoint(sock, backend="nonesuch")
@@ -206,7 +208,7 @@ def test_an_unknown_backend_is_named_with_those_that_there_are(sock: socket.sock
     assert options(sock) == before
 
 
-def test_an_unknown_backend_of_the_environment_is_named(
+def test_an_unknown_backend_in_the_environment_is_refused(
     sock: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NATCOMPAT_BACKEND", "nonesuch")
@@ -217,7 +219,7 @@ def test_an_unknown_backend_of_the_environment_is_named(
 
 @LINUX
 @pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
-def test_a_kernel_that_takes_esp_gives_none_to_the_process(
+def test_a_consumer_is_refused_where_the_kernel_takes_esp(
     sock: socket.socket, loopback: tuple[str, int], bound: bool
 ) -> None:
     if bound:
@@ -231,7 +233,7 @@ def test_a_kernel_that_takes_esp_gives_none_to_the_process(
 
 
 @pytest.mark.parametrize("esp", [7, "text", object(), b""], ids=lambda esp: type(esp).__name__)
-def test_a_consumer_that_cannot_be_called_is_refused(sock: socket.socket, esp: Any) -> None:
+def test_a_consumer_must_be_callable_or_have_inbound(sock: socket.socket, esp: Any) -> None:
     with pytest.raises(TypeError, match=r"callable or an object with inbound\(\), not"):
         set_nat_t_endpoint(sock, esp=esp)
     assert type(sock) is socket.socket

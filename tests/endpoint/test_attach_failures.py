@@ -1,4 +1,4 @@
-"""A failure half-way leaves the socket exactly as it was; each step of each backend fails once.
+"""A failed attach leaves the socket as it was; each step of each backend fails once.
 
 The faults are put in where the kernel would answer: one system call of the real ones raises, the
 others run. What is compared is all that can be seen of the socket and of the process afterwards.
@@ -46,18 +46,18 @@ REUSEPORT = socket.SOL_SOCKET, socket.SO_REUSEPORT
 
 
 class Fault(OSError):
-    """The error that is put in."""
+    """The error that the test injects."""
 
     def __init__(self) -> None:
         super().__init__(errno.ENOMEM, "put in by the test")
 
 
 class Interruption(BaseException):
-    """Ctrl-C at the worst moment."""
+    """A KeyboardInterrupt between two steps."""
 
 
 class Faulty:
-    """Counts the calls that attaching makes of the kernel, and lets the one at `position` fail."""
+    """Counts the system calls of attaching, and lets the one at `position` fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.position = -1
@@ -80,7 +80,7 @@ class Faulty:
             if self.position >= 0:
                 self.calls.append(f"{name} {[value for value in arguments[1:] if isinstance(value, int)]}")
                 if len(self.calls) == self.position + 1:
-                    self.position = -1  # once: what undoes it runs
+                    self.position = -1  # once: the undoing must run
                     raise self.fault
             return plain(*arguments, **keywords)
 
@@ -104,14 +104,14 @@ BACKENDS: list[Any] = [
 @pytest.mark.parametrize("fault", [Fault(), Interruption()], ids=["error", "interruption"])
 @pytest.mark.parametrize("with_gro", [False, True], ids=["no GRO", "GRO of the application's"])
 @pytest.mark.parametrize(("make_backend", "consumer"), BACKENDS)
-def test_each_step(
+def test_a_failure_of_each_step_of_attaching_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     make_backend: Callable[[], Any],
     consumer: Collector | None,
     with_gro: bool,
     fault: BaseException,
 ) -> None:
-    """Either it raises and nothing has changed, or it goes on in a weaker mode and says why."""
+    """The call raises and changes nothing, or the endpoint is served in a weaker mode with a reason."""
     assert features.steering_refused() == features.filter_refused() == ""  # the proofs are done now
     with make_app(with_gro) as sock:
         endpoint = set_nat_t_endpoint(sock, backend=make_backend(), esp=consumer)
@@ -137,7 +137,7 @@ def test_each_step(
                 assert queued(sock) == [ESP, KEEPALIVE]
                 outcomes.append("raised")
             else:
-                if faulty.position >= 0:  # all steps have had their turn
+                if faulty.position >= 0:  # every step has failed once
                     faulty.position = -1
                     break
                 assert isinstance(fault, OSError)
@@ -155,8 +155,8 @@ def test_each_step(
     assert outcomes
 
 
-def test_the_steps_that_fail_are_the_ones_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that a step that is added fails here as well."""
+def test_the_failing_steps_cover_all_steps_of_attaching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new step of attaching fails this test until it is among those that fail."""
     features.steering_refused()
     features.filter_refused()
     faulty = Faulty(monkeypatch)
@@ -170,10 +170,10 @@ def test_the_steps_that_fail_are_the_ones_there_are(monkeypatch: pytest.MonkeyPa
     assert names.count("_attach") == 2  # the program and the filter
 
 
-def test_ike_that_came_to_the_engine_before_the_failure_is_not_lost(
+def test_a_failed_attach_hands_back_ike_that_the_engine_has_received(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The kernel spreads by hash between the join and the program, which is refused here."""
+    """Between the join and the program, which is refused here, the kernel distributes by hash."""
     features.steering_refused()
     count = 40
     with udp() as sock:
@@ -194,10 +194,10 @@ def test_ike_that_came_to_the_engine_before_the_failure_is_not_lost(
             peer.close()
 
 
-# --- rearranging and detaching ----------------------------------------------------------------------
+# --- detaching and attaching again ----------------------------------------------------------------
 
 
-def test_an_operation_that_fails_leaves_the_endpoint_steering() -> None:
+def test_a_failed_socket_operation_leaves_the_endpoint_steering() -> None:
     consumer = Collector()
     with udp() as sock, udp() as peer:
         endpoint = set_nat_t_endpoint(sock, backend="userspace", esp=consumer)
@@ -215,10 +215,10 @@ def test_an_operation_that_fails_leaves_the_endpoint_steering() -> None:
 
 
 @pytest.mark.parametrize("backend", ["userspace", "linux"])
-def test_attaching_again_that_fails_goes_in_line(
+def test_an_endpoint_that_cannot_attach_again_is_served_in_line(
     monkeypatch: pytest.MonkeyPatch, backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The operation has been done by then, so it is not the application's to see the error."""
+    """The application's operation has succeeded by then, so it does not see the error."""
     made = UserspaceBackend() if backend == "userspace" else LinuxBackend()
     with udp() as sock, udp() as peer:
         before = state(sock)
@@ -243,7 +243,7 @@ def raising(*_: Any) -> Any:
 
 
 class Always:
-    """A backend that is another one and says that it is viable: this kernel may have no ESP."""
+    """A second backend that calls itself viable, since this kernel may have no ESP."""
 
     hands_over_esp = True
 
@@ -258,7 +258,7 @@ class Always:
         return self._backend.attach(sock, diversion)
 
 
-def test_a_change_of_backend_that_fails_restores_the_former(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_change_of_backend_restores_the_former_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     consumer = Collector()
 
     class Refusing(Always):
@@ -273,7 +273,7 @@ def test_a_change_of_backend_that_fails_restores_the_former(monkeypatch: pytest.
         check_demultiplexing(sock, consumer, peer, at(sock))
 
 
-def test_a_backend_that_forgets_a_duty_is_detached_again() -> None:
+def test_a_backend_without_an_entry_for_a_duty_is_detached_again() -> None:
     detached: list[socket.socket] = []
 
     class Forgetful(InLineAttachment):
@@ -306,10 +306,10 @@ def test_a_backend_that_forgets_a_duty_is_detached_again() -> None:
         ("receive", set()),
     ],
 )
-def test_a_step_of_detaching_that_fails_does_not_stop_the_others(
+def test_a_failed_step_of_detaching_does_not_stop_the_others(
     monkeypatch: pytest.MonkeyPatch, step: str, left: set[str]
 ) -> None:
-    """The error comes through; the endpoint is off, and nothing of ours is left but that one thing."""
+    """The error is raised, the option is off, and only what the failed step would have removed is left."""
     with nothing_left(), udp() as sock:
         sock.setsockopt(*GRO, 1)
         before = state(sock)
@@ -339,8 +339,8 @@ def test_a_step_of_detaching_that_fails_does_not_stop_the_others(
         assert {key for key in after if after[key] != before[key]} == left
 
 
-def test_the_proofs_are_tried_again_after_a_shortage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No descriptors left is no property of the kernel."""
+def test_a_proof_that_failed_for_want_of_memory_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lack of descriptors says nothing about the kernel."""
     for proof in (features._filter_proof, features._steering_proof):
         proof.cache_clear()
     plain = socket.socket.__init__
@@ -357,14 +357,14 @@ def test_the_proofs_are_tried_again_after_a_shortage(monkeypatch: pytest.MonkeyP
     assert features.filter_refused() == features.steering_refused() == ""
 
 
-def test_what_a_proof_finds_to_have_no_effect_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """gVisor and others accept options that they then ignore."""
+def test_a_filter_without_effect_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gVisor and others accept options and ignore them."""
     monkeypatch.setattr(bpf, "_attach", lambda *_: None)
     assert features._filter_proof.__wrapped__() == "it was accepted and has no effect"
-    # without a program it is chance which socket of the group gets what the proof sends
+    # without a program the socket of the group that gets the datagram of the proof is random
     assert features._steering_proof.__wrapped__().startswith("it was accepted")
 
 
-def test_a_proof_whose_datagram_does_not_arrive_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proof_whose_datagram_does_not_arrive_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bpf, "IKE_ONLY", ((0x06, 0, 0, 0),))
     assert features._filter_proof.__wrapped__().endswith("did not arrive")

@@ -19,7 +19,7 @@ FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not
 
 
 class Shouting(socket.socket):
-    """Overrides what it receives and sends, and counts its calls."""
+    """A class whose overrides change messages and count their calls."""
 
     calls = 0
 
@@ -38,7 +38,7 @@ class Slotted(socket.socket):
 
 
 class Equal(socket.socket):
-    """All of them are equal, so none can be a key."""
+    """A class whose objects are all equal, and cannot be keys."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Equal)
@@ -59,7 +59,7 @@ class OfMeta(socket.socket, metaclass=Meta):
 
 
 class Helpful(socket.socket):
-    """Has helpers of the names that ours might have."""
+    """A class with helpers of names that natcompat might use."""
 
     def _helper(self, *arguments: Any) -> Any:
         raise AssertionError("nobody but the application may call this")
@@ -73,7 +73,7 @@ class Falsy(socket.socket):
 
 
 class Delegating(socket.socket):
-    """Has an attribute of any name, and lets none be set."""
+    """A class with attributes of every name, which cannot be set."""
 
     def __getattr__(self, name: str) -> str:
         if name.startswith("__"):
@@ -113,7 +113,7 @@ every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name
 
 
 @every_class
-def test_every_class_is_served_and_given_back(pair: Pair, cls: type[socket.socket]) -> None:
+def test_every_class_is_served_and_restored(pair: Pair, cls: type[socket.socket]) -> None:
     app = pair.plain(cls)
     number, descriptor, text = id(app), app.fileno(), repr(app)
     for _ in range(2):
@@ -151,7 +151,7 @@ def test_overrides_run_once_and_keep_their_state(pair: Pair) -> None:
 
 
 @LINUX
-def test_an_override_runs_once_when_the_option_goes_off_under_it(pair: Pair) -> None:
+def test_an_override_runs_once_when_the_option_is_cleared_meanwhile(pair: Pair) -> None:
     app = pair.plain(Shouting)
     endpoint = pair.switch_on(app)
     wait = in_thread(lambda: app.recvfrom(100))
@@ -163,7 +163,7 @@ def test_an_override_runs_once_when_the_option_goes_off_under_it(pair: Pair) -> 
 
 
 class Late(socket.socket):
-    """Lets the option go off between its override and the call of super()."""
+    """A class that clears the option between its overrides and their ``super()``."""
 
     endpoint: Any = None
 
@@ -283,7 +283,7 @@ OVERTAKEN: dict[str, tuple[Callable[[socket.socket, Any], Any], Any]] = {
 
 
 @pytest.mark.parametrize(("operation", "expected"), OVERTAKEN.values(), ids=OVERTAKEN.keys())
-def test_a_method_that_is_overtaken_is_that_of_a_plain_socket(
+def test_a_method_called_while_the_option_is_cleared_does_what_a_plain_socket_does(
     pair: Pair, operation: Callable[[socket.socket, Any], Any], expected: Any
 ) -> None:
     app = pair.plain(Late)
@@ -296,7 +296,7 @@ def test_a_method_that_is_overtaken_is_that_of_a_plain_socket(
 
 
 @pytest.mark.parametrize("method", ["send", "sendall"])
-def test_a_send_to_the_peer_that_is_overtaken_is_that_of_a_plain_socket(pair: Pair, method: str) -> None:
+def test_a_send_to_the_peer_while_the_option_is_cleared_has_no_marker(pair: Pair, method: str) -> None:
     app = pair.plain(Late)
     app.connect(pair.peer.getsockname())
     app.endpoint = pair.switch_on(app)  # type: ignore[attr-defined]
@@ -308,7 +308,7 @@ def test_a_send_to_the_peer_that_is_overtaken_is_that_of_a_plain_socket(pair: Pa
 
 
 class Parent(socket.socket):
-    """Wants a word from whoever derives from it."""
+    """A class that derived classes must pass an argument."""
 
     def __init_subclass__(cls, *, word: str) -> None:
         pass
@@ -327,7 +327,7 @@ def test_a_class_that_cannot_be_derived_from_is_refused(pair: Pair, cls: type[so
 
 
 class Changing(type):
-    """Makes of every second class one whose objects look otherwise."""
+    """A metaclass that gives every second class another object layout."""
 
     def __new__(mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Changing:
         if bases[0] is not socket.socket:
@@ -339,7 +339,7 @@ class Changed(socket.socket, metaclass=Changing):
     pass
 
 
-def test_a_class_that_does_not_fit_is_refused_and_the_socket_is_as_it_was(pair: Pair) -> None:
+def test_a_class_with_another_layout_is_refused_and_the_socket_unchanged(pair: Pair) -> None:
     app = pair.plain(Changed)
     threads = threading.active_count()
     with pytest.raises(TypeError, match="layout"):

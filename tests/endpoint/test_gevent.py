@@ -1,4 +1,4 @@
-"""Endpoints on gevent: its sockets by name, and the whole process patched."""
+"""Endpoints on gevent's sockets, and in a process that gevent has patched."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ IKE = NON_ESP_MARKER + b"IKE"
 _FLOOD = """
 import socket, sys
 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-for _ in range(5_000_000):  # it has an end of its own, too
+for _ in range(5_000_000):  # should the test not end it
     for payload in (bytes.fromhex(sys.argv[2]), b"\\xff"):
         sock.sendto(payload, ("127.0.0.1", int(sys.argv[1])))
 """
@@ -54,7 +54,7 @@ def flooded(port: int) -> Iterator[None]:
 
 
 class Pair:
-    """A socket of gevent's with the option, its peer, and what was diverted."""
+    """A gevent socket with the option, its peer, and the diverted ESP."""
 
     def __init__(self, family: int, backend: str) -> None:
         host = "::1" if family == socket.AF_INET6 else "127.0.0.1"
@@ -89,7 +89,7 @@ def pair(request: pytest.FixtureRequest, backend: str) -> Iterator[Pair]:
 
 @contextlib.contextmanager
 def others() -> Iterator[list[int]]:
-    """Another greenlet counts its turns in the list."""
+    """Count in a list how often another greenlet runs."""
     turns = [0]
 
     def count() -> None:
@@ -137,7 +137,7 @@ CONNECTED_SENDS: dict[str, Callable[[Any, bytes], object]] = {
 
 class TestContract:
     @pytest.mark.parametrize("receive", RECEIVES.values(), ids=list(RECEIVES))
-    def test_inbound(self, pair: Pair, receive: Callable[[Any], bytes]) -> None:
+    def test_inbound_rows_of_the_contract(self, pair: Pair, receive: Callable[[Any], bytes]) -> None:
         for row in TABLE:
             pair.peer.sendto(row.payload, pair.address)
         delivered = [row.delivered for row in TABLE if row.delivered is not None]
@@ -151,13 +151,15 @@ class TestContract:
         assert sorted(pair.diverted) == wanted
 
     @pytest.mark.parametrize("send", SENDS.values(), ids=list(SENDS))
-    def test_outbound(self, pair: Pair, send: Callable[[Any, bytes, Any], object]) -> None:
+    def test_outbound_rows_of_the_contract(
+        self, pair: Pair, send: Callable[[Any, bytes, Any], object]
+    ) -> None:
         for row in OUTBOUND_TABLE:
             assert send(pair.sock, row.message, pair.peer.getsockname()) == len(row.message)
             assert pair.peer.recv(10000) == row.wire
 
     @pytest.mark.parametrize("send", CONNECTED_SENDS.values(), ids=list(CONNECTED_SENDS))
-    def test_outbound_connected_gets_one_marker(
+    def test_a_send_on_a_connected_socket_has_one_marker(
         self, pair: Pair, send: Callable[[Any, bytes], object]
     ) -> None:
         pair.sock.connect(pair.peer.getsockname())
@@ -172,7 +174,7 @@ class TestContract:
 class TestCooperation:
     @pytest.mark.parametrize("timeout", [None, PATIENCE], ids=["blocking", "with a timeout"])
     @pytest.mark.parametrize("receive", RECEIVES.values(), ids=list(RECEIVES))
-    def test_receive_lets_other_greenlets_run(
+    def test_a_receive_lets_other_greenlets_run(
         self, pair: Pair, receive: Callable[[Any], bytes], timeout: float | None
     ) -> None:
         pair.sock.settimeout(timeout)
@@ -189,7 +191,7 @@ class TestCooperation:
         assert turns[0] > 5
 
     @pytest.mark.parametrize("receive", RECEIVES.values(), ids=list(RECEIVES))
-    def test_timeout_is_a_deadline_in_spite_of_drops(
+    def test_a_timeout_is_a_deadline_while_datagrams_are_dropped(
         self, pair: Pair, receive: Callable[[Any], bytes]
     ) -> None:
         pair.sock.settimeout(0.2)
@@ -210,7 +212,7 @@ class TestCooperation:
         assert 0.2 <= time.monotonic() - begin < PATIENCE
 
     @pytest.mark.parametrize("timeout", [None, PATIENCE], ids=["blocking", "with a timeout"])
-    def test_flood_leaves_turns_to_others(self, backend: str, timeout: float | None) -> None:
+    def test_a_flood_lets_other_greenlets_run(self, backend: str, timeout: float | None) -> None:
         pair = Pair(socket.AF_INET, backend)
         pair.sock.settimeout(timeout)
         with flooded(pair.address[1]), others() as turns, gevent.Timeout(PATIENCE):
@@ -233,7 +235,7 @@ class TestCooperation:
         pair.peer.close()
 
     @pytest.mark.parametrize("timeout", [None, PATIENCE], ids=["blocking", "with a timeout"])
-    def test_a_full_queue_is_dropped_in_turns(self, timeout: float | None) -> None:
+    def test_dropping_a_full_queue_lets_other_greenlets_run(self, timeout: float | None) -> None:
         pair = Pair(socket.AF_INET, "userspace:in-line")
         pair.sock.settimeout(timeout)
         turns = 0
@@ -250,13 +252,13 @@ class TestCooperation:
         greenlet = gevent.spawn(count)
         try:
             assert pair.sock.recv(100) == b"IKE"
-            assert turns >= 3, "a receive that found something each time gave nobody a turn"
+            assert turns >= 3, "other greenlets did not run while each receive found a datagram"
         finally:
             greenlet.kill()
             pair.sock.close()
             pair.peer.close()
 
-    def test_nothing_there_on_a_non_blocking_socket(self, pair: Pair) -> None:
+    def test_an_empty_non_blocking_socket_raises_eagain(self, pair: Pair) -> None:
         pair.sock.setblocking(False)
         for payload in (NAT_KEEPALIVE, ESP):
             pair.peer.sendto(payload, pair.address)
@@ -267,7 +269,7 @@ class TestCooperation:
 
 
 class TestLife:
-    def test_dup(self, pair: Pair) -> None:
+    def test_a_duplicate_is_served(self, pair: Pair) -> None:
         with contextlib.closing(pair.sock.dup()) as alias:
             assert get_nat_t_endpoint(alias) is pair.endpoint
             alias.settimeout(PATIENCE)
@@ -284,7 +286,7 @@ class TestLife:
         assert pair.endpoint.closed
         assert type(pair.sock) is socket.socket
 
-    def test_off_again(self, pair: Pair) -> None:
+    def test_clearing_the_option_restores_the_socket(self, pair: Pair) -> None:
         set_nat_t_endpoint(pair.sock, False)
         assert type(pair.sock) is socket.socket
         pair.peer.sendto(NAT_KEEPALIVE, pair.address)
@@ -292,7 +294,7 @@ class TestLife:
         pair.sock.sendto(b"bare", pair.peer.getsockname())
         assert pair.peer.recv(100) == b"bare"
 
-    def test_closed_while_a_greenlet_receives(self, pair: Pair) -> None:
+    def test_closing_ends_the_receive_of_a_greenlet(self, pair: Pair) -> None:
         pair.sock.settimeout(None)
         greenlet = gevent.spawn(pair.sock.recv, 100)
         gevent.sleep(0.01)
@@ -300,7 +302,7 @@ class TestLife:
         with gevent.Timeout(PATIENCE), pytest.raises(OSError):  # noqa: PT011 - gevent's own, EBADF
             greenlet.get()
 
-    def test_keepalives(self, pair: Pair) -> None:
+    def test_keepalives_of_a_loop(self, pair: Pair) -> None:
         with Keepalive(pair.endpoint, interval=0.05) as keepalive:
             keepalive.add(pair.peer.getsockname())
             assert [pair.peer.recv(100) for _ in range(2)] == [NAT_KEEPALIVE] * 2
@@ -309,8 +311,8 @@ class TestLife:
 PATCHED = Path(__file__).parents[1] / "support" / "gevent_patched.py"
 
 
-def test_whole_process_patched(backend: str) -> None:
-    """monkey.patch_all() before natcompat is imported: its threads are greenlets then."""
+def test_a_process_patched_by_gevent(backend: str) -> None:
+    """``monkey.patch_all()`` before the import makes natcompat's threads greenlets."""
     root = str(Path(__file__).parents[2])
     environment = {
         **os.environ,

@@ -1,4 +1,4 @@
-"""IKE that was displaced comes back with its source: envelopes, and peeks that another thread overtakes."""
+"""The hand-back: displaced IKE returns to the application with its source."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_an_envelope_returns_message_and_source(family: socket.AddressFamily, me
     envelope, other = HandBack(family), HandBack(family)
     for host, *rest in SOURCES[family]:
         datagram = envelope.wrap(message, (host, *rest))
-        assert datagram.startswith(MARKER)  # so that it is steered and filtered like IKE
+        assert datagram.startswith(MARKER)  # steered and filtered like IKE
         assert len(datagram) == HandBack.HEADROOM + len(message)
         assert envelope.unwrap(datagram) == (message, (host.partition("%")[0], *rest))
         assert other.unwrap(datagram) is None, "the secret is per endpoint"
@@ -46,7 +46,7 @@ def test_an_envelope_returns_message_and_source(family: socket.AddressFamily, me
 
 
 @pytest.mark.parametrize("receive", list(RECEIVES.values())[:6], ids=list(RECEIVES)[:6])
-def test_what_is_handed_back_has_its_source_again(pair: Pair, receive: Operation) -> None:
+def test_ike_that_was_handed_back_has_its_source(pair: Pair, receive: Operation) -> None:
     state = state_of(pair.app)
     assert state is not None
     source = SOURCES[socket.AddressFamily(pair.family)][0]
@@ -60,20 +60,20 @@ def test_what_is_handed_back_has_its_source_again(pair: Pair, receive: Operation
     assert pair.app.recvmsg(4) == (b"a me", [], TRUNC, source)
 
 
-# --- peeks that are overtaken --------------------------------------------------------------------
+# --- IKE taken in place of peeked ESP -------------------------------------------------------------
 
 
 @of_kinds(IN_LINE)
-def test_a_peek_that_another_thread_overtakes_puts_ike_back(pair: Pair) -> None:
-    pair.ike(MESSAGE)  # what comes to light when the ESP that the peek saw has gone
+def test_ike_taken_in_place_of_peeked_esp_is_put_back(pair: Pair) -> None:
+    pair.ike(MESSAGE)  # the next datagram, once another thread has taken the peeked ESP
     source = pair.peer.getsockname()
     discard(pair.app)
     assert pair.app.recvfrom(100) == (MESSAGE, source)
     pair.ike(b"again")
     discard(pair.app)
-    discard(pair.app)  # what was put back, too
+    discard(pair.app)  # the message that was put back
     assert pair.app.recvfrom(100) == (b"again", source)
-    discard(pair.app)  # nothing there
+    discard(pair.app)  # the queue is empty
     assert pair.endpoint.stats().errors == 0
 
 

@@ -49,7 +49,7 @@ def test_a_duplicate_shares_the_endpoint(pair: Pair) -> None:
 
 
 class Closing(socket.socket):
-    """Switches the option off while a duplicate is made, as another thread might."""
+    """A class that clears the option while a duplicate is made, as another thread might."""
 
     endpoint: ClassVar[Any] = None
 
@@ -59,7 +59,9 @@ class Closing(socket.socket):
             Closing.endpoint.close()
 
 
-def test_a_duplicate_of_what_goes_off_meanwhile_is_plain(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_duplicate_made_while_the_option_is_cleared_is_plain(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     app = pair.plain(Closing)
     monkeypatch.setattr(Closing, "endpoint", pair.switch_on(app))
     with app.dup() as other:
@@ -97,7 +99,7 @@ def test_a_file_outlives_the_socket_and_is_served(pair: Pair) -> None:
         heir.bind(pair.address)
 
 
-def test_a_detached_descriptor_goes_on_without_the_process(pair: Pair) -> None:
+def test_a_detached_descriptor_has_none_of_the_duties_of_the_process(pair: Pair) -> None:
     descriptor = pair.app.detach()
     assert is_off(pair)
     with socket.socket(fileno=descriptor) as plain:
@@ -112,7 +114,7 @@ def descriptors() -> int:
 
 @LINUX
 @pytest.mark.parametrize("end", ["close", "endpoint", "option", "collected"])
-def test_nothing_is_left_behind(pair: Pair, end: str) -> None:
+def test_the_end_of_an_endpoint_leaves_no_descriptor_thread_or_class(pair: Pair, end: str) -> None:
     gc.collect()
     before, threads = descriptors(), threading.active_count()
     for _ in range(4):

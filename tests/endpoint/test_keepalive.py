@@ -1,4 +1,4 @@
-"""NAT-keepalives: one byte FF, to whom nothing was sent for the interval (RFC 3948, sections 2.3 and 4)."""
+"""NAT-keepalives: one byte FF to peers without traffic for the interval (RFC 3948, 2.3 and 4)."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def silent(peer: socket.socket, seconds: float) -> bool:
 
 
 class Application:
-    """An endpoint, and as many peers as are asked for."""
+    """An endpoint and a number of peers."""
 
     def __init__(self, family: int = socket.AF_INET) -> None:
         self.host = "::1" if family == socket.AF_INET6 else "127.0.0.1"
@@ -75,13 +75,13 @@ def application(request: pytest.FixtureRequest) -> Iterator[Application]:
     assert timer_threads() == before, "a timer outlived its Keepalive"
 
 
-def test_default_interval_is_that_of_the_rfc(application: Application) -> None:
+def test_the_default_interval_is_that_of_the_rfc(application: Application) -> None:
     assert DEFAULT_INTERVAL == 20
     assert natcompat.Keepalive is Keepalive
 
 
 class TestInAThread:
-    def test_one_byte_without_a_marker_again_and_again(self, application: Application) -> None:
+    def test_keepalives_of_one_byte_without_a_marker_are_repeated(self, application: Application) -> None:
         peer = application.peer()
         with Keepalive(application.endpoint, interval=SOON) as keepalive:
             begin = time.monotonic()
@@ -94,11 +94,11 @@ class TestInAThread:
             assert application.endpoint.stats().markers_inserted == 0
             assert keepalive.stats().errors == 0
 
-    def test_no_peer_no_thread(self, application: Application) -> None:
+    def test_without_peers_there_is_no_thread(self, application: Application) -> None:
         with Keepalive(application.endpoint, interval=SOON):
             assert timer_threads() == []
 
-    def test_one_thread_for_all_peers(self, application: Application) -> None:
+    def test_all_peers_share_one_thread(self, application: Application) -> None:
         peers = [application.peer() for _ in range(50)]
         with Keepalive(application.endpoint, interval=SOON) as keepalive:
             for peer in peers:
@@ -112,18 +112,18 @@ class TestInAThread:
         often, rarely = application.peer(), application.peer()
         with Keepalive(application.endpoint, interval=NEVER) as keepalive:
             keepalive.add(rarely.getsockname())
-            keepalive.add(often.getsockname(), interval=SOON)  # sooner than what the timer waits for
+            keepalive.add(often.getsockname(), interval=SOON)  # due before the peer for which the timer waits
             assert wire(often, 3) == [NAT_KEEPALIVE] * 3
             assert silent(rarely, 0)
 
-    def test_the_peer_that_the_socket_is_connected_to(self, application: Application) -> None:
+    def test_keepalives_to_the_connected_peer(self, application: Application) -> None:
         peer = application.peer()
         application.sock.connect(peer.getsockname())
         with Keepalive(application.endpoint, interval=SOON) as keepalive:
             keepalive.add()
             assert wire(peer, 2) == [NAT_KEEPALIVE] * 2
 
-    def test_removed_peers_get_no_more(self, application: Application) -> None:
+    def test_removed_peers_get_no_keepalives(self, application: Application) -> None:
         removed, kept = application.peer(), application.peer()
         with Keepalive(application.endpoint, interval=SOON) as keepalive:
             keepalive.add(removed.getsockname())
@@ -132,13 +132,13 @@ class TestInAThread:
             keepalive.remove(removed.getsockname())
             keepalive.remove(removed.getsockname())
             wire(kept, 3)
-            while not silent(removed, 0):  # what was on its way
+            while not silent(removed, 0):  # keepalives under way
                 removed.recv(1)
             wire(kept, 3)
             assert silent(removed, 0)
             assert keepalive.stats().peers == 1
 
-    def test_removing_many_keeps_no_memory_of_them(self, application: Application) -> None:
+    def test_removed_peers_take_no_memory(self, application: Application) -> None:
         with Keepalive(application.endpoint, interval=NEVER) as keepalive:
             for port in range(1, 5001):
                 keepalive.add((application.host, port))
@@ -175,7 +175,7 @@ class TestInAThread:
         thread.join(PATIENCE)
         assert not thread.is_alive()
 
-    def test_closed_endpoint_ends_it(self, application: Application) -> None:
+    def test_the_end_of_the_endpoint_ends_the_keepalives(self, application: Application) -> None:
         peer = application.peer()
         keepalive = Keepalive(application.endpoint, interval=SOON)
         keepalive.add(peer.getsockname())
@@ -187,7 +187,7 @@ class TestInAThread:
         assert keepalive.closed
         assert keepalive.stats().peers == 0
 
-    def test_endpoint_that_is_closed_already(self, application: Application) -> None:
+    def test_a_closed_endpoint_is_refused(self, application: Application) -> None:
         application.endpoint.close()
         with (
             Keepalive(application.endpoint) as keepalive,
@@ -197,7 +197,7 @@ class TestInAThread:
         assert keepalive.closed
 
     @pytest.mark.parametrize("interval", [0, -1.0, float("nan"), float("inf")])
-    def test_senseless_intervals(self, application: Application, interval: float) -> None:
+    def test_an_interval_must_be_positive_and_finite(self, application: Application, interval: float) -> None:
         with pytest.raises(ValueError, match="positive number of seconds"):
             Keepalive(application.endpoint, interval=interval)
         with (
@@ -209,14 +209,14 @@ class TestInAThread:
     @pytest.mark.parametrize(
         ("address", "error"),
         [
-            (("gateway.example", 4500), socket.gaierror),  # it would block the timer
+            (("gateway.example", 4500), socket.gaierror),  # a look-up would block the timer
             (("not an address", 4500), socket.gaierror),
             (("127.0.0.1", 65536), OverflowError),
             (("127.0.0.1", -1), OverflowError),
         ],
         ids=["name", "nonsense", "port too large", "port negative"],
     )
-    def test_addresses_that_are_none(
+    def test_an_invalid_address_is_refused(
         self, application: Application, address: Any, error: type[Exception]
     ) -> None:
         with Keepalive(application.endpoint) as keepalive:
@@ -224,13 +224,13 @@ class TestInAThread:
                 keepalive.add(address)
             assert keepalive.stats().peers == 0
 
-    def test_address_of_the_other_family(self, application: Application) -> None:
+    def test_an_address_of_the_other_family_is_refused(self, application: Application) -> None:
         other = ("127.0.0.1", 4500) if application.family == socket.AF_INET6 else ("::1", 4500, 0, 0)
         with Keepalive(application.endpoint) as keepalive, pytest.raises(socket.gaierror):
             keepalive.add(other)
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
-    def test_forked_child_sends_nothing(self, application: Application) -> None:
+    def test_a_forked_child_sends_no_keepalives(self, application: Application) -> None:
         peer = application.peer()
         with Keepalive(application.endpoint, interval=SOON) as keepalive:
             keepalive.add(peer.getsockname())
@@ -262,7 +262,7 @@ class TestInAThread:
 
 
 class TestTraffic:
-    """A peer to which something was sent within the interval gets no keepalive."""
+    """A peer with traffic within the interval gets no keepalive."""
 
     INTERVAL = 0.3
 
@@ -292,7 +292,7 @@ class TestTraffic:
     def told(application: Application, keepalive: Keepalive, address: Any) -> None:
         keepalive.sent(address)
         with socket.socket(application.family, socket.SOCK_DGRAM) as elsewhere:
-            elsewhere.sendto(NON_ESP_MARKER + b"IKE", address)  # stands for the ESP that was told of
+            elsewhere.sendto(NON_ESP_MARKER + b"IKE", address)  # for the ESP that `sent` notes
 
     @pytest.mark.parametrize(
         "send",
@@ -317,7 +317,7 @@ class TestTraffic:
             assert wire(peer, 1) == [NAT_KEEPALIVE], "and one when they stop"
             assert time.monotonic() - last > 0.5 * self.INTERVAL
 
-    def test_two_observers_of_one_endpoint(self, application: Application) -> None:
+    def test_two_keepalive_objects_share_an_endpoint(self, application: Application) -> None:
         peer = application.peer()
         seen: list[Any] = []
         end = application.endpoint.observe_sends(seen.append)
@@ -337,9 +337,9 @@ class TestTraffic:
 
 
 class TestErrors:
-    """What sending raises ends nothing."""
+    """An error of a send does not end the keepalives."""
 
-    def test_error_is_counted_and_tried_again(self, application: Application) -> None:
+    def test_an_error_is_counted_and_the_send_repeated(self, application: Application) -> None:
         peer = application.peer()
         with Keepalive(application.endpoint, interval=SOON) as keepalive:
             keepalive.add((application.host, 0))  # nothing can be sent to port 0
@@ -349,7 +349,7 @@ class TestErrors:
             assert isinstance(keepalive.stats().last_error, OSError)
             assert not keepalive.closed
 
-    def test_peer_of_a_socket_that_is_not_connected(self, application: Application) -> None:
+    def test_the_peer_of_an_unconnected_socket_is_an_error(self, application: Application) -> None:
         with Keepalive(application.endpoint, interval=SOON) as keepalive:
             keepalive.add()
             until(lambda: keepalive.stats().errors, "the error is counted")
@@ -379,7 +379,7 @@ class Kernel:
 
 
 class TestKernel:
-    def test_kernel_that_takes_over(self, application: Application) -> None:
+    def test_a_kernel_that_takes_a_peer_over_sends_its_keepalives(self, application: Application) -> None:
         kernel: KernelKeepalive = Kernel(True)
         assert isinstance(kernel, Kernel)
         address = application.peer().getsockname()
@@ -396,7 +396,7 @@ class TestKernel:
     @pytest.mark.parametrize(
         ("answer", "errors"), [(False, 0), (OSError(errno.EOPNOTSUPP, "no"), 1)], ids=["no", "error"]
     )
-    def test_kernel_that_does_not(
+    def test_a_kernel_that_refuses_a_peer_leaves_it_to_the_process(
         self, application: Application, answer: bool | OSError, errors: int
     ) -> None:
         kernel = Kernel(answer)
@@ -419,7 +419,7 @@ class TestOnALoop:
         with asyncio.Runner(loop_factory=new_loop) as runner:
             runner.run(main)
 
-    def test_no_thread(self, application: Application, new_loop: Any) -> None:
+    def test_a_loop_needs_no_thread(self, application: Application, new_loop: Any) -> None:
         peers = [application.peer() for _ in range(3)]
 
         async def main() -> None:
@@ -439,7 +439,7 @@ class TestOnALoop:
 
         self.run(new_loop, main())
 
-    def test_added_from_another_thread(self, application: Application, new_loop: Any) -> None:
+    def test_a_peer_can_be_added_from_another_thread(self, application: Application, new_loop: Any) -> None:
         peer = application.peer()
 
         async def main() -> None:
@@ -450,7 +450,7 @@ class TestOnALoop:
 
         self.run(new_loop, main())
 
-    def test_loop_that_ends_first(self, application: Application, new_loop: Any) -> None:
+    def test_the_end_of_the_loop_ends_the_keepalives(self, application: Application, new_loop: Any) -> None:
         async def main() -> Keepalive:
             return Keepalive(application.endpoint, interval=NEVER, loop=asyncio.get_running_loop())
 
@@ -460,7 +460,9 @@ class TestOnALoop:
         assert keepalive.closed
         keepalive.close()
 
-    def test_garbage_collection_ends_it(self, application: Application, new_loop: Any) -> None:
+    def test_garbage_collection_ends_the_timer_of_the_loop(
+        self, application: Application, new_loop: Any
+    ) -> None:
         async def main() -> None:
             keepalive = Keepalive(application.endpoint, interval=NEVER, loop=asyncio.get_running_loop())
             keepalive.add(application.peer().getsockname())

@@ -22,7 +22,7 @@ FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not
 
 
 def answer(sock: socket.socket, times: int) -> None:
-    """Answer messages: the work of a child."""
+    """Answer messages in a child."""
     for _ in range(times):
         message, source = sock.recvfrom(100)
         sock.sendto(b"child: " + message, source)
@@ -30,7 +30,7 @@ def answer(sock: socket.socket, times: int) -> None:
 
 @FORKS
 @pytest.mark.parametrize("end", ["exit", "close"])
-def test_a_forked_child_is_served_and_its_end_is_nothing_to_the_parent(pair: Pair, end: str) -> None:
+def test_a_forked_child_is_served_and_its_end_does_not_affect_the_parent(pair: Pair, end: str) -> None:
     pair.noise()
     pair.ike(b"one")
     child = multiprocessing.get_context("fork").Process(

@@ -1,4 +1,4 @@
-"""Receiving on an endpoint is receiving on a plain socket to which only IKE, without its marker, comes."""
+"""Receives on an endpoint: those of a plain socket to which IKE alone comes, without the marker."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.support.pairs import (
 
 
 def into(buffer: Any, *arguments: Any, method: str = "recv_into") -> Operation:
-    """Receive into a copy of `buffer`; what it holds afterwards is part of the result."""
+    """Receive into a copy of `buffer`; return its contents with the result."""
 
     def receive(sock: socket.socket) -> Any:
         copy = array.array(buffer.typecode, buffer) if isinstance(buffer, array.array) else bytearray(buffer)
@@ -66,7 +66,7 @@ def into_many(sizes: list[int], *arguments: Any) -> Operation:
 
 
 def start_and_length(size: int, flags: int) -> Operation:
-    # beyond the buffer CPython returns what the memory held
+    # CPython returns uninitialised memory beyond the buffer
     def receive(sock: socket.socket) -> Any:
         data = sock.recv(size, flags)
         return data[:size], len(data)
@@ -140,7 +140,7 @@ MISTAKES: dict[str, Operation] = {
 
 
 def compare(pair: Pair, operation: Operation) -> None:
-    """Do the same on a plain socket that gets `MESSAGE` and on an endpoint that gets noise before it."""
+    """Compare a plain socket that gets `MESSAGE` with an endpoint that gets noise before it."""
     plain = pair.plain()
     for message in (MESSAGE, b"next"):
         pair.peer.sendto(message, plain.getsockname())
@@ -148,7 +148,7 @@ def compare(pair: Pair, operation: Operation) -> None:
         pair.ike(message)
     expected = outcome(lambda: operation(plain))
     assert outcome(lambda: operation(pair.app)) == expected
-    # and the same is left of it
+    # the same datagrams are left
     for sock in (plain, pair.app):
         sock.settimeout(0)
     for _ in range(3):
@@ -162,14 +162,14 @@ def test_a_receive_does_what_it_does_on_a_plain_socket(pair: Pair, operation: Op
 
 
 @pytest.mark.parametrize("operation", MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_raises_what_it_raises_on_a_plain_socket_and_takes_nothing(
+def test_an_invalid_receive_raises_as_on_a_plain_socket_and_takes_nothing(
     pair: Pair, operation: Operation
 ) -> None:
     compare(pair, operation)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
-def test_a_closed_socket_answers_like_a_plain_one(kind: Kind, operation: Operation) -> None:
+def test_a_receive_on_a_closed_socket_raises_as_on_a_plain_socket(kind: Kind, operation: Operation) -> None:
     with contextlib.ExitStack() as stack:
         pair = Pair(kind, socket.AF_INET, stack)
         plain = pair.plain()
@@ -179,20 +179,20 @@ def test_a_closed_socket_answers_like_a_plain_one(kind: Kind, operation: Operati
 
 
 class Number:
-    """What counts as an int wherever one is needed."""
+    """An object that serves as an int."""
 
     def __index__(self) -> int:
         return 5
 
 
-def test_a_size_may_be_whatever_is_an_int(pair: Pair) -> None:
+def test_a_size_may_be_any_object_with_an_index(pair: Pair) -> None:
     pair.ike(MESSAGE)
     pair.ike(MESSAGE)
     assert pair.app.recvmsg(Number())[0] == MESSAGE[:5]  # type: ignore[arg-type]
     assert pair.app.recvfrom(True)[0] == MESSAGE[:1]
 
 
-# --- what the kernel says beside the message ---------------------------------------------------
+# --- ancillary data, flags and errors -------------------------------------------------------------
 
 
 @LINUX
@@ -210,7 +210,7 @@ def test_ancillary_data_is_that_of_the_ike_message(pair: Pair) -> None:
     plain = pair.plain()
     for option in received:
         plain.setsockopt(level, option, 1)
-    pair.noise()  # with other values than what follows
+    pair.noise()  # with other values than those of the IKE message
     pair.peer.setsockopt(level, ttl, 33)
     pair.peer.setsockopt(level, tos, 0x20)
     pair.ike(MESSAGE)
@@ -226,7 +226,7 @@ def test_ancillary_data_is_that_of_the_ike_message(pair: Pair) -> None:
 
 
 @LINUX
-def test_no_room_for_ancillary_data_is_said(pair: Pair) -> None:
+def test_truncated_ancillary_data_sets_msg_ctrunc(pair: Pair) -> None:
     level = socket.IPPROTO_IPV6 if pair.family == socket.AF_INET6 else socket.IPPROTO_IP
     pair.app.setsockopt(level, socket.IPV6_RECVPKTINFO if level == socket.IPPROTO_IPV6 else 8, 1)
     pair.ike(MESSAGE)
@@ -255,7 +255,7 @@ def test_the_error_queue_returns_what_was_sent_without_the_marker(pair: Pair, si
     assert got[2:] == expected[2:]
     assert [item[:2] for item in got[1]] == [item[:2] for item in expected[1]]
     assert struct.unpack_from("=I", got[1][0][2])[0] == errno.ECONNREFUSED
-    # and a keepalive, which has no marker, comes back whole
+    # a keepalive, which has no marker, returns whole
     outcome(lambda: pair.app.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
     pair.endpoint.send_keepalive(nobody)
     until(lambda: poll_error(pair.app))
@@ -286,19 +286,19 @@ def icmp_errors(pair: Pair, sock: socket.socket) -> list[Any]:
 
 
 @of_kinds([kind for kind in KINDS if kind.backend != "linux"])
-def test_icmp_errors_surface(pair: Pair) -> None:
+def test_icmp_errors_are_raised(pair: Pair) -> None:
     refused = OSError, errno.ECONNREFUSED
     assert icmp_errors(pair, pair.app) == [7, refused, 7, refused, eagain()]
 
 
 @of_kinds([kind for kind in KINDS if kind.backend == "linux"])
-def test_icmp_errors_are_what_the_kernel_makes_of_them_for_a_socket_with_udp_encap(pair: Pair) -> None:
+def test_icmp_errors_are_those_of_a_plain_socket_with_udp_encap(pair: Pair) -> None:
     plain = pair.plain()
     plain.setsockopt(socket.IPPROTO_UDP, 100, 2)  # UDP_ENCAP, UDP_ENCAP_ESPINUDP; linux/udp.h
     assert icmp_errors(pair, pair.app) == icmp_errors(pair, plain)
 
 
-# --- peeking -----------------------------------------------------------------------------------
+# --- peeking --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("receive", ["recv", "recvfrom", "recvmsg"])
@@ -338,7 +338,7 @@ def test_peeks_and_receives_of_many_threads_lose_no_ike(pair: Pair) -> None:
     assert pair.endpoint.stats().esp == 60
 
 
-# --- several at once ---------------------------------------------------------------------------
+# --- threads, several endpoints, both families ----------------------------------------------------
 
 
 def keeps_up(pair: Pair, number: int) -> bool:
@@ -368,7 +368,7 @@ def test_threads_receive_and_send_at_once_and_every_counter_is_exact(pair: Pair)
             if number % 3 == 0:
                 pair.noise()
             pair.ike(b"%d" % number)
-            # no queue may run over
+            # no queue may overflow
             until(partial(keeps_up, pair, number))
         got = [message for wait in receivers for message in wait()]
         for wait in senders:
@@ -392,7 +392,7 @@ def test_threads_receive_and_send_at_once_and_every_counter_is_exact(pair: Pair)
         assert (stats.keepalives, stats.runts, stats.errors) == (noise, 2 * noise, 0)
 
 
-def test_two_endpoints_in_one_process_are_apart(pair: Pair) -> None:
+def test_two_endpoints_in_one_process_are_independent(pair: Pair) -> None:
     other = pair.plain()
     endpoint = pair.switch_on(other)
     assert type(other) is not type(pair.app)
@@ -429,7 +429,7 @@ def test_a_dual_stack_socket_serves_both_families(kind: Kind) -> None:
         assert app.recvfrom(100) == (b"six", pair.peer.getsockname())
 
 
-# --- faults of others ------------------------------------------------------------------------------
+# --- faults of other programs and of backends -----------------------------------------------------
 
 SO_DETACH_FILTER = 27  # include/uapi/asm-generic/socket.h
 
@@ -446,11 +446,11 @@ SO_DETACH_FILTER = 27  # include/uapi/asm-generic/socket.h
     ],
     ids=["recv", "recvfrom-little", "recvfrom", "recvmsg"],
 )
-def test_a_filter_taken_off_behind_our_back_still_lets_no_esp_through(
+def test_no_esp_is_delivered_after_another_program_removed_the_filter(
     pair: Pair, receive: Operation, counted: str
 ) -> None:
     pair.ike(b"first")
-    assert pair.app.recv(100) == b"first"  # from here on the kernel is trusted
+    assert pair.app.recv(100) == b"first"  # from here on the receive expects IKE alone
     with socket.socket(fileno=pair.app.fileno()) as alias:
         alias.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
         alias.detach()
@@ -461,7 +461,7 @@ def test_a_filter_taken_off_behind_our_back_still_lets_no_esp_through(
     assert (stats.errors, stats.esp) == ((1, 0) if counted == "errors" else (0, 1))
 
 
-def test_ike_that_a_backend_diverts_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
+def test_ike_diverted_by_a_backend_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
     diversion = Diversion(None, socket.AF_INET)
     assert not diversion.wanted
     diversion.take([(memoryview(MARKER + b"IKE"), ("127.0.0.1", 500))])
@@ -470,7 +470,7 @@ def test_ike_that_a_backend_diverts_is_an_error(caplog: pytest.LogCaptureFixture
 
 
 class WithoutRecvmsg:
-    """A model of the socket of Windows, which has no recvmsg."""
+    """A model of a socket on Windows, which has no ``recvmsg``."""
 
     def recvfrom(self, size: int, flags: int) -> tuple[bytes, Any]:
         return b"message"[:size], ("127.0.0.1", 500)
@@ -482,6 +482,6 @@ def test_without_recvmsg_there_is_no_ancillary_data() -> None:
     assert system.receive(root, WithoutRecvmsg(), 4, 100, 0) == expected
 
 
-def test_the_class_names_no_helper_that_an_application_could_override() -> None:
+def test_the_socket_class_has_no_helper_that_an_application_could_override() -> None:
     helpers = {name for name in vars(NatTSocket) if name.startswith("_") and not name.startswith("__")}
-    assert helpers <= {"_real_close", "_nat_t"}  # socket.socket's own, and the one name of ours
+    assert helpers <= {"_real_close", "_nat_t"}  # a method of socket.socket, and the state

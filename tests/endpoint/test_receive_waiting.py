@@ -1,4 +1,4 @@
-"""A receive waits for IKE as that of a plain socket waits for any datagram: timeouts, floods, selectors."""
+"""Receives that wait for IKE: timeouts, floods and selectors."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def test_a_timeout_is_a_deadline_while_a_flood_goes_on(pair: Pair, receive: Oper
         with pytest.raises(TimeoutError, match="timed out"):
             receive(pair.app)
         elapsed = time.monotonic() - begun
-    assert 0.29 <= elapsed < 10  # a prolonged one would last as long as the flood: without end
+    assert 0.29 <= elapsed < 10  # a prolonged timeout would last as long as the flood
 
 
 @pytest.mark.parametrize(
     "receive", [RECEIVES["recvfrom"], RECEIVES["recvmsg"]], ids=["short-way", "long-way"]
 )
-def test_what_is_dropped_now_and_then_does_not_prolong_a_timeout(pair: Pair, receive: Operation) -> None:
+def test_datagrams_dropped_now_and_then_do_not_prolong_a_timeout(pair: Pair, receive: Operation) -> None:
     pair.app.settimeout(0.3)
     enough = threading.Event()
 
@@ -69,7 +69,7 @@ def test_what_is_dropped_now_and_then_does_not_prolong_a_timeout(pair: Pair, rec
     elapsed = time.monotonic() - begun
     enough.set()
     wait()
-    assert 0.29 <= elapsed < 5  # a prolonged one would outlast what comes for 10 s
+    assert 0.29 <= elapsed < 5  # a prolonged timeout would last 10 s
 
 
 @each_receive
@@ -85,7 +85,7 @@ def test_a_non_blocking_receive_is_exact(pair: Pair, receive: Operation) -> None
 
 @each_receive
 def test_a_non_blocking_receive_returns_while_a_flood_goes_on(pair: Pair, receive: Operation) -> None:
-    """It would not: a flood is as fast as the receiver. No time is asked for; the test's limit is one."""
+    """A flood is as fast as the receiver, which would go on for ever; the limit of the test would end it."""
     pair.app.setblocking(False)
     with flood(pair):
         for _ in range(20):
@@ -94,10 +94,10 @@ def test_a_non_blocking_receive_returns_while_a_flood_goes_on(pair: Pair, receiv
 
 
 @of_kinds(IN_LINE)
-def test_a_non_blocking_receive_looks_at_all_that_is_queued(pair: Pair) -> None:
-    """Else a loop that waits for edges would never hear of the IKE behind a queue full of ESP."""
+def test_a_non_blocking_receive_finds_ike_behind_a_full_queue(pair: Pair) -> None:
+    """An edge-triggered loop would never be told of IKE behind a queue full of ESP."""
     pair.app.setblocking(False)
-    while True:  # until the queue is full: what is sent then is missing
+    while True:  # until the queue is full and drops
         pair.peer.sendto(b"\xff", pair.address)
         before = pair.endpoint.stats().dropped_in_kernel
         if before:
@@ -151,8 +151,8 @@ def test_noise_never_wakes_a_selector(pair: Pair, selector: str) -> None:
 
 
 @of_kinds(EXACT)
-def test_a_loop_of_select_and_blocking_receive_never_hangs_and_loses_nothing(pair: Pair) -> None:
-    """The loop that many a daemon has."""
+def test_a_daemon_with_select_and_blocking_receives_never_hangs_and_loses_nothing(pair: Pair) -> None:
+    """Many daemons have this loop."""
     pair.app.settimeout(None)
     expected = [b"message %d" % number for number in range(200)]
 
@@ -199,11 +199,11 @@ def default_timeout() -> Iterator[None]:
 
 @of_kinds(IN_LINE)
 @pytest.mark.usefixtures("default_timeout")
-def test_a_default_timeout_of_the_process_changes_no_blocking_socket(pair: Pair) -> None:
+def test_a_default_timeout_of_the_process_does_not_affect_a_blocking_socket(pair: Pair) -> None:
     pair.app.settimeout(None)
     pair.noise()
     pair.ike(MESSAGE)
-    assert pair.app.recv(100, PEEK) == MESSAGE  # took the noise out
+    assert pair.app.recv(100, PEEK) == MESSAGE  # removed the noise
     assert pair.app.getblocking()
     assert pair.app.recv(100) == MESSAGE
     assert nonblock_flag(pair.app) == 0
@@ -233,7 +233,7 @@ def test_a_consumer_may_close_the_socket(family: int, kind: Kind, timeout: float
 
 @LINUX
 @of_kinds(IN_LINE)
-def test_an_in_line_wait_is_in_the_kernel(pair: Pair) -> None:
+def test_an_in_line_receive_sleeps_in_the_kernel(pair: Pair) -> None:
     wait = in_thread(lambda: pair.app.recv(100))
     until(lambda: sleeping(wait))
     pair.noise()

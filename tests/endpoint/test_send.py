@@ -1,4 +1,4 @@
-"""Sending on an endpoint is sending on a plain socket, with the marker in front of every datagram."""
+"""Sends on an endpoint: those of a plain socket, with the marker in front of every datagram."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ MISTAKES: dict[str, Operation] = {
 
 
 def wire(sock: socket.socket) -> list[bytes]:
-    """Return all that came on a plain socket."""
+    """Return every datagram that a plain socket has received."""
     payloads = []
     sock.settimeout(0)
     while True:
@@ -146,20 +146,20 @@ def compare(pair: Pair, operation: Operation, *, connected: bool) -> None:
 
 @pytest.mark.parametrize("connected", [False, True], ids=["unconnected", "connected"])
 @pytest.mark.parametrize("operation", ANYWHERE.values(), ids=ANYWHERE.keys())
-def test_a_send_to_an_address(pair: Pair, operation: Operation, connected: bool) -> None:
+def test_a_send_to_an_address_has_the_marker(pair: Pair, operation: Operation, connected: bool) -> None:
     compare(pair, operation, connected=connected)
 
 
 @pytest.mark.parametrize("connected", [False, True], ids=["unconnected", "connected"])
 @pytest.mark.parametrize("operation", CONNECTED.values(), ids=CONNECTED.keys())
-def test_a_send_to_the_peer(pair: Pair, operation: Operation, connected: bool) -> None:
-    """Without a peer all of them fail as on a plain socket."""
+def test_a_send_to_the_peer_has_the_marker(pair: Pair, operation: Operation, connected: bool) -> None:
+    """Without a peer every send fails as on a plain socket."""
     compare(pair, operation, connected=connected)
 
 
 @pytest.mark.parametrize("connected", [False, True], ids=["unconnected", "connected"])
 @pytest.mark.parametrize("operation", MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_raises_what_it_raises_on_a_plain_socket(
+def test_an_invalid_send_raises_as_on_a_plain_socket(
     pair: Pair, operation: Operation, connected: bool
 ) -> None:
     compare(pair, operation, connected=connected)
@@ -181,21 +181,21 @@ def test_an_observer_of_sends_changes_nothing(pair: Pair, operation: Operation) 
 
 
 @pytest.mark.parametrize("operation", MISTAKES.values(), ids=MISTAKES.keys())
-def test_an_observer_of_sends_hides_no_mistake(pair: Pair, operation: Operation) -> None:
+def test_an_observer_of_sends_hides_no_error(pair: Pair, operation: Operation) -> None:
     end = pair.endpoint.observe_sends(lambda destination: None)
     compare(pair, operation, connected=True)
     end()
 
 
 class Summing(bytearray):
-    """Bytes-like, and differs on what + means."""
+    """A bytes-like object with another meaning of +."""
 
     def __radd__(self, other: object) -> bytes:
         return b"not a concatenation"
 
 
-def test_what_defines_addition_is_sent_as_it_is(pair: Pair) -> None:
-    """The arrays of numpy do, and a plain socket takes them."""
+def test_data_with_an_addition_operator_is_sent_as_bytes(pair: Pair) -> None:
+    """The arrays of numpy define addition, and a plain socket sends them."""
     pair.app.sendto(Summing(b"message"), pair.peer.getsockname())
     assert pair.peer.recv(100) == MARKER + b"message"
     pair.app.connect(pair.peer.getsockname())
@@ -203,7 +203,7 @@ def test_what_defines_addition_is_sent_as_it_is(pair: Pair) -> None:
     assert pair.peer.recv(100) == MARKER + b"message"
 
 
-def test_the_largest_datagram_is_the_marker_smaller(pair: Pair) -> None:
+def test_the_largest_message_leaves_room_for_the_marker(pair: Pair) -> None:
     largest = LARGEST_PAYLOAD[6 if pair.family == socket.AF_INET6 else 4]
     pair.peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
     pair.app.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
@@ -226,7 +226,7 @@ def test_the_largest_datagram_is_the_marker_smaller(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("send", ["send", "sendto", "sendmsg", "keepalive"])
-def test_a_send_binds_a_socket_and_the_option_takes_hold(pair: Pair, send: str) -> None:
+def test_a_first_send_binds_the_socket_and_attaches_it(pair: Pair, send: str) -> None:
     app = pair.plain(bound=False)
     endpoint = pair.switch_on(app)
     to = pair.peer.getsockname()
@@ -250,7 +250,7 @@ def test_a_send_binds_a_socket_and_the_option_takes_hold(pair: Pair, send: str) 
     assert endpoint.mode == pair.endpoint.mode
 
 
-def test_a_bind_behind_our_back_is_found_by_the_first_send(pair: Pair) -> None:
+def test_a_bind_by_another_object_is_found_by_the_first_send(pair: Pair) -> None:
     app = pair.plain(bound=False)
     endpoint = pair.switch_on(app)
     with socket.socket(fileno=app.fileno()) as alias:
@@ -261,7 +261,7 @@ def test_a_bind_behind_our_back_is_found_by_the_first_send(pair: Pair) -> None:
     assert endpoint.mode == pair.endpoint.mode
 
 
-def test_threads_may_send_first_at_once(pair: Pair) -> None:
+def test_the_first_sends_of_two_threads_both_succeed(pair: Pair) -> None:
     for _ in range(10):
         app = pair.plain(bound=False)
         pair.switch_on(app)
@@ -273,7 +273,7 @@ def test_threads_may_send_first_at_once(pair: Pair) -> None:
         app.close()
 
 
-# --- ancillary data and options ------------------------------------------------------------------
+# --- ancillary data and options -------------------------------------------------------------------
 
 
 @LINUX
@@ -297,7 +297,7 @@ def test_zerocopy_sends_the_buffer_itself(pair: Pair) -> None:
     assert pair.peer.recv(70000) == MARKER + message
     assert pair.app.sendmsg([message[:5], message[5:]], (), MSG_ZEROCOPY, address) == len(message)
     assert pair.peer.recv(70000) == MARKER + message
-    # the kernel tells by the error queue that it let go of them: numbers 0 to 1
+    # the error queue tells that the kernel has released the buffers 0 to 1
     notes: list[tuple[int, int]] = []
 
     def told() -> bool:
@@ -316,7 +316,7 @@ refused_options = pytest.mark.parametrize("option", REFUSED.values(), ids=REFUSE
 @LINUX
 @refused_options
 @pytest.mark.parametrize("value", [1, 500, struct.pack("=i", 1)], ids=["one", "more", "bytes"])
-def test_options_that_part_datagrams_from_sends_are_refused(
+def test_options_that_join_or_split_datagrams_are_refused(
     pair: Pair, option: tuple[int, int], value: int | bytes
 ) -> None:
     with pytest.raises(NatCompatError, match="one by one") as caught:
@@ -328,7 +328,7 @@ def test_options_that_part_datagrams_from_sends_are_refused(
 @LINUX
 @refused_options
 @pytest.mark.parametrize("value", [0, bytes(4)], ids=["zero", "bytes"])
-def test_options_that_part_datagrams_from_sends_may_be_cleared(
+def test_options_that_join_or_split_datagrams_may_be_cleared(
     pair: Pair, option: tuple[int, int], value: int | bytes
 ) -> None:
     pair.app.setsockopt(*option, value)
@@ -337,9 +337,7 @@ def test_options_that_part_datagrams_from_sends_may_be_cleared(
 
 @LINUX
 @refused_options
-def test_a_socket_that_has_them_is_refused_and_may_be_switched_off(
-    pair: Pair, option: tuple[int, int]
-) -> None:
+def test_a_socket_with_such_an_option_is_refused(pair: Pair, option: tuple[int, int]) -> None:
     sock = pair.plain()
     sock.setsockopt(*option, 1)
     with pytest.raises(NatCompatError, match=r"UDP_(CORK|SEGMENT) excludes") as caught:
@@ -360,7 +358,7 @@ def test_segmentation_by_ancillary_data_is_refused(pair: Pair) -> None:
 
 
 @LINUX
-def test_options_of_ours_read_as_the_application_left_them(pair: Pair) -> None:
+def test_options_set_by_the_backend_read_as_the_application_set_them(pair: Pair) -> None:
     gro, port = (socket.IPPROTO_UDP, UDP_GRO), (socket.SOL_SOCKET, socket.SO_REUSEPORT)
     assert pair.app.getsockopt(*port) == 0
     assert pair.app.getsockopt(*port, 4) == bytes(4)
@@ -391,7 +389,7 @@ OPTION_MISTAKES: dict[str, Callable[[socket.socket], Any]] = {
 
 @LINUX
 @pytest.mark.parametrize("operation", OPTION_MISTAKES.values(), ids=OPTION_MISTAKES.keys())
-def test_a_mistake_with_options_raises_what_it_raises_on_a_plain_socket(
+def test_an_invalid_option_raises_as_on_a_plain_socket(
     pair: Pair, operation: Callable[[socket.socket], Any]
 ) -> None:
     assert outcome(lambda: operation(pair.app)) == outcome(lambda: operation(pair.plain()))
@@ -427,7 +425,7 @@ def test_connect_and_bind_do_what_they_do_on_a_plain_socket(pair: Pair, operatio
     assert pair.peer.recv(100) == MARKER + b"message"
 
 
-def test_the_state_of_a_piece_ends_with_the_datagram(pair: Pair) -> None:
+def test_msg_more_ends_with_the_datagram(pair: Pair) -> None:
     pair.app.connect(pair.peer.getsockname())
     state = state_of(pair.app)
     assert state is not None

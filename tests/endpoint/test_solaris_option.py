@@ -1,4 +1,4 @@
-"""The option under its own name, as a daemon written for Solaris uses it."""
+"""``setsockopt(IPPROTO_UDP, UDP_NAT_T_ENDPOINT)``, as a daemon for Solaris calls it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ BAD_VALUES: dict[str, tuple[tuple[Any, ...], type[Exception]]] = {
 
 
 @pytest.mark.parametrize(("value", "expected"), VALUES.values(), ids=VALUES.keys())
-def test_an_endpoint_answers_for_itself(pair: Pair, value: tuple[Any, ...], expected: bool) -> None:
+def test_an_endpoint_has_the_option_without_install(
+    pair: Pair, value: tuple[Any, ...], expected: bool
+) -> None:
     assert pair.app.getsockopt(*OPTION) == 1
     assert pair.app.getsockopt(*OPTION, 4) == struct.pack("=i", 1)
     pair.app.setsockopt(*OPTION, *value)
@@ -75,7 +77,7 @@ def test_a_bad_value_changes_nothing(pair: Pair, value: tuple[Any, ...], error: 
     assert not pair.endpoint.closed
 
 
-def test_without_installing_a_plain_socket_does_not_know_the_option(pair: Pair) -> None:
+def test_without_install_a_plain_socket_does_not_have_the_option(pair: Pair) -> None:
     pair.endpoint.close()
     for sock in (pair.app, pair.peer):
         assert outcome(partial(sock.setsockopt, *OPTION, 1)) == (OSError, errno.ENOPROTOOPT)
@@ -91,7 +93,7 @@ def plain(family: socket.AddressFamily) -> Iterator[socket.socket]:
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(("value", "expected"), VALUES.values(), ids=VALUES.keys())
-def test_installed_every_socket_answers(
+def test_after_install_every_socket_has_the_option(
     plain: socket.socket, loopback: tuple[str, int], value: tuple[Any, ...], expected: bool
 ) -> None:
     assert plain.getsockopt(*OPTION) == 0
@@ -111,7 +113,7 @@ def test_installed_every_socket_answers(
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(("value", "error"), BAD_VALUES.values(), ids=BAD_VALUES.keys())
-def test_installed_a_bad_value_changes_nothing(
+def test_after_install_a_bad_value_changes_nothing(
     plain: socket.socket, value: tuple[Any, ...], error: type[Exception]
 ) -> None:
     with pytest.raises(error):
@@ -127,7 +129,9 @@ WRONG: dict[str, tuple[Callable[[], socket.socket], int]] = {
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize(("make", "number"), WRONG.values(), ids=WRONG.keys())
-def test_installed_other_sockets_refuse(make: Callable[[], socket.socket], number: int) -> None:
+def test_after_install_other_sockets_refuse_the_option(
+    make: Callable[[], socket.socket], number: int
+) -> None:
     with make() as sock:
         bare = outcome(lambda: super(socket.socket, sock).getsockopt(*OPTION))
         with pytest.raises(OSError, match="option") as caught:
@@ -137,14 +141,14 @@ def test_installed_other_sockets_refuse(make: Callable[[], socket.socket], numbe
 
 
 @pytest.mark.usefixtures("installed")
-def test_installed_a_closed_socket_is_a_bad_descriptor(plain: socket.socket) -> None:
+def test_after_install_a_closed_socket_is_a_bad_descriptor(plain: socket.socket) -> None:
     plain.close()
     for operation in (lambda: plain.setsockopt(*OPTION, 1), lambda: plain.getsockopt(*OPTION)):
         assert outcome(operation) == (OSError, errno.EBADF)
 
 
 @pytest.mark.usefixtures("installed")
-def test_installed_all_other_options_are_what_they_were(plain: socket.socket) -> None:
+def test_after_install_other_options_are_unchanged(plain: socket.socket) -> None:
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
     assert plain.getsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST)
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, struct.pack("=i", 0))
@@ -156,7 +160,7 @@ def test_installed_all_other_options_are_what_they_were(plain: socket.socket) ->
         plain.getsockopt(17)  # type: ignore[call-overload]
 
 
-def test_installing_may_be_repeated_and_undone_without_a_trace(plain: socket.socket) -> None:
+def test_install_can_be_repeated_and_undone(plain: socket.socket) -> None:
     before = dict(vars(socket.socket))
     for _ in range(2):
         natcompat.install()
@@ -166,11 +170,11 @@ def test_installing_may_be_repeated_and_undone_without_a_trace(plain: socket.soc
         natcompat.uninstall()
         assert dict(vars(socket.socket)) == before
         assert not hasattr(socket, "UDP_NAT_T_ENDPOINT")
-        assert plain.getsockopt(*OPTION) == 1  # what is set stays set
+        assert plain.getsockopt(*OPTION) == 1  # sockets keep the option
         set_nat_t_endpoint(plain, False)
 
 
-def test_uninstalling_restores_what_somebody_else_had_put_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uninstall_restores_the_methods_of_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
     inherited = socket.socket.setsockopt
 
     def theirs(self: socket.socket, *arguments: Any) -> None:
@@ -185,14 +189,14 @@ def test_uninstalling_restores_what_somebody_else_had_put_there(monkeypatch: pyt
     assert socket.UDP_NAT_T_ENDPOINT == 0x0103  # type: ignore[attr-defined]
 
 
-def test_on_solaris_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_solaris_install_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     before = dict(vars(socket.socket))
     monkeypatch.setattr(sys, "platform", "sunos5")
     natcompat.install()
     assert dict(vars(socket.socket)) == before
 
 
-# --- python -m natcompat.commands.run --------------------------------------------------------------------
+# --- python -m natcompat.commands.run -------------------------------------------------------------
 
 PROGRAM = """
 import socket, sys
@@ -276,7 +280,7 @@ USAGE: dict[str, tuple[list[str], int, str]] = {
 
 
 @pytest.mark.parametrize(("arguments", "status", "message"), USAGE.values(), ids=USAGE.keys())
-def test_a_mistake_on_the_command_line_is_said(
+def test_an_invalid_command_line_is_refused_with_a_message(
     arguments: list[str],
     status: int,
     message: str,
@@ -295,7 +299,7 @@ def test_help_is_printed(flag: str, call: Callable[..., object], capsys: pytest.
     assert "NATCOMPAT_BACKEND chooses" in capsys.readouterr().out
 
 
-def test_it_is_a_module_to_run(program: Path) -> None:
+def test_run_is_a_module_to_run(program: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "natcompat.commands.run", str(program)],
         capture_output=True,

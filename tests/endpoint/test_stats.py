@@ -1,4 +1,4 @@
-"""`endpoint.stats()`: what has passed, what the kernel dropped, how the socket is served and why."""
+"""`endpoint.stats()`: counters of datagrams, drops of the kernel, mode and reason."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_datagram_is_counted_once_by_its_verdict(
         for _ in range(COUNTED[Verdict.IKE]):
             sock.recv(2048)
         sock.settimeout(0.05)
-        with pytest.raises(TimeoutError):  # in line, what comes after the last IKE is seen by this
+        with pytest.raises(TimeoutError):  # in line, this receive sees the datagrams after the last IKE
             sock.recv(2048)
         wait_until(lambda: endpoint.stats().esp == COUNTED[Verdict.ESP])
         stats = endpoint.stats()
@@ -68,7 +68,7 @@ def test_every_datagram_is_counted_once_by_its_verdict(
 
 @LINUX
 @FAMILIES
-def test_what_the_filter_drops_is_in_the_kernels_counter(family: socket.AddressFamily) -> None:
+def test_the_drops_of_the_filter_are_in_the_counter_of_the_kernel(family: socket.AddressFamily) -> None:
     with udp(family) as sock, udp(family) as peer:
         endpoint = set_nat_t_endpoint(sock, backend="userspace")
         assert (endpoint.mode, endpoint.stats().dropped_in_kernel) == ("filter", 0)
@@ -80,7 +80,7 @@ def test_what_the_filter_drops_is_in_the_kernels_counter(family: socket.AddressF
 
 
 @LINUX
-def test_what_was_dropped_before_the_option_does_not_count() -> None:
+def test_drops_before_the_option_do_not_count() -> None:
     with udp() as sock, udp() as peer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         for _ in range(100):
@@ -89,7 +89,7 @@ def test_what_was_dropped_before_the_option_does_not_count() -> None:
 
 
 @LINUX
-def test_a_full_queue_is_in_the_same_counter() -> None:
+def test_the_drops_of_a_full_queue_are_in_the_same_counter() -> None:
     with udp() as sock, udp() as peer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         endpoint = set_nat_t_endpoint(sock, backend="userspace")
@@ -100,7 +100,7 @@ def test_a_full_queue_is_in_the_same_counter() -> None:
 
 
 @LINUX
-def test_esp_that_nobody_reads_in_time_is_counted_apart() -> None:
+def test_esp_dropped_by_a_full_queue_has_a_counter_of_its_own() -> None:
     with udp() as sock, udp() as peer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         leave = threading.Event()
@@ -130,7 +130,7 @@ def test_mode_and_reason_follow_the_socket() -> None:
         assert (endpoint.stats().mode, endpoint.stats().reason) == ("off", "")
 
 
-def test_what_is_sent_is_counted_by_who_sends_it() -> None:
+def test_messages_and_keepalives_sent_are_counted_apart() -> None:
     with udp() as sock, udp() as peer:
         endpoint = set_nat_t_endpoint(sock, backend="userspace")
         for _ in range(3):
@@ -162,7 +162,7 @@ def test_counters_outlive_a_change_of_the_consumer() -> None:
         assert (endpoint.stats().esp, endpoint.stats().ike) == (2, 2)
 
 
-def test_stats_are_a_value_of_that_moment() -> None:
+def test_stats_do_not_change_afterwards() -> None:
     with udp() as sock, udp() as peer:
         endpoint = set_nat_t_endpoint(sock, backend="userspace")
         before = endpoint.stats()

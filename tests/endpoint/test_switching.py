@@ -1,4 +1,4 @@
-"""On, off and on again, at any time, with whatever is queued and whoever waits."""
+"""Setting and clearing the option at any time: queued datagrams, waiting threads, other arguments."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ OFF: dict[str, Callable[[socket.socket], Any]] = {
 
 @pytest.mark.parametrize("off", OFF.values(), ids=OFF.keys())
 @pytest.mark.parametrize("connected", [False, True], ids=["unconnected", "connected"])
-def test_on_and_off_as_often_as_you_like(
+def test_the_option_can_be_set_and_cleared_repeatedly(
     pair: Pair, off: Callable[[socket.socket], Any], connected: bool
 ) -> None:
     app = pair.app
@@ -64,7 +64,7 @@ def test_on_and_off_as_often_as_you_like(
         pair.switch_on(app)
 
 
-def test_before_bind(pair: Pair) -> None:
+def test_the_option_can_be_set_before_bind(pair: Pair) -> None:
     app = pair.plain(bound=False)
     endpoint = pair.switch_on(app)
     assert app.getsockopt(17, 0x103) == 1
@@ -73,7 +73,7 @@ def test_before_bind(pair: Pair) -> None:
     assert (endpoint.mode, endpoint.duties) == (pair.endpoint.mode, pair.endpoint.duties)
 
 
-def test_off_before_bind(pair: Pair) -> None:
+def test_the_option_can_be_cleared_before_bind(pair: Pair) -> None:
     app = pair.plain(bound=False)
     pair.switch_on(app)
     set_nat_t_endpoint(app, False)
@@ -83,7 +83,7 @@ def test_off_before_bind(pair: Pair) -> None:
 
 @pytest.mark.parametrize("bound", [False, True], ids=["unbound", "bound"])
 @pytest.mark.parametrize("method", ["connect", "connect_ex"])
-def test_before_connect(pair: Pair, bound: bool, method: str) -> None:
+def test_the_option_can_be_set_before_connect(pair: Pair, bound: bool, method: str) -> None:
     app = pair.plain(bound=bound)
     pair.switch_on(app)
     assert not getattr(app, method)(pair.peer.getsockname())
@@ -92,14 +92,14 @@ def test_before_connect(pair: Pair, bound: bool, method: str) -> None:
     assert pair.peer.recv(100) == MARKER + b"message"
 
 
-def test_after_connect(pair: Pair) -> None:
+def test_the_option_can_be_set_after_connect(pair: Pair) -> None:
     app = pair.plain(bound=False)
     app.connect(pair.peer.getsockname())
     pair.switch_on(app)
     assert_on(pair, app)
 
 
-def test_a_connection_may_be_to_another_peer_later(pair: Pair) -> None:
+def test_a_socket_can_be_connected_to_another_peer(pair: Pair) -> None:
     pair.app.connect(pair.peer.getsockname())
     other = pair.plain()
     pair.app.connect(other.getsockname())
@@ -108,7 +108,7 @@ def test_a_connection_may_be_to_another_peer_later(pair: Pair) -> None:
     assert pair.app.recv(100) == b"from the peer"
 
 
-def test_setting_it_again_is_the_same_endpoint(pair: Pair) -> None:
+def test_setting_the_option_again_returns_the_same_endpoint(pair: Pair) -> None:
     cls = type(pair.app)
     assert set_nat_t_endpoint(pair.app) is pair.endpoint
     assert pair.switch_on(pair.app) is pair.endpoint
@@ -116,10 +116,10 @@ def test_setting_it_again_is_the_same_endpoint(pair: Pair) -> None:
     assert_on(pair, pair.app)
 
 
-# --- what is queued -------------------------------------------------------------------------------
+# --- queued datagrams -----------------------------------------------------------------------------
 
 
-def test_what_was_queued_before_is_treated_like_new(pair: Pair) -> None:
+def test_datagrams_queued_before_the_option_are_treated_like_new_ones(pair: Pair) -> None:
     app = pair.plain()
     for payload in (*NOISE, MARKER + b"one", *NOISE, MARKER + b"two"):
         pair.peer.sendto(payload, app.getsockname())
@@ -134,7 +134,7 @@ def test_what_was_queued_before_is_treated_like_new(pair: Pair) -> None:
     pair.expect_esp(ESP_OF_NOISE * 2)
 
 
-def test_what_is_still_queued_afterwards_is_as_it_came(pair: Pair) -> None:
+def test_datagrams_still_queued_at_the_end_are_delivered_unchanged(pair: Pair) -> None:
     pair.ike(b"one")
     pair.ike(b"")
     pair.endpoint.close()
@@ -143,13 +143,13 @@ def test_what_is_still_queued_afterwards_is_as_it_came(pair: Pair) -> None:
 
 
 @of_kinds(IN_LINE)
-def test_in_line_esp_that_is_still_queued_afterwards_is_as_it_came(pair: Pair) -> None:
+def test_in_line_esp_still_queued_at_the_end_is_delivered_unchanged(pair: Pair) -> None:
     pair.noise()
     pair.endpoint.close()
     assert [pair.app.recv(10000) for _ in NOISE] == list(NOISE)
 
 
-# --- who waits ------------------------------------------------------------------------------------
+# --- waiting threads ------------------------------------------------------------------------------
 
 WAITS: dict[str, tuple[Callable[[socket.socket, int], bytes], int]] = {
     "recv": (lambda sock, size: sock.recv(size), 100),
@@ -173,7 +173,7 @@ def into(receive: Callable[[bytearray], int], size: int) -> bytes:
 @LINUX
 @every_wait
 @pytest.mark.parametrize("timeout", [None, 15], ids=["blocking", "with-timeout"])
-def test_a_thread_that_waits_while_it_goes_off_gets_what_comes(
+def test_a_receive_that_waits_while_the_option_is_cleared_is_unfiltered(
     pair: Pair, receive: Callable[[socket.socket, int], bytes], size: int, timeout: float | None
 ) -> None:
     pair.app.settimeout(timeout)
@@ -186,7 +186,7 @@ def test_a_thread_that_waits_while_it_goes_off_gets_what_comes(
 
 @LINUX
 @every_wait
-def test_a_thread_that_waits_behind_drops_while_it_goes_off_gets_what_comes(
+def test_a_receive_that_has_dropped_datagrams_is_unfiltered_once_the_option_is_cleared(
     pair: Pair, receive: Callable[[socket.socket, int], bytes], size: int
 ) -> None:
     wait = in_thread(lambda: receive(pair.app, size))
@@ -199,7 +199,7 @@ def test_a_thread_that_waits_behind_drops_while_it_goes_off_gets_what_comes(
 
 @LINUX
 @every_wait
-def test_a_thread_that_waits_while_it_goes_off_and_on_gets_ike(
+def test_a_receive_that_waits_while_the_option_is_cleared_and_set_gets_ike(
     pair: Pair, receive: Callable[[socket.socket, int], bytes], size: int
 ) -> None:
     wait = in_thread(lambda: receive(pair.app, size))
@@ -216,7 +216,7 @@ def test_a_thread_that_waits_while_it_goes_off_and_on_gets_ike(
 
 @LINUX
 @every_wait
-def test_a_thread_that_waits_while_it_goes_on_gets_one_as_it_came(
+def test_a_receive_that_waits_while_the_option_is_set_gets_one_datagram_unfiltered(
     pair: Pair, receive: Callable[[socket.socket, int], bytes], size: int
 ) -> None:
     pair.endpoint.close()
@@ -232,7 +232,7 @@ def test_a_thread_that_waits_while_it_goes_on_gets_one_as_it_came(
 
 @LINUX
 @every_wait
-def test_a_thread_that_waits_while_the_mode_changes_gets_ike(
+def test_a_receive_that_waits_while_the_mode_changes_gets_ike(
     pair: Pair, receive: Callable[[socket.socket, int], bytes], size: int
 ) -> None:
     wait = in_thread(lambda: receive(pair.app, size))
@@ -243,7 +243,7 @@ def test_a_thread_that_waits_while_the_mode_changes_gets_ike(
     assert wait() == b"a message"[:size]
 
 
-def test_switching_under_threads_loses_nothing_and_mixes_nothing(pair: Pair) -> None:
+def test_switching_under_threads_loses_and_mixes_no_datagrams(pair: Pair) -> None:
     """Every datagram arrives once, with or without the marker, and no thread sees an exception."""
     app, peer, address = pair.app, pair.peer, pair.address
     app.settimeout(0.05)
@@ -286,10 +286,10 @@ def test_switching_under_threads_loses_nothing_and_mixes_nothing(pair: Pair) -> 
     assert_on(pair, app)
 
 
-# --- other arguments, and whoever switches ---------------------------------------------------------
+# --- other arguments ------------------------------------------------------------------------------
 
 
-def test_the_consumer_may_be_exchanged(pair: Pair) -> None:
+def test_the_consumer_can_be_exchanged(pair: Pair) -> None:
     if pair.kind.backend == "linux":
         with pytest.raises(NatCompatError, match="ESP goes to the kernel") as caught:
             set_nat_t_endpoint(pair.app, esp=lambda packet, source: None, backend=pair.kind.take())
@@ -308,7 +308,7 @@ def test_the_consumer_may_be_exchanged(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("backend", ["userspace", "userspace:in-line"])
-def test_the_backend_may_be_exchanged(pair: Pair, backend: str) -> None:
+def test_the_backend_can_be_exchanged(pair: Pair, backend: str) -> None:
     for name in (backend, "userspace:in-line", "userspace"):
         assert set_nat_t_endpoint(pair.app, backend=name) is pair.endpoint
         assert pair.endpoint.backend == name
@@ -324,7 +324,7 @@ def test_the_counters_go_on_while_the_backend_is_exchanged(pair: Pair) -> None:
 
 
 class Burst:
-    """Takes ESP by the burst."""
+    """A consumer of bursts of ESP."""
 
     def __init__(self) -> None:
         self.packets: list[bytes] = []
@@ -362,12 +362,12 @@ def test_a_consumer_that_raises_is_logged_and_counted(pair: Pair, caplog: pytest
 
 
 @of_kinds(IN_LINE)
-def test_a_consumer_may_switch_off(pair: Pair) -> None:
+def test_a_consumer_can_clear_the_option(pair: Pair) -> None:
     pair.endpoint.close()
     set_nat_t_endpoint(
         pair.app, backend="userspace:in-line", esp=lambda packet, source: set_nat_t_endpoint(pair.app, False)
     )
     pair.peer.sendto(ESP, pair.address)
     pair.peer.sendto(ESP, pair.address)
-    assert pair.app.recv(10000) == ESP  # the second, which came to a plain socket
+    assert pair.app.recv(10000) == ESP  # the second packet, which came to a plain socket
     assert type(pair.app) is socket.socket

@@ -125,7 +125,7 @@ class NatTTransport(asyncio.DatagramTransport):
         """Close at once; buffered datagrams are not sent."""
         self._end(None)
 
-    # --- reading -----------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------
 
     def _read_ready(self) -> None:
         end = time.monotonic() + _READING_TIME
@@ -150,7 +150,7 @@ class NatTTransport(asyncio.DatagramTransport):
         else:
             self._protocol.error_received(error)
 
-    # --- writing -----------------------------------------------------------------------------------
+    # --- writing ----------------------------------------------------------------------------------
 
     def sendto(self, data: bytes | bytearray | memoryview, addr: Any = None) -> None:
         """Send `data`, empty or not, behind the marker to `addr`, or to the peer of a connected socket."""
@@ -229,7 +229,7 @@ class NatTTransport(asyncio.DatagramTransport):
             raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
         self._low, self._high = low, high
 
-    # --- end -----------------------------------------------------------------------------------------
+    # --- end --------------------------------------------------------------------------------------
 
     def _end(self, error: OSError | None) -> None:
         """Drop buffered datagrams; the loop calls ``connection_lost``, as the protocol may be the caller."""

@@ -1,4 +1,4 @@
-"""Event loops that read a descriptor without the socket object: uvloop is warned of, the Proactor refused."""
+"""Event loops that read a descriptor without its socket object: a warning, or a refusal."""
 
 from __future__ import annotations
 
