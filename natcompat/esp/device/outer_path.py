@@ -1,4 +1,4 @@
-"""The peers of the outer packets: no route into the device may cover them unseen."""
+"""Checks of the way that outer packets take to the peer."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ def refuse_loop(network: IPNetwork | str, peers: Iterable[IPAddress | str]) -> N
     For routes whose outer packets cannot be kept out.
     """
     network = ip_network(network)
-    for each in peers:
-        peer = ip_address(each)
-        peer = getattr(peer, "ipv4_mapped", None) or peer
+    for address in map(ip_address, peers):
+        peer = getattr(address, "ipv4_mapped", None) or address
         if peer in network:
             raise NatCompatError(
                 errno.ELOOP,

@@ -1,8 +1,8 @@
-"""Which destinations policies want in the packet device, and which past it. No I/O.
+"""Computes which destinations must be routed into the packet device for the policies. No I/O.
 
-Routes know a destination only, and take the longest prefix; policies know more, and take the first by
-priority. So what routes cannot tell apart as the policies do goes into the device: ESP knows, and drops it
-if need be. Nothing that a policy protects or discards ever goes past.
+Routes know a destination only, and the longest prefix wins; policies know more, and the first by priority
+wins. So traffic that routes cannot tell apart as the policies do goes into the device, where the engine looks
+up its policy. No packet that a policy protects or discards ever passes by the device.
 """
 
 from __future__ import annotations
@@ -14,41 +14,41 @@ from natcompat.ipsec.policies import default_priority
 
 
 class PolicyRoutes:
-    """What outbound policies want of routes.
+    """The routes that outbound policies need.
 
     A change costs as much with thousands of them as with one, as long as few of them are for `BYPASS`.
     """
 
     def __init__(self, policies: Iterable[Policy] = ()) -> None:
         self._closed: dict[IPNetwork, dict[IPNetwork, list[Policy]]] = {}
-        """Those that protect or discard, by destination and source."""
+        """Policies that protect or discard, by destination and source."""
         self._bypassing: dict[IPNetwork, dict[Policy, int]] = {}
-        """Those that bypass, by destination, and how many of the others do not let them."""
-        for each in policies:
-            self.add(each)
+        """Policies that bypass, by destination, and how many of the other policies hinder each."""
+        for policy in policies:
+            self.add(policy)
 
     def destinations(self) -> set[IPNetwork]:
-        """Return the destinations of which something is said."""
+        """Return the destinations of the policies."""
         return {*self._closed, *self._bypassing}
 
     def add(self, policy: Policy) -> set[IPNetwork]:
-        """Take `policy` in; return the destinations for which `sources` may be others now."""
+        """Add `policy`; return the destinations whose `sources` may have changed."""
         if policy.direction is not Direction.OUT:
             return set()
         destination = policy.selector.destination
         if policy.action is Action.BYPASS:
             self._bypassing.setdefault(destination, {})[policy] = sum(
-                _hinders(each, policy)
+                _hinders(closed, policy)
                 for network in covering(destination)
-                for found in self._closed.get(network, {}).values()
-                for each in found
+                for policies in self._closed.get(network, {}).values()
+                for closed in policies
             )
             return {destination}
         self._closed.setdefault(destination, {}).setdefault(policy.selector.source, []).append(policy)
         return {destination, *self._count(policy, 1)}
 
     def remove(self, policy: Policy) -> set[IPNetwork]:
-        """Undo `add` of an equal one, and return the same."""
+        """Undo `add` of an equal policy; return the same destinations."""
         if policy.direction is not Direction.OUT:
             return set()
         destination, source = policy.selector.destination, policy.selector.source
@@ -66,26 +66,28 @@ class PolicyRoutes:
         return {destination, *self._count(policy, -1)}
 
     def _count(self, closed: Policy, change: int) -> Iterator[IPNetwork]:
-        """Count `closed` where it hinders a bypass; yield the destinations of these."""
+        """Count `closed` for each bypass that it hinders; yield the destinations of these bypasses."""
         for destination, policies in self._bypassing.items():
             if _contains(closed.selector.destination, destination):
-                for each in policies:
-                    if _hinders(closed, each):
-                        policies[each] += change
+                for bypass in policies:
+                    if _hinders(closed, bypass):
+                        policies[bypass] += change
                         yield destination
 
     def sources(self, destination: IPNetwork) -> frozenset[IPNetwork] | None:
-        """Return whose packets go into the device; none: they go past it. None: nothing is said."""
+        """Return the networks whose packets go into the device; empty: none do; None: no policy says."""
         if destination in self._closed:
             return frozenset(self._closed[destination])
         passing = self._bypassing.get(destination, {})
-        simple = (each for each, hindered in passing.items() if not hindered and _is_simple(each))
+        simple = (bypass for bypass, hindering in passing.items() if not hindering and _is_simple(bypass))
         return frozenset() if any(simple) else None
 
     def peers(self) -> set[IPAddress]:
         """Return the outer addresses to which policies send."""
-        policies = (each for sources in self._closed.values() for found in sources.values() for each in found)
-        return {each.destination for each in policies if each.destination is not None}
+        closed = (
+            policy for sources in self._closed.values() for found in sources.values() for policy in found
+        )
+        return {policy.destination for policy in closed if policy.destination is not None}
 
 
 def covering(network: IPNetwork) -> Iterator[IPNetwork]:
@@ -95,19 +97,19 @@ def covering(network: IPNetwork) -> Iterator[IPNetwork]:
 
 
 def _is_simple(bypass: Policy) -> bool:
-    """Tell whether the destination alone decides, among the packets of the sources that it is for."""
+    """Tell whether `bypass` selects by addresses only."""
     selector = bypass.selector
     return not (selector.protocol or selector.source_port or selector.destination_port)
 
 
 def _hinders(closed: Policy, bypass: Policy) -> bool:
-    """Tell whether `closed`, which is for the destination of `bypass`, wants some of the packets there.
+    """Tell whether `closed`, whose destination contains that of `bypass`, applies to some of its packets.
 
-    It does if it comes first by its priority, or has sources that `bypass` is not for. One for a part of the
-    destination only is not asked: it has a route that is more specific, too.
+    It does if it has the better priority, or sources that `bypass` has not. A policy for a part of the
+    destination only is not asked: its route is more specific, too.
     """
-    mine = bypass.selector.source
-    return not _contains(mine, closed.selector.source) or _priority(bypass) >= _priority(closed)
+    source = bypass.selector.source
+    return not _contains(source, closed.selector.source) or _priority(bypass) >= _priority(closed)
 
 
 def _contains(wide: IPNetwork, narrow: IPNetwork) -> bool:

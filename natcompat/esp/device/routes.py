@@ -13,8 +13,8 @@ bit of the mark (SO_MARK), which the sockets of ESP and IKE have::
     4500: from all fwmark 0/0x20000000 iif lo lookup 1313144834     (ip rule)
     4501: from 10.1.0.0/16 fwmark 0/0x20000000 lookup 1313144834
 
-- Every device of every process has a table (by the number of its interface), all share mark and priority:
-  one device's outer packets into another, and back, would be a loop, too.
+- Every device of every process has its own table (by the index of its interface). All devices share mark and
+  priority: outer packets of one device that entered another, and back, would be a loop, too.
 - The table comes before the main one, so that a more specific route there, which a DHCP server may have
   put in (RFC 3442), takes nothing out of the tunnel. With `prefer_main` it does, as wg-quick has it: hosts on
   the own link stay in reach (rule "lookup main suppress_prefixlength 0" in front).
@@ -23,9 +23,8 @@ bit of the mark (SO_MARK), which the sockets of ESP and IKE have::
 - Strict reverse path filtering (rp_filter 1) drops what a peer sends that is covered by a route into the
   device: the look-up for it has no mark. src_valid_mark does not change that, as nothing marks what arrives.
   `check_peer` says so; loose filtering (2), the default of systemd, and none (0) do no harm. IPv6 has none.
-- Routes go with the device, whatever ends the process. Rules go on `close`; those of a process that was
-  killed lead to an empty table, which changes nothing. `natcompat doctor` counts them, and the next
-  `DeviceRoutes` removes them.
+- The kernel removes the routes with the device. `close` removes the rules; those of a killed process lead to
+  an empty table, which changes nothing. `natcompat doctor` counts them; the next `DeviceRoutes` removes them.
 
 Where there are no rules (a kernel without CONFIG_IP_MULTIPLE_TABLES), routes go to the main table, and one
 that covers a peer is refused.
@@ -45,7 +44,7 @@ from natcompat.errors import NatCompatError
 from natcompat.esp.device.outer_path import NO_LOOP_REMEDY, refuse_loop, rp_filter
 from natcompat.esp.device.policy_routes import PolicyRoutes, covering
 from natcompat.esp.device.rtnetlink import MAIN_TABLE, Rtnetlink, Rule, family_of
-from natcompat.esp.device.stale_rules import SLOT, TABLES, present_tables, stale_among
+from natcompat.esp.device.stale_rules import SLOT, remove_stale, table_of
 from natcompat.esp.device.tun import TunDevice
 from natcompat.ipsec import IPAddress, IPNetwork, Policy
 
@@ -68,7 +67,7 @@ _PREFER_MAIN_SLOTS: Final = 5000
 
 
 class _Route(NamedTuple):
-    """A destination, and who goes there through the device."""
+    """How packets to one destination go through the device."""
 
     preferred: IPAddress | None
     """This host's address there."""
@@ -77,17 +76,17 @@ class _Route(NamedTuple):
 
 
 _PAST: Final = _Route(None, frozenset())
-"""Of a destination that is no longer looked up in the table: nobody goes there through the device."""
+"""The route of a destination whose packets never enter the device: a throw route."""
 
 
 class DeviceRoutes:
     """The routes into one device, and the rules that lead there. Not thread-safe.
 
-    One for each device. Raises EPERM without CAP_NET_ADMIN. `close` it before the device.
+    Each device has one of these. Raises EPERM without CAP_NET_ADMIN. `close` it before the device.
     """
 
     def __init__(self, device: TunDevice, *, prefer_main: bool = False) -> None:
-        self.table: int = TABLES + device.index
+        self.table: int = table_of(device.index)
         """Where the routes are; the main table (254) where there are no rules."""
         self.refusal: str = ""
         """Why routes that cover a peer are refused; empty where outer packets can be kept out."""
@@ -104,7 +103,7 @@ class DeviceRoutes:
         """Of this host, when it was last looked, and the networks that contain each."""
         self._netlink = Rtnetlink()
         try:
-            self._remove_stale()
+            remove_stale(self._netlink, self.table)
             self.refusal = self._why_not()
             if self.refusal:
                 self.table = MAIN_TABLE
@@ -145,7 +144,7 @@ class DeviceRoutes:
             raise NatCompatError(errno.EEXIST, f"the route to {network} is there already", "Remove it first")
         users: set[IPNetwork | None] = {_EVERYBODY[network.version]}
         if behind is not None:
-            users = {None, *(ip_network(each) for each in behind)}
+            users = {None, *map(ip_network, behind)}
         if self.refusal:
             refuse_loop(network, peers)
         self._change({network: _Route(None if source is None else ip_address(source), frozenset(users))})
@@ -173,7 +172,7 @@ class DeviceRoutes:
             raise
 
     def add_policy(self, policy: Policy) -> None:
-        """Follow one policy more; as `follow`, in a time that does not grow with the number of the others."""
+        """Follow `policy`, too; like `follow`, in a time that does not depend on the number of policies."""
         try:
             self._follow(self._policies.add(policy))
         except BaseException:
@@ -181,7 +180,7 @@ class DeviceRoutes:
             raise
 
     def delete_policy(self, policy: Policy) -> None:
-        """Follow it no longer."""
+        """Stop following `policy`."""
         try:
             self._follow(self._policies.remove(policy))
         except BaseException:
@@ -192,22 +191,22 @@ class DeviceRoutes:
         """Make the routes to `destinations` those that the policies want."""
         addresses = [*self._device.addresses, *self._netlink.addresses()]
         if addresses != list(self._addresses):
-            self._addresses = {each: frozenset(covering(ip_network(each))) for each in addresses}
+            self._addresses = {address: frozenset(covering(ip_network(address))) for address in addresses}
             destinations = destinations | self._policies.destinations()
         if self.refusal:
             peers = self._policies.peers()
             for network in self._policies.destinations():
                 if self._policies.sources(network):
                     refuse_loop(network, peers)
-        self._change({each: self._wanted(each) for each in destinations})
+        self._change({network: self._wanted(network) for network in destinations})
 
     def _wanted(self, destination: IPNetwork) -> _Route | None:
         """Return the route that the policies want; None: they want none."""
         sources = self._policies.sources(destination)
         if not sources:
             return None if sources is None or self.refusal else _PAST
-        own = (each for each, networks in self._addresses.items() if not networks.isdisjoint(sources))
-        preferred = next(own, None)
+        local = (address for address, nets in self._addresses.items() if not nets.isdisjoint(sources))
+        preferred = next(local, None)
         if _EVERYBODY[destination.version] in sources:
             return _Route(preferred, frozenset({_EVERYBODY[destination.version]}))
         return _Route(preferred, sources if preferred is None else sources | {None})
@@ -227,7 +226,7 @@ class DeviceRoutes:
             raise
 
     def _become(self, routes: Mapping[IPNetwork, _Route | None]) -> None:
-        """Make the routes these. What is new comes before what is old goes, lest packets go in the clear."""
+        """Make the routes these. New ones come before old ones go, lest packets leave in the clear."""
         changed = {network: route for network, route in routes.items() if route != self._routes.get(network)}
         for network, route in changed.items():
             if route is not None and route is not _PAST:
@@ -265,7 +264,7 @@ class DeviceRoutes:
             self._note(network, None)
 
     def _note(self, network: IPNetwork, route: _Route | None) -> None:
-        """Note that `route` is the one to `network` now; the rules are still to be set."""
+        """Record `route` as the one to `network`; `_set_rules` must follow."""
         before = (self._routes.pop(network, None) or _PAST).users
         after = (route or _PAST).users
         if route is not None:
@@ -278,7 +277,8 @@ class DeviceRoutes:
 
     def covers(self, address: IPAddress | str) -> bool:
         """Tell whether a route leads to `address` through the device."""
-        return any(self._routes.get(each, _PAST) is not _PAST for each in covering(ip_network(address)))
+        networks = covering(ip_network(address))
+        return any(self._routes.get(network, _PAST) is not _PAST for network in networks)
 
     def check_peer(self, peer: IPAddress | str) -> None:
         """Raise unless outer packets can go to `peer` and come from there, by the system's own word.
@@ -360,17 +360,6 @@ class DeviceRoutes:
         if self._prefer_main:  # behind the others, without which it is stale
             yield Rule(family, priority - 1, MAIN_TABLE, not_default=True)
 
-    def _remove_stale(self) -> None:
-        """Remove what killed processes left, one that had this device, which persists, among them."""
-        present = present_tables() - {self.table}
-        with contextlib.ExitStack() as each_of_them:
-            each_of_them.enter_context(contextlib.suppress(OSError))  # another process was faster
-            for rule in stale_among(self._netlink.rules(), present):
-                each_of_them.callback(self._netlink.delete_rule, rule)
-            for index, network, table in self._netlink.routes():
-                if table == self.table or (not index and table not in present):
-                    each_of_them.callback(self._netlink.delete_route, index, network, table=table)
-
     def _why_not(self) -> str:
         """Return why there can be no rules or marks; empty: there can."""
         rule = Rule(socket.AF_INET, PRIORITY, self.table, without_mark=MARK)
@@ -384,6 +373,6 @@ class DeviceRoutes:
         return ""
 
 
-def _refused(what: str, error: OSError) -> NatCompatError:
+def _refused(operation: str, error: OSError) -> NatCompatError:
     remedy = "Run as root, or grant CAP_NET_ADMIN" if error.errno == errno.EPERM else ""
-    return NatCompatError(error.errno or errno.EIO, f"{what}: {error.strerror}", remedy)
+    return NatCompatError(error.errno or errno.EIO, f"{operation}: {error.strerror}", remedy)
