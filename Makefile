@@ -17,7 +17,7 @@ WORKERS ?= 2
 # per cent of natcompat/, by branches; held where no test may skip
 COVERED := $(if $(filter true-0,$(CI)-$(UID)),--cov-fail-under=95)
 
-.PHONY: help verify test check pytest conformance lab-newer fuzz sanitize bench bench-sockets bench-esp bench-datapath nox format clean
+.PHONY: help verify test check check-static pytest conformance lab-newer fuzz sanitize bench bench-sockets bench-esp bench-datapath nox format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -27,16 +27,20 @@ verify: .venv/.main ## run natcompat verify: every row of the contract on every 
 
 test: check pytest ## check, then run all tests
 
-check: .venv/.test ## format, lint, types, completeness of the public types, workflow files
-	@echo "[check] ruff format"; $(BIN)/ruff format --check --quiet .
-	@echo "[check] ruff"; $(BIN)/ruff check --quiet .
-	@echo "[check] mypy --strict"; $(BIN)/mypy $(CHECKED)
-	@echo "[check] zizmor, check-jsonschema"; $(BIN)/zizmor --offline --quiet --persona=pedantic .github; \
-	  $(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+check: check-static ## format, lint, imports, types, completeness of the public types, workflow files
 	@echo "[check] pyright --verifytypes"; \
 	  PYTHONPATH=$(CURDIR) $(BIN)/pyright --pythonpath $(BIN)/python --verifytypes natcompat --ignoreexternal > .venv/pyright.log \
 	    || { cat .venv/pyright.log; exit 1; }; \
 	  grep '^Type completeness score' .venv/pyright.log
+
+check-static: .venv/.test ## the part of check that needs no network and takes seconds; pre-commit calls it
+	@echo "[check] ruff format"; $(BIN)/ruff format --check --quiet .
+	@echo "[check] ruff"; $(BIN)/ruff check --quiet .
+	@echo "[check] import-linter"; $(BIN)/lint-imports --no-logo >.venv/imports.log || { cat .venv/imports.log; exit 1; }
+	@echo "[check] mypy --strict"; $(BIN)/mypy $(CHECKED)
+	@echo "[check] zizmor, check-jsonschema"; $(BIN)/zizmor --offline --quiet --persona=pedantic .github; \
+	  $(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml; \
+	  $(BIN)/check-jsonschema --quiet --builtin-schema vendor.dependabot .github/dependabot.yml
 
 pytest: .venv/.test ## run the tests alone (ARGS="-k steering")
 	@echo "[test] pytest, $(WORKERS) at a time"
