@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace as with_changes
 from typing import TYPE_CHECKING, Final
 
 from natcompat.backends.base import (
@@ -33,7 +34,7 @@ from natcompat.esp.device.queue import QueueDevice
 from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.portable import Sealed
 from natcompat.esp.engine.results import Reason
-from natcompat.ipsec import Direction, Policy, SaId, SecurityAssociation
+from natcompat.ipsec import Direction, Features, Policy, SaId, SecurityAssociation
 from natcompat.ipsec.device import PacketDevice
 
 if TYPE_CHECKING:
@@ -85,6 +86,11 @@ class UserspaceIPsec(EspEngine):
         """Which data path carries packets, as NATCOMPAT_DATAPATH calls it, and whose ciphers it has."""
         self.carrier.start()
 
+    @property
+    def features(self) -> Features:
+        """What this one can do; `host_traffic` where routes lead into the device."""
+        return with_changes(super().features, host_traffic=self._routes is not None)
+
     def inbound(
         self, burst: list[tuple[memoryview, Address]], traffic_classes: list[int] | None = None
     ) -> None:
@@ -130,18 +136,24 @@ class UserspaceIPsec(EspEngine):
                     self._device_mtu = self.device.mtu = mtu
         return sa_id
 
-    def add_policy(self, policy: Policy) -> None:
+    def add_policy(self, policy: Policy, *, replace: bool = False) -> None:
         """Install `policy`; see `EspEngine.add_policy`. Routes into the device follow.
 
         ELOOP: one would lead ESP itself into the device, and this kernel has no rules to prevent it.
         """
         with self._usable(), contextlib.ExitStack() as undo:
-            super().add_policy(policy)
-            undo.callback(super().delete_policy, policy)
+            entry = self._policies.get(policy)
+            super().add_policy(policy, replace=replace)
+            if entry is None:
+                undo.callback(super().delete_policy, policy)
+            else:
+                undo.callback(super().add_policy, entry.policy, replace=True)
             if self._routes is not None:
                 self._routes.add_policy(policy)
                 undo.callback(self._routes.delete_policy, policy)
                 self._check_peer(policy, self._routes)
+                if entry is not None:
+                    self._routes.delete_policy(entry.policy)
             undo.pop_all()
 
     def delete_policy(self, policy: Policy) -> None:
@@ -151,12 +163,13 @@ class UserspaceIPsec(EspEngine):
                 self._routes.delete_policy(self._policy(policy).policy)
             super().delete_policy(policy)
 
-    def flush_policies(self) -> None:
-        """Remove every policy of this engine, and the routes."""
+    def flush_policies(self, *, reqid: int | None = None) -> None:
+        """Remove every policy of this engine, and the routes; with `reqid`, those that have it."""
         with self._usable():
             if self._routes is not None:
-                self._routes.follow(())
-            super().flush_policies()
+                rest = (entry.policy for entry in self._policies if reqid not in (None, entry.policy.reqid))
+                self._routes.follow(rest)
+            super().flush_policies(reqid=reqid)
 
     @staticmethod
     def _check_peer(policy: Policy, routes: DeviceRoutes) -> None:

@@ -9,16 +9,7 @@ from natcompat.ipsec.associations import (
     SecurityAssociation,
     UDPEncapsulation,
 )
-from natcompat.ipsec.policies import (
-    Action,
-    Direction,
-    IPAddress,
-    IPNetwork,
-    Mark,
-    Mode,
-    Policy,
-    TrafficSelector,
-)
+from natcompat.ipsec.policies import Policy
 from natcompat.ipsec.protocol import (
     Acquire,
     Event,
@@ -27,16 +18,22 @@ from natcompat.ipsec.protocol import (
     Expire,
     Features,
     InstalledSA,
+    IntegrityFailure,
     IPsec,
     MappingChange,
+    PeerSilent,
     PolicyUsage,
+    ProtectionRestored,
+    Transforms,
     Usage,
 )
+from natcompat.ipsec.selectors import AddressRange, PortRange, TrafficSelector
 from natcompat.ipsec.transforms import (
     Encr,
     Integ,
     Key,
 )
+from natcompat.ipsec.values import Action, Direction, IPAddress, IPNetwork, Mark, Mode
 
 __all__ = [
     "LARGEST_REPLAY_WINDOW",
@@ -44,6 +41,7 @@ __all__ = [
     "SMALLEST_SPI",
     "Acquire",
     "Action",
+    "AddressRange",
     "Direction",
     "Encr",
     "Event",
@@ -56,16 +54,21 @@ __all__ = [
     "IPsec",
     "InstalledSA",
     "Integ",
+    "IntegrityFailure",
     "Key",
     "Lifetime",
     "MappingChange",
     "Mark",
     "Mode",
+    "PeerSilent",
     "Policy",
     "PolicyUsage",
+    "PortRange",
+    "ProtectionRestored",
     "SaId",
     "SecurityAssociation",
     "TrafficSelector",
+    "Transforms",
     "UDPEncapsulation",
     "Usage",
 ]

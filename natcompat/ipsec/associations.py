@@ -12,17 +12,9 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, NoReturn, Self, SupportsIndex
 
-from natcompat.ipsec.policies import (
-    Direction,
-    IPAddress,
-    Mark,
-    Mode,
-    TrafficSelector,
-    check_address,
-    check_range,
-    describe,
-)
+from natcompat.ipsec.selectors import TrafficSelector
 from natcompat.ipsec.transforms import Encr, Integ, Key
+from natcompat.ipsec.values import Direction, IPAddress, Mark, Mode, check_address, check_range, describe
 
 SMALLEST_SPI = 256
 """1 to 255 are reserved, 0 is for local use (RFC 4303, 2.1)."""
@@ -45,6 +37,15 @@ class UDPEncapsulation:
         check_range("remote_port", self.remote_port, 1, 65535)
         if self.original_address is not None:
             object.__setattr__(self, "original_address", ip_address(self.original_address))
+
+
+def spi_number(spi: int | bytes) -> int:
+    """Return an SPI as an integer; `spi` may be four bytes in network order, as IKE has it."""
+    if not isinstance(spi, bytes | bytearray | memoryview):
+        return spi
+    if len(spi) != 4:
+        raise ValueError(f"spi: an SPI of ESP has 4 bytes, not {len(spi)}")
+    return int.from_bytes(spi)
 
 
 def wire_ports(encapsulation: UDPEncapsulation, direction: Direction) -> tuple[int, int]:
@@ -90,7 +91,7 @@ class SecurityAssociation:
     """One ESP security association, one direction (RFC 4301, 4.1)."""
 
     spi: int
-    """256 to 2**32 - 1, chosen by the receiver."""
+    """256 to 2**32 - 1, chosen by the receiver; also taken as four bytes in network order."""
     source: IPAddress
     destination: IPAddress
     """The outer addresses, as this host sees them."""
@@ -130,7 +131,7 @@ class SecurityAssociation:
     def __init__(
         self,
         *,
-        spi: int,
+        spi: int | bytes,
         source: IPAddress | str,
         destination: IPAddress | str,
         direction: Direction,
@@ -157,7 +158,7 @@ class SecurityAssociation:
         encryption_key = _key("encryption_key", encryption_key)
         integrity_key = _key("integrity_key", integrity_key)
         put = object.__setattr__
-        put(self, "spi", check_range("spi", spi, SMALLEST_SPI, LARGEST_SPI))
+        put(self, "spi", check_range("spi", spi_number(spi), SMALLEST_SPI, LARGEST_SPI))
         put(self, "source", check_address("source", source))
         put(self, "destination", check_address("destination", destination))
         put(self, "direction", Direction(direction))
@@ -240,15 +241,30 @@ class SecurityAssociation:
         return self
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, init=False)
 class SaId:
-    """What names an installed ESP SA: SPI and destination (RFC 4301, 4.1), and a mark if it has one."""
+    """The name of an installed ESP SA: SPI and destination (RFC 4301, 4.1), and a mark if it has one."""
 
     spi: int
+    """Also taken as four bytes in network order."""
     destination: IPAddress
     mark: Mark | None = None
     source: IPAddress | None = field(default=None, compare=False)
     """Where its packets come from; not part of the name, but some kernels ask for it."""
+
+    def __init__(
+        self,
+        *,
+        spi: int | bytes,
+        destination: IPAddress | str,
+        mark: Mark | None = None,
+        source: IPAddress | str | None = None,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "spi", spi_number(spi))
+        put(self, "destination", check_address("destination", destination))
+        put(self, "mark", mark)
+        put(self, "source", None if source is None else check_address("source", source))
 
     def __str__(self) -> str:
         return f"ESP 0x{self.spi:08x} to {self.destination}"

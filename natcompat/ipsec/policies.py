@@ -2,99 +2,22 @@
 
 from __future__ import annotations
 
-import enum
-from dataclasses import dataclass, fields
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Any, TypeAlias
+from dataclasses import dataclass
 
-IPAddress: TypeAlias = IPv4Address | IPv6Address
-
-IPNetwork: TypeAlias = IPv4Network | IPv6Network
+from natcompat.ipsec.selectors import ANY_PORT, TrafficSelector
+from natcompat.ipsec.values import (
+    Action,
+    Direction,
+    IPAddress,
+    Mark,
+    Mode,
+    check_address,
+    check_range,
+    describe,
+)
 
 PRIORITY_BASE = 0x2000
 """Priority of the most specific selector; there is room for others before it and behind it."""
-
-
-def describe(self: Any) -> str:
-    """The ``repr()`` of a value, also of one that is half made when a debugger or traceback prints it."""
-    shown = (f"{each.name}={getattr(self, each.name, '?')!r}" for each in fields(self) if each.repr)
-    return f"{type(self).__name__}({', '.join(shown)})"
-
-
-class Direction(enum.Enum):
-    """Which way the packets go that an SA or a policy is for."""
-
-    IN = "in"
-    OUT = "out"
-
-
-class Mode(enum.Enum):
-    """How ESP wraps a packet (RFC 4301, 3.2)."""
-
-    TUNNEL = "tunnel"
-    TRANSPORT = "transport"
-
-
-class Action(enum.Enum):
-    """What a policy does with a packet (RFC 4301, 4.4.1)."""
-
-    PROTECT = "protect"
-    BYPASS = "bypass"
-    DISCARD = "discard"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
-    """A packet mark: only packets with ``packet_mark & mask == value`` are meant."""
-
-    value: int
-    mask: int = 0xFFFF_FFFF
-
-    def __post_init__(self) -> None:
-        check_range("mark value", self.value, 0, 0xFFFF_FFFF)
-        check_range("mark mask", self.mask, 0, 0xFFFF_FFFF)
-        if self.value & ~self.mask:
-            raise ValueError("mark: the value has bits that the mask does not have, so it never matches")
-
-
-PROTOCOLS_WITH_PORTS = frozenset({6, 17, 33, 132, 136, 1, 58, 135})
-"""TCP, UDP, DCCP, SCTP, UDP-Lite; ICMP, ICMPv6 and MH, where type and code stand in (RFC 4301, 4.4.1.1)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, init=False)
-class TrafficSelector:
-    """Which packets are meant (RFC 4301, 4.4.1.1), by the addresses of the packet as it is sent.
-
-    `protocol` 0 and port 0 stand for any. For ICMP the ports are message type and code.
-    """
-
-    source: IPNetwork
-    destination: IPNetwork
-    protocol: int = 0
-    source_port: int = 0
-    destination_port: int = 0
-
-    __repr__ = describe
-
-    def __init__(
-        self,
-        *,
-        source: IPNetwork | IPAddress | str,
-        destination: IPNetwork | IPAddress | str,
-        protocol: int = 0,
-        source_port: int = 0,
-        destination_port: int = 0,
-    ) -> None:
-        put = object.__setattr__
-        put(self, "source", check_network("source", source))
-        put(self, "destination", check_network("destination", destination))
-        put(self, "protocol", check_range("protocol", protocol, 0, 255))
-        put(self, "source_port", check_range("source_port", source_port, 0, 65535))
-        put(self, "destination_port", check_range("destination_port", destination_port, 0, 65535))
-        if self.source.version != self.destination.version:
-            raise ValueError("source, destination: a selector has one address family")
-        if (source_port or destination_port) and protocol not in PROTOCOLS_WITH_PORTS:
-            raise ValueError(f"protocol: {protocol} has no ports")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, init=False)
@@ -159,32 +82,6 @@ class Policy:
 def default_priority(selector: TrafficSelector) -> int:
     """Return the priority of a policy that has none: the more specific, the smaller."""
     bits = selector.source.prefixlen + selector.destination.prefixlen
-    wide = (not selector.protocol) * 4 + (not selector.source_port) * 2 + (not selector.destination_port)
+    any_source, any_destination = selector.source_ports == ANY_PORT, selector.destination_ports == ANY_PORT
+    wide = (not selector.protocol) * 4 + any_source * 2 + any_destination
     return PRIORITY_BASE + (256 - bits) * 8 + wide
-
-
-def check_range(name: str, value: int, smallest: int, largest: int) -> int:
-    """Return `value`, an integer in the range; else TypeError or ValueError names the argument."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: an integer is wanted, not {type(value).__name__}")
-    if not smallest <= value <= largest:
-        raise ValueError(f"{name}: {value} is not in {smallest}..{largest}")
-    return value
-
-
-def check_address(name: str, value: IPAddress | str) -> IPAddress:
-    """Return `value` as an IP address; ValueError names the argument."""
-    if isinstance(value, (IPv4Address, IPv6Address)):
-        return value  # not a copy: SAs are many, and share their addresses
-    try:
-        return ip_address(value)
-    except ValueError:
-        raise ValueError(f"{name}: {value!r} is not an IP address") from None
-
-
-def check_network(name: str, value: IPNetwork | IPAddress | str) -> IPNetwork:
-    """Return `value` as an IP network; ValueError names the argument."""
-    try:
-        return ip_network(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None

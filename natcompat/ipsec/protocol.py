@@ -8,7 +8,7 @@ natcompat's own. This module knows neither.
 from __future__ import annotations
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Protocol, Self, TypeAlias
@@ -22,17 +22,10 @@ from natcompat.ipsec.associations import (
     SecurityAssociation,
     UDPEncapsulation,
 )
-from natcompat.ipsec.policies import (
-    Action,
-    Direction,
-    IPAddress,
-    IPNetwork,
-    Mark,
-    Mode,
-    Policy,
-    TrafficSelector,
-)
+from natcompat.ipsec.policies import Policy
+from natcompat.ipsec.selectors import AddressRange, PortRange, TrafficSelector
 from natcompat.ipsec.transforms import Encr, Integ, Key
+from natcompat.ipsec.values import Action, Direction, IPAddress, IPNetwork, Mark, Mode
 
 __all__ = [
     "LARGEST_REPLAY_WINDOW",
@@ -40,6 +33,7 @@ __all__ = [
     "SMALLEST_SPI",
     "Acquire",
     "Action",
+    "AddressRange",
     "Direction",
     "Encr",
     "Event",
@@ -52,16 +46,21 @@ __all__ = [
     "IPsec",
     "InstalledSA",
     "Integ",
+    "IntegrityFailure",
     "Key",
     "Lifetime",
     "MappingChange",
     "Mark",
     "Mode",
+    "PeerSilent",
     "Policy",
     "PolicyUsage",
+    "PortRange",
+    "ProtectionRestored",
     "SaId",
     "SecurityAssociation",
     "TrafficSelector",
+    "Transforms",
     "UDPEncapsulation",
     "Usage",
 ]
@@ -86,6 +85,11 @@ class Usage:
     """Packets dropped because their integrity check value was wrong."""
     sequence: int | None
     """The sequence number of the last packet sent, or the highest received."""
+    last_received: float | None = None
+    """When the last authentic packet came, dummy packets included; seconds since the epoch. None: never, or
+    this implementation does not say."""
+    last_sent: float | None = None
+    """When the last packet was sent, dummy packets included; seconds since the epoch, None likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,6 +157,47 @@ class MappingChange:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ProtectionRestored:
+    """Somebody took away rules, routes or the device that policies stand on, and they were put back.
+
+    Meanwhile what the policies cover was blocked, not sent in the clear, unless `description` says otherwise.
+    """
+
+    description: str
+    """What was taken away and put back, in words for a log."""
+    count: int
+    """How often this has happened since IPsec was opened."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegrityFailure:
+    """The first of a series of packets of an SA whose integrity check value is wrong.
+
+    Usual causes: the peer has another key or other transforms, or a middlebox changes packets. Anybody on the
+    path can cause it, so it says nothing about the peer for certain.
+    """
+
+    sa_id: SaId
+    reqid: int
+    address: IPAddress | None
+    """Where the packet seemed to come from; None where a kernel does not say."""
+    port: int
+    count: int
+    """Packets of this SA that have failed so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerSilent:
+    """This end sends by an SA, and no authentic packet has come from its peer for a while."""
+
+    sa_id: SaId
+    """The outbound SA."""
+    reqid: int
+    seconds: float
+    """For how long nothing has come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EventsLost:
     """The kernel had more events than the queue took. The SAs are what they were.
 
@@ -161,7 +206,9 @@ class EventsLost:
     """
 
 
-Event: TypeAlias = Acquire | Expire | MappingChange | EventsLost
+Event: TypeAlias = (
+    Acquire | Expire | MappingChange | ProtectionRestored | IntegrityFailure | PeerSilent | EventsLost
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +224,23 @@ class Features:
     interface_ids: bool
     sa_direction: bool
     """The kernel knows which way an SA goes, and refuses to use it the other way."""
+    host_traffic: bool = True
+    """The policies hold for the traffic of this host's own programs. False: only for what a program puts into
+    a packet device."""
+    ranges: bool = False
+    """`TrafficSelector` may have ranges of addresses and ports."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transforms:
+    """The transforms that an `IPsec` installs: what an IKE daemon may propose."""
+
+    encryption: Mapping[Encr, tuple[int, ...]]
+    """Key lengths in bits, without salt, for each; NULL has (0,)."""
+    integrity: frozenset[Integ]
+    """For the transforms of `encryption` that are no AEAD; `Integ.NONE` is not among them."""
+    esn: bool
+    """Extended sequence numbers."""
 
 
 class Events(Protocol):
@@ -218,12 +282,23 @@ class IPsec(Protocol):
         destination: IPAddress | str,
         *,
         reqid: int = 0,
-        minimum: int = SMALLEST_SPI,
-        maximum: int = LARGEST_SPI,
+        minimum: int | bytes = SMALLEST_SPI,
+        maximum: int | bytes = LARGEST_SPI,
         lifetime: float = 165.0,
         sequence: int = 0,
     ) -> int:
         """Reserve an SPI for an inbound SA, for `lifetime` seconds, and return it."""
+        ...
+
+    def release_spi(self, spi: int | bytes, destination: IPAddress | str) -> None:
+        """Give back an SPI that `allocate_spi` reserved and no SA took. ESRCH: it is not reserved."""
+        ...
+
+    def transforms(self) -> Transforms:
+        """Return the transforms that SAs may have here, so that IKE proposes nothing else.
+
+        Installs nothing. A kernel may load modules for the answer, which takes up to seconds the first time.
+        """
         ...
 
     def add_sa(self, sa: SecurityAssociation) -> SaId:
@@ -249,16 +324,19 @@ class IPsec(Protocol):
         """Remove one SA."""
         ...
 
-    def flush_sas(self) -> None:
-        """Remove every ESP SA, whoever installed it."""
+    def flush_sas(self, *, reqid: int | None = None) -> None:
+        """Remove every ESP SA, whoever installed it; with `reqid`, those that have it."""
         ...
 
     def list_sas(self) -> list[InstalledSA]:
         """Return every SA, with its keys where this process may see them."""
         ...
 
-    def add_policy(self, policy: Policy) -> None:
-        """Install `policy`."""
+    def add_policy(self, policy: Policy, *, replace: bool = False) -> None:
+        """Install `policy`. EEXIST: there is one with its selector, direction, mark and interface.
+
+        With `replace` it takes the place of that one, and there is no moment with neither.
+        """
         ...
 
     def get_policy(self, policy: Policy) -> PolicyUsage:
@@ -269,8 +347,8 @@ class IPsec(Protocol):
         """Remove the policy with the selector, direction, mark and interface of `policy`."""
         ...
 
-    def flush_policies(self) -> None:
-        """Remove every policy, whoever installed it."""
+    def flush_policies(self, *, reqid: int | None = None) -> None:
+        """Remove every policy, whoever installed it; with `reqid`, those that have it."""
         ...
 
     def list_policies(self) -> list[PolicyUsage]:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 from natcompat.errors import NatCompatError
-from natcompat.ipsec import LARGEST_SPI, SMALLEST_SPI, IPAddress, Policy, SaId, SecurityAssociation
+from natcompat.ipsec import (
+    LARGEST_SPI,
+    SMALLEST_SPI,
+    InstalledSA,
+    IPAddress,
+    Policy,
+    PolicyUsage,
+    SaId,
+    SecurityAssociation,
+)
+from natcompat.ipsec.associations import spi_number
 from natcompat.kernel.events import Known
 
 _Answer = TypeVar("_Answer")
@@ -70,8 +81,8 @@ class KernelIPsec(ABC, Generic[_Answer]):
         destination: IPAddress | str,
         *,
         reqid: int = 0,
-        minimum: int = SMALLEST_SPI,
-        maximum: int = LARGEST_SPI,
+        minimum: int | bytes = SMALLEST_SPI,
+        maximum: int | bytes = LARGEST_SPI,
         lifetime: float = 165.0,
         sequence: int = 0,
     ) -> int:
@@ -85,6 +96,7 @@ class KernelIPsec(ABC, Generic[_Answer]):
         ENOENT: no SPI is free between `minimum` and `maximum`.
         """
         source, destination = ip_address(source), ip_address(destination)
+        minimum, maximum = spi_number(minimum), spi_number(maximum)
         if not SMALLEST_SPI <= minimum <= maximum <= LARGEST_SPI:
             raise ValueError(f"minimum, maximum: {minimum}..{maximum} is no range within 256..4294967295")
         now = time.monotonic()
@@ -103,6 +115,62 @@ class KernelIPsec(ABC, Generic[_Answer]):
                 return spi
             # Still promised to somebody, though the kernel had forgotten: it has its larval SA again.
         raise NatCompatError(errno.ENOENT, f"{what}: all are taken", "Ask for a wider range")
+
+    def release_spi(self, spi: int | bytes, destination: IPAddress | str) -> None:
+        """Give back an SPI that `allocate_spi` reserved and no SA took. ESRCH: it is not reserved."""
+        sa_id = SaId(spi=spi, destination=destination)
+        if self._reserved.pop((sa_id.destination, sa_id.spi), None) is None:
+            raise NatCompatError(errno.ESRCH, f"the SPI of {sa_id} is not reserved", "Use delete_sa for SAs")
+        try:
+            if self.is_larval(sa_id):
+                self.delete_sa(sa_id)
+        except NatCompatError as error:
+            if error.errno != errno.ESRCH:  # the kernel's larval SA has expired
+                raise
+
+    @abstractmethod
+    def is_larval(self, sa_id: SaId) -> bool:
+        """Tell whether the kernel has only an SPI of this name, without keys."""
+
+    @abstractmethod
+    def delete_sa(self, sa_id: SaId) -> None:
+        """Remove one SA. ESRCH: there is none of this name."""
+
+    @abstractmethod
+    def list_sas(self) -> list[InstalledSA]:
+        """Return every SA."""
+
+    @abstractmethod
+    def delete_policy(self, policy: Policy) -> None:
+        """Remove one policy. ESRCH: there is none."""
+
+    @abstractmethod
+    def list_policies(self) -> list[PolicyUsage]:
+        """Return every policy that this package has words for."""
+
+    def delete_sas_of(self, reqid: int) -> None:
+        """Remove the ESP SAs with `reqid`, whoever installed them."""
+        for installed in self.list_sas():
+            if installed.association is not None and installed.association.reqid == reqid:
+                with self._gone_already():
+                    self.delete_sa(installed.sa_id)
+
+    def delete_policies_of(self, reqid: int) -> None:
+        """Remove the policies with `reqid`, whoever installed them."""
+        for usage in self.list_policies():
+            if usage.policy.reqid == reqid:
+                with self._gone_already():
+                    self.delete_policy(usage.policy)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _gone_already() -> Iterator[None]:
+        """Pass over what somebody else has removed meanwhile."""
+        try:
+            yield
+        except NatCompatError as error:
+            if error.errno != errno.ESRCH:
+                raise
 
     @abstractmethod
     def _allocate(
@@ -182,5 +250,4 @@ class KernelIPsec(ABC, Generic[_Answer]):
 
 def words(policy: Policy) -> str:
     """Return what errors call `policy`."""
-    selector = policy.selector
-    return f"{selector.source} to {selector.destination} ({policy.direction.value})"
+    return f"{policy.selector} ({policy.direction.value})"

@@ -19,8 +19,10 @@ from natcompat.esp.engine.packet import checksum
 from natcompat.esp.engine.results import Dropped, Opened
 from natcompat.ipsec import Usage
 from natcompat.ipsec.associations import SecurityAssociation, UDPEncapsulation
-from natcompat.ipsec.policies import Direction, Policy, TrafficSelector
+from natcompat.ipsec.policies import Policy
+from natcompat.ipsec.selectors import TrafficSelector
 from natcompat.ipsec.transforms import Encr, Integ, Key
+from natcompat.ipsec.values import Direction
 from tests.support.esp import IN_C, ip_packet
 from tests.support.linux import wait_until
 from tests.support.strongswan import Charon, Side, found, lacking, namespace, negotiated

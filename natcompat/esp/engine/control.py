@@ -17,7 +17,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from natcompat.errors import NatCompatError
 from natcompat.esp.engine.base import HARD, SOFT, Association, Link, Outbound, link_of
-from natcompat.esp.engine.crypto import counts
+from natcompat.esp.engine.crypto import counts, supported_transforms
 from natcompat.esp.engine.databases import AssociationDatabase, PolicyDatabase, PolicyEntry
 from natcompat.esp.engine.nonces import Nonces
 from natcompat.esp.engine.portable import DataPath
@@ -33,9 +33,11 @@ from natcompat.ipsec import (
     PolicyUsage,
     SaId,
     SecurityAssociation,
+    Transforms,
     UDPEncapsulation,
     Usage,
 )
+from natcompat.ipsec.associations import spi_number
 
 KEEPALIVE: Final = 8
 """A deadline of this kind, besides SOFT and HARD."""
@@ -106,7 +108,13 @@ class Control:
             marks=False,
             interface_ids=False,
             sa_direction=True,
+            host_traffic=False,
+            ranges=True,
         )
+
+    def transforms(self) -> Transforms:
+        """Return the transforms that SAs may have here."""
+        return supported_transforms()
 
     def allocate_spi(
         self,
@@ -114,8 +122,8 @@ class Control:
         destination: IPAddress | str,
         *,
         reqid: int = 0,
-        minimum: int = SMALLEST_SPI,
-        maximum: int = LARGEST_SPI,
+        minimum: int | bytes = SMALLEST_SPI,
+        maximum: int | bytes = LARGEST_SPI,
         lifetime: float = 165.0,
         sequence: int = 0,
     ) -> int:
@@ -124,6 +132,7 @@ class Control:
         ENOENT: no SPI is free between `minimum` and `maximum`.
         """
         source, destination = ip_address(source), ip_address(destination)
+        minimum, maximum = spi_number(minimum), spi_number(maximum)
         if not SMALLEST_SPI <= minimum <= maximum <= LARGEST_SPI:
             raise ValueError(f"minimum, maximum: {minimum}..{maximum} is no range within 256..4294967295")
         with self._usable():
@@ -138,6 +147,16 @@ class Control:
                     self._schedule(deadline, larval)
                     return spi
         raise NatCompatError(errno.ENOENT, f"no SPI is free in {minimum}..{maximum}", "Ask for a wider range")
+
+    def release_spi(self, spi: int | bytes, destination: IPAddress | str) -> None:
+        """Give back an SPI that `allocate_spi` reserved and no SA took. ESRCH: it is not reserved."""
+        sa_id = SaId(spi=spi, destination=destination)
+        with self._usable():
+            if self._reserved(sa_id) is None:
+                raise NatCompatError(
+                    errno.ESRCH, f"the SPI of {sa_id} is not reserved", "Use delete_sa for SAs"
+                )
+            del self._larval[sa_id.spi]
 
     def add_sa(
         self, sa: SecurityAssociation, *, sequence: int | None = None, permitted: int | None = None
@@ -269,12 +288,15 @@ class Control:
             else:
                 self._retire(self._find(sa_id))
 
-    def flush_sas(self) -> None:
-        """Remove every SA of this engine."""
+    def flush_sas(self, *, reqid: int | None = None) -> None:
+        """Remove every SA of this engine and every SPI that is reserved; with `reqid`, those that have it."""
         with self._usable():
-            self._larval.clear()
+            self._larval = {
+                spi: larval for spi, larval in self._larval.items() if reqid not in (None, larval.reqid)
+            }
             for association in self._associations:
-                self._retire(association)
+                if reqid in (None, association.sa.reqid):
+                    self._retire(association)
 
     def list_sas(self) -> list[InstalledSA]:
         """Return every SA, with its keys, and every SPI that is reserved."""
@@ -318,8 +340,11 @@ class Control:
 
     # -- policies
 
-    def add_policy(self, policy: Policy) -> None:
-        """Install `policy`. EEXIST: there is one with this selector and direction."""
+    def add_policy(self, policy: Policy, *, replace: bool = False) -> None:
+        """Install `policy`. EEXIST: there is one with this selector and direction.
+
+        With `replace` it takes the place of that one; packets meet either the one or the other.
+        """
         if policy.mark is not None or policy.interface_id is not None:
             raise NatCompatError(
                 errno.EOPNOTSUPP,
@@ -327,9 +352,11 @@ class Control:
                 "Leave mark and interface_id away, or use the linux backend",
             )
         with self._usable():
-            if self._policies.get(policy) is not None:
+            if self._policies.get(policy) is not None and not replace:
                 raise NatCompatError(
-                    errno.EEXIST, "there is a policy with this selector and direction", "Delete it first"
+                    errno.EEXIST,
+                    f"there is a policy for {policy.selector} ({policy.direction.value})",
+                    "Delete it first, or add this one with replace=True",
                 )
             self._policies.add(policy, time.time())
             self._path.forget()
@@ -345,10 +372,12 @@ class Control:
             self._policies.remove(self._policy(policy))
             self._path.forget()
 
-    def flush_policies(self) -> None:
-        """Remove every policy of this engine."""
+    def flush_policies(self, *, reqid: int | None = None) -> None:
+        """Remove every policy of this engine; with `reqid`, those that have it."""
         with self._usable():
-            self._policies.clear()
+            for entry in self._policies:
+                if reqid in (None, entry.policy.reqid):
+                    self._policies.remove(entry)
             self._path.forget()
 
     def list_policies(self) -> list[PolicyUsage]:

@@ -6,13 +6,15 @@ direction of one SA and is used under that SA's lock; it keeps no nonce from one
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 from collections.abc import Callable
 from hmac import compare_digest
 from typing import Any, Final, Protocol
 
 from natcompat.errors import NatCompatError
-from natcompat.ipsec.transforms import Encr, Integ, Key
+from natcompat.ipsec import Encr, Integ, Key, Transforms
 
 try:
     from cryptography.exceptions import InvalidTag, UnsupportedAlgorithm
@@ -252,6 +254,22 @@ def make_cipher(encryption: Encr, encryption_key: Key, integrity: Integ, integri
             f"the OpenSSL of this host has no {encryption.name} or {integrity.name}: {error}",
             "Negotiate AES_GCM_16",
         ) from None
+
+
+@functools.cache
+def supported_transforms() -> Transforms:
+    """Return the transforms that `make_cipher` makes on this host, found out by trying each."""
+    encryption = {}
+    for transform in Encr:
+        lengths = []
+        for length in transform.key_lengths:
+            with contextlib.suppress(NatCompatError):
+                integrity = Integ.NONE if transform.is_aead else Integ.HMAC_SHA2_256_128
+                make_cipher(transform, Key(bytes(range(length))), integrity, Key(bytes(integrity.key_length)))
+                lengths.append((length - transform.salt_length) * 8)
+        if lengths:
+            encryption[transform] = tuple(lengths)
+    return Transforms(encryption=encryption, integrity=SUPPORTED_INTEGRITY, esn=True)
 
 
 def _make(encryption: Encr, key: bytes, salt: bytes, integrity: Integ, mac_key: bytes) -> Cipher:

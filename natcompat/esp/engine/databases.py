@@ -112,10 +112,11 @@ def allows(selectors: Iterable[TrafficSelector], flow: Flow) -> bool:
 class PolicyEntry:
     """An installed policy."""
 
-    __slots__ = ("acquired", "added", "last_used", "link", "meter", "policy", "rank")
+    __slots__ = ("acquired", "added", "has_ranges", "last_used", "link", "meter", "policy", "rank")
 
     def __init__(self, policy: Policy, number: int, added: float) -> None:
         self.policy: Policy = policy
+        self.has_ranges: bool = policy.selector.has_ranges
         self.link: Link = link_of(policy)
         self.added: float = added
         self.last_used: float | None = None
@@ -141,7 +142,8 @@ class PolicyDatabase:
     """Policies by direction and selector.
 
     Tuple space search: selectors of one shape (prefix lengths, which fields are wildcards) share a
-    dictionary, so a look-up costs as many steps as there are shapes, and those are few.
+    dictionary, so a look-up costs as many steps as there are shapes, and those are few. Ranges are
+    looked up by the network that covers them, and as any port; then each is compared.
     """
 
     def __init__(self) -> None:
@@ -151,7 +153,7 @@ class PolicyDatabase:
     def clear(self) -> None:
         """Take all out."""
         self._by_name: dict[tuple[Direction, TrafficSelector], PolicyEntry] = {}
-        self._shapes: dict[Direction, dict[_Shape, dict[tuple[int, ...], PolicyEntry]]] = {
+        self._shapes: dict[Direction, dict[_Shape, dict[tuple[int, ...], tuple[PolicyEntry, ...]]]] = {
             direction: {} for direction in Direction
         }
 
@@ -163,15 +165,18 @@ class PolicyDatabase:
         return self._by_name.get((policy.direction, policy.selector))
 
     def add(self, policy: Policy, now: float) -> None:
-        """Put `policy` in, which is not in yet."""
+        """Put `policy` in, in the place of one with its direction and selector."""
         entry = PolicyEntry(policy, next(self._numbers), now)
+        before = self._by_name.get((policy.direction, policy.selector))
         self._by_name[policy.direction, policy.selector] = entry
         shape = _shape(policy.selector)
+        key = _key(policy.selector, shape)
         shapes = self._shapes[policy.direction]
         if shape in shapes:
-            shapes[shape][_key(policy.selector, shape)] = entry
+            others = (other for other in shapes[shape].get(key, ()) if other is not before)
+            shapes[shape][key] = tuple(sorted((*others, entry), key=_rank))
         else:  # whoever is looking up goes over what was there before
-            self._shapes[policy.direction] = {**shapes, shape: {_key(policy.selector, shape): entry}}
+            self._shapes[policy.direction] = {**shapes, shape: {key: (entry,)}}
 
     def remove(self, entry: PolicyEntry) -> None:
         """Take out `entry`, which is in."""
@@ -179,7 +184,12 @@ class PolicyDatabase:
         del self._by_name[policy.direction, policy.selector]
         shape = _shape(policy.selector)
         shapes = self._shapes[policy.direction]
-        del shapes[shape][_key(policy.selector, shape)]
+        key = _key(policy.selector, shape)
+        rest = tuple(other for other in shapes[shape][key] if other is not entry)
+        if rest:
+            shapes[shape][key] = rest
+        else:
+            del shapes[shape][key]
         if not shapes[shape]:
             self._shapes[policy.direction] = {each: shapes[each] for each in shapes if each != shape}
 
@@ -191,7 +201,7 @@ class PolicyDatabase:
             if shape[0] != version:
                 continue
             _, source_bits, destination_bits, with_protocol, with_source, with_destination = shape
-            found = entries.get(
+            candidates = entries.get(
                 (
                     source >> source_bits,
                     destination >> destination_bits,
@@ -200,9 +210,17 @@ class PolicyDatabase:
                     destination_port if with_destination else 0,
                 )
             )
-            if found is not None and (best is None or found.rank < best.rank):
-                best = found
+            for entry in candidates or ():  # by rank; there is more than one only where there are ranges
+                if best is not None and best.rank < entry.rank:
+                    break
+                if not entry.has_ranges or matches(entry.policy.selector, flow):
+                    best = entry
+                    break
         return best
+
+
+def _rank(entry: PolicyEntry) -> tuple[int, int]:
+    return entry.rank
 
 
 def _shape(selector: TrafficSelector) -> _Shape:

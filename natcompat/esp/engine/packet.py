@@ -12,7 +12,7 @@ from struct import Struct
 from typing import Final, NamedTuple, TypeAlias
 
 from natcompat.esp.engine.results import Packet, Reason
-from natcompat.ipsec import IPAddress, TrafficSelector
+from natcompat.ipsec import AddressRange, IPAddress, TrafficSelector
 
 IPV4, IPV6, DUMMY = 4, 41, 59
 """Next headers of ESP (IANA protocol numbers): what tunnel mode carries, and what says nothing."""
@@ -204,11 +204,17 @@ def matches(selector: TrafficSelector, flow: Flow) -> bool:
     return (
         source.version == flow.version
         and selector.protocol in (0, flow.protocol)
-        and selector.source_port in (0, flow.source_port)
-        and selector.destination_port in (0, flow.destination_port)
+        and flow.source_port in selector.source_ports
+        and flow.destination_port in selector.destination_ports
         and flow.source & int(source.netmask) == int(source.network_address)
         and flow.destination & int(destination.netmask) == int(destination.network_address)
+        and _within(selector.source_range, flow.source)
+        and _within(selector.destination_range, flow.destination)
     )
+
+
+def _within(addresses: AddressRange | None, address: int) -> bool:
+    return addresses is None or int(addresses.first) <= address <= int(addresses.last)
 
 
 def outer_fields(packet: bytes) -> tuple[int, bool]:

@@ -11,7 +11,8 @@ from typing import Protocol
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import Acquire, Event, Expire, InstalledSA, MappingChange
 from natcompat.ipsec.associations import SaId, UDPEncapsulation, wire_ports
-from natcompat.ipsec.policies import PROTOCOLS_WITH_PORTS, Direction, IPAddress, TrafficSelector
+from natcompat.ipsec.selectors import PROTOCOLS_WITH_PORTS, TrafficSelector
+from natcompat.ipsec.values import Direction, IPAddress
 from natcompat.kernel.events import RECEIVE_BUFFER, KernelEvents, Known, passed_soft_limit
 from natcompat.kernel.pfkey import numbers as n
 from natcompat.kernel.pfkey.dialects import Dialect

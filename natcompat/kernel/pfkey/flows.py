@@ -14,7 +14,9 @@ from collections.abc import Iterator
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import PolicyUsage
-from natcompat.ipsec.policies import Action, Direction, IPAddress, IPNetwork, Mode, Policy, TrafficSelector
+from natcompat.ipsec.policies import Policy
+from natcompat.ipsec.selectors import TrafficSelector
+from natcompat.ipsec.values import Action, Direction, IPAddress, IPNetwork, Mode
 from natcompat.kernel.pfkey import numbers as n
 from natcompat.kernel.pfkey.dialects import Dialect
 from natcompat.kernel.pfkey.messages import (

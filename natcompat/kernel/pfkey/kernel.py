@@ -23,12 +23,14 @@ from natcompat.ipsec import (
     SaId,
     SecurityAssociation,
     TrafficSelector,
+    Transforms,
     UDPEncapsulation,
     Usage,
 )
+from natcompat.ipsec.selectors import refuse_ranges
 from natcompat.kernel.events import RECEIVE_BUFFER, Known
 from natcompat.kernel.pfkey import numbers as n
-from natcompat.kernel.pfkey.algorithms import check_algorithms
+from natcompat.kernel.pfkey.algorithms import check_algorithms, supported_transforms
 from natcompat.kernel.pfkey.dialects import Dialect, NatT, Policies
 from natcompat.kernel.pfkey.events import PfKeyEvents
 from natcompat.kernel.pfkey.flows import Flows
@@ -102,6 +104,10 @@ class PfKeyIPsec(KernelIPsec[Message]):
             sa_direction=self._dialect.nat_t is NatT.ADDRESSES,
         )
 
+    def transforms(self) -> Transforms:
+        """Return the transforms that the kernel lists to who registers, as far as the dialect has them."""
+        return supported_transforms(self._dialect)
+
     # -- security associations
 
     def _allocate(
@@ -123,6 +129,7 @@ class PfKeyIPsec(KernelIPsec[Message]):
         EEXIST: there is an SA with this destination and SPI (FreeBSD: with this SPI). EOPNOTSUPP: the
         dialect lacks something that `sa` asks for; ENOSYS: it or the kernel lacks a transform.
         """
+        refuse_ranges(sa.selectors, f"PF_KEY of {self._dialect.system}")
         check_sa(self._dialect, sa)
         return self._add(
             sa,
@@ -131,9 +138,13 @@ class PfKeyIPsec(KernelIPsec[Message]):
             install=lambda: self._install(sa, n.SADB_ADD),
         )
 
+    def is_larval(self, sa_id: SaId) -> bool:
+        """Tell whether the kernel has only an SPI of this name, without keys."""
+        found = self._find(sa_id)
+        return found is not None and read_sa(required(found, n.SADB_EXT_SA)).state == n.SADB_SASTATE_LARVAL
+
     def _complete(self, sa: SecurityAssociation) -> bool:
-        found = self._find(sa.sa_id)
-        if found is None or read_sa(required(found, n.SADB_EXT_SA)).state != n.SADB_SASTATE_LARVAL:
+        if not self.is_larval(sa.sa_id):
             return False
         reserved = self._reserved.get((sa.destination, sa.spi))
         try:
@@ -235,8 +246,11 @@ class PfKeyIPsec(KernelIPsec[Message]):
         self._request(n.SADB_DELETE, f"Deleting {sa_id}", sa_id)
         self._forget(sa_id)
 
-    def flush_sas(self) -> None:
-        """Remove every ESP SA, whoever installed it."""
+    def flush_sas(self, *, reqid: int | None = None) -> None:
+        """Remove every ESP SA, whoever installed it; with `reqid`, those that have it."""
+        if reqid is not None:
+            self.delete_sas_of(reqid)
+            return
         self._socket.request("Flushing SAs", Message(n.SADB_FLUSH, self._dialect.esp))
         self._forget()
 
@@ -269,9 +283,33 @@ class PfKeyIPsec(KernelIPsec[Message]):
 
     # -- policies
 
-    def add_policy(self, policy: Policy) -> None:
-        """Install `policy`. EEXIST: there is one with this selector and direction."""
-        self._policies.add(policy)
+    def add_policy(self, policy: Policy, *, replace: bool = False) -> None:
+        """Install `policy`. EEXIST: there is one with this selector and direction.
+
+        With `replace` it takes the place of that one: in one step where the kernel has SADB_X_SPDUPDATE
+        (Linux, FreeBSD, NetBSD, macOS); elsewhere (OpenBSD, Solaris) the other one is deleted first, and put
+        back if this one is refused. EOPNOTSUPP: the selector has ranges.
+        """
+        refuse_ranges([policy.selector], f"PF_KEY of {self._dialect.system}")
+        if not replace:
+            self._policies.add(policy)
+            return
+        if isinstance(self._policies, SpdPolicies):
+            self._policies.replace(policy)
+            return
+        try:
+            before = self._policies.get(policy).policy
+        except NatCompatError as error:
+            if error.errno != errno.ESRCH:
+                raise
+            self._policies.add(policy)
+            return
+        self._policies.delete(before)
+        try:
+            self._policies.add(policy)
+        except BaseException:
+            self._policies.add(before)
+            raise
 
     def get_policy(self, policy: Policy) -> PolicyUsage:
         """Return the installed policy of this selector and direction. ESRCH: none."""
@@ -281,8 +319,11 @@ class PfKeyIPsec(KernelIPsec[Message]):
         """Remove the policy of this selector and direction. ESRCH: there is none."""
         self._policies.delete(policy)
 
-    def flush_policies(self) -> None:
-        """Remove every policy, whoever installed it; sockets keep their own."""
+    def flush_policies(self, *, reqid: int | None = None) -> None:
+        """Remove every policy, whoever installed it; with `reqid`, those of it. Sockets keep theirs."""
+        if reqid is not None:
+            self.delete_policies_of(reqid)
+            return
         self._policies.flush()
 
     def list_policies(self) -> list[PolicyUsage]:

@@ -17,7 +17,7 @@ from ipaddress import IPv4Address, IPv6Address
 from sys import byteorder
 from typing import NamedTuple
 
-from natcompat.ipsec.policies import IPAddress
+from natcompat.ipsec.values import IPAddress
 from natcompat.kernel.pfkey.dialects import Dialect
 from natcompat.kernel.pfkey.numbers import PF_KEY_V2, SADB_EXT_SA
 

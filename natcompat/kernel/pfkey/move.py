@@ -13,7 +13,7 @@ from types import EllipsisType
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec.associations import SaId, UDPEncapsulation
-from natcompat.ipsec.policies import Direction, IPAddress, Mode
+from natcompat.ipsec.values import Direction, IPAddress, Mode
 from natcompat.kernel.pfkey import numbers as n
 from natcompat.kernel.pfkey.dialects import Dialect, Modes, Move, NatT
 from natcompat.kernel.pfkey.messages import Extension, Message, address_extension, key_extension

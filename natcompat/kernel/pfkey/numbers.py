@@ -22,6 +22,7 @@ SADB_FLUSH: Final = 9
 SADB_DUMP: Final = 10
 
 # messages of KAME and its descendants, and of Linux
+SADB_X_SPDUPDATE: Final = 13
 SADB_X_SPDADD: Final = 14
 SADB_X_SPDDELETE: Final = 15
 SADB_X_SPDGET: Final = 16

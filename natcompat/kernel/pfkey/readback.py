@@ -13,8 +13,9 @@ from natcompat.ipsec.associations import (
     UDPEncapsulation,
     encapsulation_of,
 )
-from natcompat.ipsec.policies import Direction, IPAddress, Mode, TrafficSelector
+from natcompat.ipsec.selectors import TrafficSelector
 from natcompat.ipsec.transforms import Integ, Key
+from natcompat.ipsec.values import Direction, IPAddress, Mode
 from natcompat.kernel.pfkey import numbers as n
 from natcompat.kernel.pfkey.dialects import Dialect, Modes, NatT
 from natcompat.kernel.pfkey.messages import (

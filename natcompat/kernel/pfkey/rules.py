@@ -15,16 +15,9 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from natcompat.ipsec import PolicyUsage
-from natcompat.ipsec.policies import (
-    Action,
-    Direction,
-    IPAddress,
-    IPNetwork,
-    Mode,
-    Policy,
-    TrafficSelector,
-    default_priority,
-)
+from natcompat.ipsec.policies import Policy, default_priority
+from natcompat.ipsec.selectors import TrafficSelector
+from natcompat.ipsec.values import Action, Direction, IPAddress, IPNetwork, Mode
 from natcompat.kernel.pfkey.dialects import Dialect
 from natcompat.kernel.pfkey.messages import (
     AF_INET,

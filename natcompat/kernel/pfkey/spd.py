@@ -8,15 +8,9 @@ from collections.abc import Iterator
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import PolicyUsage
-from natcompat.ipsec.policies import (
-    Action,
-    Direction,
-    IPAddress,
-    Mode,
-    Policy,
-    TrafficSelector,
-    default_priority,
-)
+from natcompat.ipsec.policies import Policy, default_priority
+from natcompat.ipsec.selectors import TrafficSelector
+from natcompat.ipsec.values import Action, Direction, IPAddress, Mode
 from natcompat.kernel.pfkey import numbers as n
 from natcompat.kernel.pfkey.dialects import Dialect
 from natcompat.kernel.pfkey.messages import (
@@ -58,17 +52,36 @@ class SpdPolicies:
     def add(self, policy: Policy) -> None:
         """Install `policy`, whole or not at all."""
         check_policy(self._dialect, policy)
+        self._install(policy, n.SADB_X_SPDADD, None)
+
+    def replace(self, policy: Policy) -> None:
+        """Install `policy`, whole or not at all, in the place of one with its selector and direction."""
+        check_policy(self._dialect, policy)
+        before = None
+        try:
+            before = self.get(policy).policy
+        except NatCompatError as error:
+            if error.errno != errno.ESRCH:
+                raise
+        self._install(policy, n.SADB_X_SPDUPDATE, before)
+
+    def _install(self, policy: Policy, kind: int, before: Policy | None) -> None:
         done: list[int] = []
-        what = f"Adding the policy for {words(policy)}"
         for direction in kernel_directions(self._dialect, policy):
             try:
-                message = encode_policy(self._dialect, policy, direction)
-                self._socket.request(what, message, remedies=_REMEDIES)
+                self._send(policy, kind, direction)
             except BaseException:
-                for each in done:
-                    self._delete(policy, each)
+                for installed in done:
+                    if before is None:
+                        self._delete(policy, installed)
+                    else:
+                        self._send(before, n.SADB_X_SPDUPDATE, installed)
                 raise
             done.append(direction)
+
+    def _send(self, policy: Policy, kind: int, direction: int) -> None:
+        message = encode_policy(self._dialect, policy, direction, kind)
+        self._socket.request(f"Adding the policy for {words(policy)}", message, remedies=_REMEDIES)
 
     def get(self, policy: Policy) -> PolicyUsage:
         """Return the installed policy of this selector and direction. ESRCH: none."""
@@ -166,9 +179,9 @@ def kernel_directions(dialect: Dialect, policy: Policy) -> tuple[int, ...]:
     return (direction, n.IPSEC_DIR_FWD)
 
 
-def encode_policy(dialect: Dialect, policy: Policy, direction: int) -> Message:
-    """Return the message that installs `policy` in the kernel's `direction` (SADB_X_SPDADD)."""
-    kind = {
+def encode_policy(dialect: Dialect, policy: Policy, direction: int, kind: int = n.SADB_X_SPDADD) -> Message:
+    """Return the message that installs `policy` in the kernel's `direction`; or SADB_X_SPDUPDATE."""
+    action = {
         Action.PROTECT: n.IPSEC_POLICY_IPSEC,
         Action.BYPASS: n.IPSEC_POLICY_NONE,
         Action.DISCARD: n.IPSEC_POLICY_DISCARD,
@@ -176,11 +189,11 @@ def encode_policy(dialect: Dialect, policy: Policy, direction: int) -> Message:
     priority = 0
     if dialect.policy_priority:
         priority = default_priority(policy.selector) if policy.priority is None else policy.priority
-    body = struct.pack(_POLICY, kind, direction, 0, priority)
+    body = struct.pack(_POLICY, action, direction, 0, priority)
     if policy.action is Action.PROTECT:
         body += _request(dialect, policy)
     extensions = [*_selector(dialect, policy.selector), extension(n.SADB_X_EXT_POLICY, body)]
-    return Message(n.SADB_X_SPDADD, extensions=extensions)
+    return Message(kind, extensions=extensions)
 
 
 def _selector(dialect: Dialect, selector: TrafficSelector) -> Iterator[Extension]:

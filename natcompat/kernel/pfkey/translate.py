@@ -12,8 +12,9 @@ from ipaddress import IPv4Address, IPv6Address, ip_network
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec.associations import Lifetime, SaId, SecurityAssociation, UDPEncapsulation, wire_ports
-from natcompat.ipsec.policies import Direction, IPAddress, IPNetwork, Mode, TrafficSelector
+from natcompat.ipsec.selectors import TrafficSelector
 from natcompat.ipsec.transforms import Encr, Integ
+from natcompat.ipsec.values import Direction, IPAddress, IPNetwork, Mode
 from natcompat.kernel.pfkey import numbers as n
 from natcompat.kernel.pfkey.dialects import Dialect, Modes, NatT
 from natcompat.kernel.pfkey.messages import (

@@ -18,9 +18,11 @@ from natcompat.ipsec import (
     PolicyUsage,
     SaId,
     SecurityAssociation,
+    Transforms,
     UDPEncapsulation,
     Usage,
 )
+from natcompat.ipsec.selectors import refuse_ranges
 from natcompat.kernel.events import RECEIVE_BUFFER, Known
 from natcompat.kernel.verbs import KernelIPsec, words
 from natcompat.kernel.xfrm import messages
@@ -39,6 +41,7 @@ from natcompat.kernel.xfrm.translate import (
     encode_sa_id,
     modules_of,
     put_sequence,
+    supported_transforms,
 )
 from natcompat.kernel.xfrm.translate_policy import (
     encode_policy,
@@ -53,7 +56,7 @@ QUEUE = 1 << 20
 """Bytes of queue for answers, and for the report of a deletion among those of other SAs."""
 
 _POLICY_REMEDIES = {
-    errno.EEXIST: "Delete the other one first, or tell them apart by marks",
+    errno.EEXIST: "Delete the other one first, add this one with replace=True, or tell them apart by marks",
     errno.EINVAL: "Outbound tunnel policies cannot be optional: add a BYPASS policy until there is an SA",
 }
 
@@ -96,6 +99,13 @@ class XfrmIPsec(KernelIPsec[bytes]):
             sa_direction=self._kernel.sa_direction,
         )
 
+    def transforms(self) -> Transforms:
+        """Return the transforms that this kernel installs, found out by a dry run of each.
+
+        The first time the kernel may load the modules, which takes up to seconds.
+        """
+        return supported_transforms()
+
     # -- security associations
 
     def _allocate(
@@ -129,7 +139,7 @@ class XfrmIPsec(KernelIPsec[bytes]):
         )
 
     def _complete(self, sa: SecurityAssociation, sequence: int | None) -> bool:
-        if not self._is_larval(sa.sa_id):
+        if not self.is_larval(sa.sa_id):
             return False
         # A larval SA that somebody else made without a direction takes none from the SA.
         for features in dict.fromkeys((self._kernel, self._kernel._replace(sa_direction=False))):
@@ -153,14 +163,15 @@ class XfrmIPsec(KernelIPsec[bytes]):
         sequence: int | None,
         features: KernelFeatures | None = None,
     ) -> None:
+        refuse_ranges(sa.selectors, "XFRM")
         message = encode_sa(sa, features or self._kernel)
         if sequence:
             put_sequence(message, sa.direction, sequence)
         remedies = {errno.ENOSYS: modules_of(sa), errno.ENOENT: modules_of(sa)}
         self._netlink.request(f"Adding {sa.sa_id}", message, kind, flags, remedies=remedies)
 
-    def _is_larval(self, sa_id: SaId) -> bool:
-        """Whether the kernel has an SA of this name without any algorithm: only the SPI is taken."""
+    def is_larval(self, sa_id: SaId) -> bool:
+        """Tell whether the kernel has an SA of this name without any algorithm: only the SPI is taken."""
         answer = self._find(sa_id)
         return answer is not None and not any(
             kind in _ALGORITHMS for kind, _, _ in attributes(answer, INFO_END)
@@ -210,8 +221,11 @@ class XfrmIPsec(KernelIPsec[bytes]):
         self._netlink.request(f"Deleting {sa_id}", encode_sa_id(sa_id), messages.XFRM_MSG_DELSA)
         self._forget(sa_id)
 
-    def flush_sas(self) -> None:
-        """Remove every ESP SA of this network namespace, whoever installed it."""
+    def flush_sas(self, *, reqid: int | None = None) -> None:
+        """Remove every ESP SA of this network namespace, whoever installed it; with `reqid`, those of it."""
+        if reqid is not None:
+            self.delete_sas_of(reqid)
+            return
         message = messages.xfrm_usersa_flush()
         message["proto"] = socket.IPPROTO_ESP
         message.encode()
@@ -232,29 +246,50 @@ class XfrmIPsec(KernelIPsec[bytes]):
 
     # -- policies
 
-    def add_policy(self, policy: Policy) -> None:
+    def add_policy(self, policy: Policy, *, replace: bool = False) -> None:
         """Install `policy`. EEXIST: there is one with this selector, direction, mark and interface.
+
+        With `replace` it takes the place of that one in one step (XFRM_MSG_UPDPOLICY), also of one that
+        another process left. EOPNOTSUPP: the selector has ranges.
 
         What comes in may be for this host or for another behind it, so that an IN policy is
         installed for FWD, too (except in transport mode, which is for this host only). Outbound
         tunnel policies cannot be `optional` with kernels since 2022: EINVAL.
         """
+        refuse_ranges([policy.selector], "XFRM")
+        before = self._find_policy(policy) if replace else None
         done: list[int] = []
         for direction in kernel_directions(policy):
             try:
-                message = encode_policy(policy, direction)
-                self._netlink.request(
-                    f"Adding the policy for {words(policy)}",
-                    message,
-                    messages.XFRM_MSG_NEWPOLICY,
-                    _NEW,
-                    remedies=_POLICY_REMEDIES,
-                )
+                self._put_policy(policy, direction, replace=replace)
             except BaseException:
-                for each in done:
-                    self._delete_policy(policy, each)
+                for installed in done:
+                    if before is None:
+                        self._delete_policy(policy, installed)
+                    else:
+                        self._put_policy(before, installed, replace=True)
                 raise
             done.append(direction)
+        if before is not None:
+            for direction in set(kernel_directions(before)) - set(done):
+                self._delete_policy(policy, direction)
+
+    def _put_policy(self, policy: Policy, direction: int, *, replace: bool) -> None:
+        self._netlink.request(
+            f"Adding the policy for {words(policy)}",
+            encode_policy(policy, direction),
+            messages.XFRM_MSG_UPDPOLICY if replace else messages.XFRM_MSG_NEWPOLICY,
+            NLM_F_ACK if replace else _NEW,
+            remedies=_POLICY_REMEDIES,
+        )
+
+    def _find_policy(self, policy: Policy) -> Policy | None:
+        try:
+            return self.get_policy(policy).policy
+        except NatCompatError as error:
+            if error.errno == errno.ESRCH:
+                return None
+            raise
 
     def get_policy(self, policy: Policy) -> PolicyUsage:
         """Return the installed policy of this selector, direction, mark and interface. ESRCH: none."""
@@ -282,8 +317,14 @@ class XfrmIPsec(KernelIPsec[bytes]):
         except NatCompatError as error:
             raise _no_policy(error) from None
 
-    def flush_policies(self) -> None:
-        """Remove every policy of this network namespace, whoever installed it; sockets keep their own."""
+    def flush_policies(self, *, reqid: int | None = None) -> None:
+        """Remove every policy of this network namespace, whoever installed it; sockets keep their own.
+
+        With `reqid`, those that have it.
+        """
+        if reqid is not None:
+            self.delete_policies_of(reqid)
+            return
         message = messages.xfrm_userpolicy_flush()
         message.encode()
         self._netlink.request("Flushing policies", bytearray(message.data), messages.XFRM_MSG_FLUSHPOLICY)

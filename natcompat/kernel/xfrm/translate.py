@@ -24,12 +24,13 @@ from natcompat.ipsec import (
     SaId,
     SecurityAssociation,
     TrafficSelector,
+    Transforms,
     UDPEncapsulation,
 )
 from natcompat.ipsec.associations import wire_ports
 from natcompat.kernel.xfrm import layouts, messages
 from natcompat.kernel.xfrm.netlink import HEADER, attributes
-from natcompat.kernel.xfrm.probe import MODULES, UDP_ENCAP_ESPINUDP
+from natcompat.kernel.xfrm.probe import MODULES, UDP_ENCAP_ESPINUDP, probe_esp
 
 ENCRYPTION_NAMES = {
     Encr.NULL: "ecb(cipher_null)",
@@ -260,6 +261,25 @@ def _algorithms(shape: _Shape) -> list[tuple[str, Any]]:
         "alg_key": bytes(shape.integrity.key_length),
     }
     return [("XFRMA_ALG_CRYPT", blank), ("XFRMA_ALG_AUTH_TRUNC", integrity)]
+
+
+def supported_transforms() -> Transforms:
+    """Ask the kernel by a dry run for each transform; see `natcompat.kernel.xfrm.probe.probe_esp`."""
+    encryption = {}
+    for transform, name in ENCRYPTION_NAMES.items():
+        integrity = "" if transform.is_aead else "hmac(sha256)"
+        icv_bits = transform.icv_length * 8 if transform.is_aead else None
+        lengths = tuple(
+            (length - transform.salt_length) * 8
+            for length in transform.key_lengths
+            if probe_esp(name, integrity, key_bits=length * 8, icv_bits=icv_bits)
+        )
+        if lengths:
+            encryption[transform] = lengths
+    integrities = (
+        transform for transform, name in INTEGRITY_NAMES.items() if probe_esp("ecb(cipher_null)", name)
+    )
+    return Transforms(encryption=encryption, integrity=frozenset(integrities), esn=True)
 
 
 def modules_of(sa: SecurityAssociation) -> str:

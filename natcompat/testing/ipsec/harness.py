@@ -122,6 +122,8 @@ class IPsecHarness:
     """A tunnel carries another IP version than its own; False: that is refused."""
     pads: ClassVar[bool] = True
     """Packets are padded (TFC); False: that is refused."""
+    refuses_a_second_policy: ClassVar[bool] = True
+    """EEXIST for a policy with the selector of another and another action; False: it has both (Solaris)."""
     counts: ClassVar[bool] = True
     """`get_sa` knows sequence numbers and drops; False: it says None."""
 

@@ -28,15 +28,15 @@ from natcompat.testing.ipsec.harness import (
     PORTS,
     REQID,
     SPI,
-    IPsecHarness,
     keys,
     policy,
     raises,
     wait_for,
 )
+from natcompat.testing.ipsec.management import IPsecManagement
 
 
-class IPsecConformance(IPsecHarness):
+class IPsecConformance(IPsecManagement):
     """The verbs as tests; subclass it and say how to open the implementation."""
 
     # --- SAs -----------------------------------------------------------------------------------

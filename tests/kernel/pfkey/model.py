@@ -30,6 +30,7 @@ SOLARIS_FLAGS = 0x1F_D002 | 0xF << 22 | 0xF << 26
 
 Extensions = dict[int, bytes]
 Name = tuple[bytes, int]
+SPDUPDATE = 13  # takes the place of a policy, or comes as new (key_spdadd() of KAME, pfkey_spdadd() of Linux)
 
 
 class RefusedError(Exception):
@@ -341,12 +342,12 @@ class ModelKernel:
             send()
         elif kind == 18:
             self._dump([list(each.values()) for each in self.policies.values()], send)
-        elif kind in (14, 15):
+        elif kind in (SPDUPDATE, 14, 15):
             _need(found, SRC, DST, 18)
             name = found[SRC][4:], found[DST][4:], found[18][6]
-            if (name in self.policies) == (kind == 14):
+            if kind != SPDUPDATE and (name in self.policies) == (kind == 14):
                 raise RefusedError(errno.EEXIST) if kind == 14 else self._gone()
-            if kind == 14:
+            if kind in (SPDUPDATE, 14):
                 self.policies[name] = {**found, CURRENT: _current()}
             else:
                 del self.policies[name]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from natcompat.ipsec.policies import Direction
+from natcompat.ipsec.values import Direction
 from natcompat.kernel.pfkey import flows, rules, spd
 from natcompat.kernel.pfkey.dialects import DIALECTS, Dialect, Policies
 from natcompat.kernel.pfkey.messages import (

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 
 from natcompat.ipsec.associations import Lifetime, SaId, SecurityAssociation, UDPEncapsulation
-from natcompat.ipsec.policies import Action, Direction, Mode, Policy, TrafficSelector
+from natcompat.ipsec.policies import Policy
+from natcompat.ipsec.selectors import TrafficSelector
 from natcompat.ipsec.transforms import Encr, Integ
+from natcompat.ipsec.values import Action, Direction, Mode
 from natcompat.kernel.pfkey import bypass, flows, rules, spd
 from natcompat.kernel.pfkey.dialects import DIALECTS
 from natcompat.kernel.pfkey.translate import check_sa, encode_allocate, encode_sa, encode_sa_id

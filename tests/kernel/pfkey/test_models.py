@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import replace as with_changes
 from ipaddress import ip_address
 from typing import Any, ClassVar
 
@@ -78,16 +78,18 @@ class TestOpenBSD(OverModel):
 class OnTunnelInterface(PfKeyIPsec):
     """Solaris has tunnel policies for tunnel interfaces only."""
 
-    def add_policy(self, policy: Policy) -> None:
-        tunnel = policy.action is Action.PROTECT and policy.mode is Mode.TUNNEL
-        super().add_policy(replace(policy, interface_id=3) if tunnel else policy)
+    def add_policy(self, policy: Policy, *, replace: bool = False) -> None:
+        if policy.mode is Mode.TUNNEL and policy.action is not Action.BYPASS:
+            policy = with_changes(policy, interface_id=3)
+        super().add_policy(policy, replace=replace)
 
     def delete_policy(self, policy: Policy) -> None:
-        super().delete_policy(replace(policy, interface_id=3))
+        super().delete_policy(with_changes(policy, interface_id=3))
 
 
 class TestSolaris(OverModel):
     system = layouts.SOLARIS
+    refuses_a_second_policy = False
     common: ClassVar[Mapping[str, Any]] = {
         **keys(*GCM, length=20),
         "encapsulation": UDPEncapsulation(

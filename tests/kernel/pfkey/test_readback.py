@@ -20,8 +20,10 @@ from natcompat.ipsec.associations import (
     SecurityAssociation,
     UDPEncapsulation,
 )
-from natcompat.ipsec.policies import Action, Direction, Mode, Policy, TrafficSelector
+from natcompat.ipsec.policies import Policy
+from natcompat.ipsec.selectors import TrafficSelector
 from natcompat.ipsec.transforms import Encr, Integ
+from natcompat.ipsec.values import Action, Direction, Mode
 from natcompat.kernel.pfkey import flows, rules, spd
 from natcompat.kernel.pfkey.dialects import DIALECTS, Dialect, Policies
 from natcompat.kernel.pfkey.messages import Message, decode
