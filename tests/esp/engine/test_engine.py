@@ -22,7 +22,7 @@ from natcompat.errors import NatCompatError
 from natcompat.esp.engine.base import link_of
 from natcompat.esp.engine.engine import ACQUIRE_INTERVAL, LONGEST_QUEUE, EspEngine
 from natcompat.esp.engine.events import LONGEST_QUEUE as MOST_EVENTS
-from natcompat.esp.engine.inbound import PortableInbound
+from natcompat.esp.engine.portable_inbound import PortableInbound
 from natcompat.esp.engine.portable import PortableDataPath
 from natcompat.esp.engine.results import Destination, Dropped, Opened, Packet, Reason
 from natcompat.ipsec import (

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from natcompat.esp.engine import packet as packets
-from natcompat.esp.engine.association import (
+from natcompat.esp.engine.portable_association import (
     _HEADER,
     _HEADER_AND_IV,
     _IV_MASK,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from ipaddress import IPv6Address, ip_address
 
 from natcompat.esp.engine import packet as packets
-from natcompat.esp.engine.association import _HEADER, _TUNNELLED, PortableAssociation
+from natcompat.esp.engine.portable_association import _HEADER, _TUNNELLED, PortableAssociation
 from natcompat.esp.engine.base import (
     MOVED,
     Address,
