@@ -19,7 +19,7 @@ from typing import Final, Self
 
 from natcompat.contract import NAT_KEEPALIVE
 from natcompat.errors import NatCompatError
-from natcompat.esp.engine.base import HARD, MOVED, SOFT, Address, Association, Outbound
+from natcompat.esp.engine.association import HARD, MOVED, SOFT, Address, Association, Outbound
 from natcompat.esp.engine.control import KEEPALIVE, Control, Larval
 from natcompat.esp.engine.databases import PolicyEntry
 from natcompat.esp.engine.events import EspEvents

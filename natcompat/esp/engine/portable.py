@@ -14,7 +14,7 @@ from ipaddress import ip_address
 from itertools import count, groupby, repeat
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
-from natcompat.esp.engine.base import Address, Association, Inbound, Link, Outbound
+from natcompat.esp.engine.association import Address, Association, Inbound, Link, Outbound
 from natcompat.esp.engine.crypto import HEADER_LENGTH
 from natcompat.esp.engine.databases import AssociationDatabase, PolicyDatabase, PolicyEntry, allows
 from natcompat.esp.engine.portable_inbound import PortableInbound

@@ -14,7 +14,7 @@ from struct import Struct
 from typing import Final
 
 from natcompat.esp.engine import packet as packets
-from natcompat.esp.engine.base import (
+from natcompat.esp.engine.association import (
     HARD,
     SOFT,
     UNLIMITED,

@@ -7,7 +7,7 @@ from ipaddress import IPv6Address, ip_address
 
 from natcompat.esp.engine import packet as packets
 from natcompat.esp.engine.portable_association import _HEADER, _TUNNELLED, PortableAssociation
-from natcompat.esp.engine.base import (
+from natcompat.esp.engine.association import (
     MOVED,
     Address,
     Inbound,

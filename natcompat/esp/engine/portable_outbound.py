@@ -13,7 +13,7 @@ from natcompat.esp.engine.portable_association import (
     _LARGEST_UDP,
     PortableAssociation,
 )
-from natcompat.esp.engine.base import (
+from natcompat.esp.engine.association import (
     Link,
     Outbound,
 )

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from natcompat.esp.engine.base import Inbound
+from natcompat.esp.engine.association import Inbound
 from natcompat.esp.engine.crypto import make_cipher
 from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.packet import DUMMY, IPV4, IPV6, PADDINGS

@@ -19,7 +19,7 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers import aead
 
 from natcompat.errors import NatCompatError
-from natcompat.esp.engine.base import link_of
+from natcompat.esp.engine.association import link_of
 from natcompat.esp.engine.engine import ACQUIRE_INTERVAL, LONGEST_QUEUE, EspEngine
 from natcompat.esp.engine.events import LONGEST_QUEUE as MOST_EVENTS
 from natcompat.esp.engine.portable_inbound import PortableInbound
