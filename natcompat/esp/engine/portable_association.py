@@ -25,12 +25,12 @@ from natcompat.esp.engine.association import (
 from natcompat.esp.engine.crypto import HEADER_LENGTH, Cipher, make_cipher
 from natcompat.ipsec import Mode, SecurityAssociation, Usage
 
-_IV_MASK: Final = (1 << 64) - 1
-_HEADER: Final = Struct("!II")
-_HEADER_AND_IV: Final = Struct("!IIQ")
-_TUNNELLED: Final = {packets.IPV4: 4, packets.IPV6: 6}
+IV_MASK: Final = (1 << 64) - 1
+HEADER: Final = Struct("!II")
+HEADER_AND_IV: Final = Struct("!IIQ")
+INNER_VERSIONS: Final = {packets.IPV4: 4, packets.IPV6: 6}
 """IP version by next header."""
-_LARGEST_UDP: Final = {4: 65535 - 20 - 8, 6: 65535 - 8}
+LARGEST_UDP_PAYLOAD: Final = {4: 65535 - 20 - 8, 6: 65535 - 8}
 
 
 class PortableAssociation(Association):
