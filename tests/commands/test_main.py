@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import natcompat
-from natcompat.commands.ipsec.tables import table
+from natcompat.commands.tables import table
 from tests.support.running import COMMAND, environment, run, run_on_terminal
 
 

@@ -14,7 +14,7 @@ import click
 from natcompat.commands.ipsec.common import as_json, opened
 from natcompat.commands.ipsec.describe import Row, describe_sas
 from natcompat.commands.ipsec.lines import Rates
-from natcompat.commands.ipsec.tables import plain, table
+from natcompat.commands.tables import plain, table
 
 if TYPE_CHECKING:
     from natcompat.ipsec import IPsec

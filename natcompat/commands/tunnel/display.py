@@ -32,7 +32,7 @@ from typing import Any, Protocol, TextIO
 
 from natcompat.commands.ipsec.describe import Row, describe_event
 from natcompat.commands.ipsec.lines import event_line
-from natcompat.commands.ipsec.tables import plain, table
+from natcompat.commands.tables import plain, table
 from natcompat.commands.tunnel.describe import describe
 from natcompat.commands.tunnel.file import Tunnel
 from natcompat.ipsec import Event
