@@ -1,5 +1,5 @@
 /* The path, its SAs, and what is due of them. */
-#include "esp/esp_path.h"
+#include "esp/path_private.h"
 
 #include <stdlib.h>
 #include <string.h>
