@@ -36,7 +36,7 @@ check: check-static ## format, lint, imports, types, completeness of the public 
 check-static: .venv/.test ## the part of check that needs no network and takes seconds; pre-commit calls it
 	@echo "[check] ruff format"; $(BIN)/ruff format --check --quiet .
 	@echo "[check] ruff"; $(BIN)/ruff check --quiet .
-	@echo "[check] import-linter"; $(BIN)/lint-imports --no-logo >.venv/imports.log || { cat .venv/imports.log; exit 1; }
+	@echo "[check] import-linter"; $(BIN)/lint-imports --no-logo --cache-dir .venv/import-linter >.venv/imports.log || { cat .venv/imports.log; exit 1; }
 	@echo "[check] mypy --strict"; $(BIN)/mypy $(CHECKED)
 	@echo "[check] zizmor, check-jsonschema"; $(BIN)/zizmor --offline --quiet --persona=pedantic .github; \
 	  $(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml; \

@@ -1,4 +1,3 @@
-/* Inner packets: headers, flows, ECN and checksums. */
 #include "esp/inner.h"
 
 #include <string.h>

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import weakref
@@ -9,9 +10,8 @@ from collections.abc import Callable
 from typing import Final
 
 from natcompat.backends.base import EspConsumer
-from natcompat.errors import get_logger
 
-_log = get_logger()
+_log = logging.getLogger("natcompat")
 
 
 class ProcessEsp:

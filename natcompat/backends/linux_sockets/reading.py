@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import select
 import socket
@@ -12,9 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeAlias
 
 from natcompat.backends.base import TakeBurst
-from natcompat.errors import get_logger
 
-_log = get_logger()
+_log = logging.getLogger("natcompat")
 
 Take: TypeAlias = Callable[[int], object]
 """Takes a bounded burst from a descriptor; the argument is what `select.poll` said of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -11,10 +12,9 @@ from typing import TYPE_CHECKING
 import click
 
 from natcompat.commands.ipsec.common import as_json, opened
-from natcompat.commands.ipsec.describe import describe_sas
+from natcompat.commands.ipsec.describe import Row, describe_sas
 from natcompat.commands.ipsec.lines import Rates
-from natcompat.commands.report import flush, print_json, write_line
-from natcompat.commands.tables import Row, live, table, write_plain
+from natcompat.commands.ipsec.tables import plain, table
 
 if TYPE_CHECKING:
     from natcompat.ipsec import IPsec
@@ -49,17 +49,16 @@ def top(json_output: bool, interval: float, count: int | None) -> None:
         rounds = _rounds(ipsec, interval, count)
         if json_output:
             for lines in rounds:
-                print_json(lines, one_line=True)
-                flush()
+                click.echo(json.dumps(lines))
         elif sys.stdout.isatty():
-            with live(screen=count is None) as draw:
+            from rich.live import Live
+
+            with Live(screen=count is None, auto_refresh=False) as live:
                 for lines in rounds:
-                    draw(table("Busiest security associations", lines))
+                    live.update(table("Busiest security associations", lines), refresh=True)
         else:
             for lines in rounds:
-                write_plain(lines)
-                write_line("")
-                flush()
+                click.echo(plain(lines))
 
 
 def _rounds(ipsec: IPsec, interval: float, count: int | None) -> Iterator[list[Row]]:

@@ -23,16 +23,16 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
+import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Protocol, TextIO
+from typing import Any, Protocol, TextIO
 
-from natcompat.commands.ipsec.describe import describe_event
+from natcompat.commands.ipsec.describe import Row, describe_event
 from natcompat.commands.ipsec.lines import event_line
-from natcompat.commands.report import Words, complain, print_json, write_line
-from natcompat.commands.tables import Row, live, table, write_plain
+from natcompat.commands.ipsec.tables import plain, table
 from natcompat.commands.tunnel.describe import describe
 from natcompat.commands.tunnel.file import Tunnel
 from natcompat.ipsec import Event
@@ -98,7 +98,7 @@ class JsonReporter:
         pass
 
     def _print(self, event: str, said: Row) -> None:
-        print_json({"time": time.time(), "event": event, **said}, stream=self._stream, one_line=True)
+        self._stream.write(json.dumps({"time": time.time(), "event": event, **said}) + "\n")
         self._stream.flush()
 
 
@@ -114,16 +114,14 @@ class PlainReporter:
             self.warn(note)
 
     def counters(self, rows: Sequence[Row], drops: Mapping[str, int]) -> None:  # noqa: D102
-        write_plain(rows, self._stream)
-        if drops:
-            write_line(_drops(drops), self._stream)
-        self._say("")
+        lines = plain(list(rows)).rstrip("\n")
+        self._say(f"{lines}\n{_drops(drops)}\n" if drops else f"{lines}\n")
 
     def event(self, event: Event) -> None:  # noqa: D102
         self._say(event_line(describe_event(event)))
 
     def warn(self, text: str) -> None:  # noqa: D102
-        complain(text)
+        print(f"natcompat: {text.rstrip('.')}.", file=sys.stderr, flush=True)
 
     def down(self, status: int) -> None:  # noqa: D102
         self._say(f"{time.strftime('%H:%M:%S')}  going down")
@@ -132,7 +130,7 @@ class PlainReporter:
         pass
 
     def _say(self, text: str) -> None:
-        write_line(text, self._stream)
+        self._stream.write(f"{text}\n")
         self._stream.flush()
 
 
@@ -140,12 +138,15 @@ class LiveReporter:
     """A table that changes where it stands, and the last events below it."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._live = contextlib.ExitStack()
-        self._redraw = self._live.enter_context(live(stream))
+        from rich.console import Console
+        from rich.live import Live
+
+        self._live = Live(console=Console(file=stream, highlight=False, emoji=False), auto_refresh=False)
         self._title = ""
         self._rows: list[Row] = []
         self._drops: Mapping[str, int] = {}
         self._recent: deque[str] = deque(maxlen=_REMEMBERED)
+        self._live.start()
 
     def up(self, tunnel: Tunnel, device: str | None, mtu: int | None) -> None:  # noqa: D102
         self._title = _up(tunnel, device, mtu)
@@ -168,11 +169,17 @@ class LiveReporter:
         self._draw()
 
     def close(self) -> None:  # noqa: D102
-        self._live.close()
+        self._live.stop()
 
     def _draw(self) -> None:
-        drops = [_drops(self._drops)] if self._drops else []
-        self._redraw(Words(self._title, "bold"), table("SAs", self._rows), *drops, *self._recent)
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[Any] = [Text(self._title, style="bold"), table("SAs", self._rows)]
+        if self._drops:
+            parts.append(Text(_drops(self._drops)))
+        parts += map(Text, self._recent)
+        self._live.update(Group(*parts), refresh=True)
 
 
 def _up(tunnel: Tunnel, device: str | None, mtu: int | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -15,7 +16,7 @@ from typing import Final, Protocol
 from natcompat.backends.base import Address, EspOutlet, SocketReader, TakeBurst
 from natcompat.backends.diversion import Diversion
 from natcompat.backends.linux_sockets.reading import POLLERR, POLLHUP, ReadingThread, SocketsOfThread
-from natcompat.errors import NatCompatError, get_logger
+from natcompat.errors import NatCompatError
 from natcompat.esp.carrier.mtu import PathMtus, TooBigReplies, may_fragment
 from natcompat.esp.carrier.path_mtu import kernel_path_mtu
 from natcompat.esp.carrier.sending import PATIENCE, Outcome, Way, Ways
@@ -26,7 +27,7 @@ from natcompat.ipsec import SecurityAssociation
 from natcompat.ipsec.device import PacketDevice
 from natcompat.kernel.requests import SO_RCVBUFFORCE
 
-_log = get_logger()
+_log = logging.getLogger("natcompat")
 
 BURST: Final = 64
 """Inner packets that are sealed and sent before something else has its turn."""

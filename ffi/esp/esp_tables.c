@@ -1,0 +1,173 @@
+/* Who an SPI is for, and what is known of flows. */
+#include "esp/esp_path.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* Inbound SAs by SPI: open addressing, half full at most. The caller holds `changes` to change it. */
+
+static uint32_t index_home(const struct esp_path *path, uint32_t mask, uint32_t spi)
+{
+    return (uint32_t)((spi ^ path->seed[0]) * (path->seed[1] | 1) >> 32) & mask;
+}
+
+uint32_t path_index_find(const struct esp_path *path, uint32_t spi)
+{
+    uint32_t slot = index_home(path, path->spi_mask, spi);
+    while (path->spis[slot].spi && path->spis[slot].spi != spi)
+        slot = (slot + 1) & path->spi_mask;
+    return slot;
+}
+
+void path_index_remove(struct esp_path *path, uint32_t slot)
+{
+    uint32_t mask = path->spi_mask;
+    for (uint32_t next = (slot + 1) & mask; path->spis[next].spi; next = (next + 1) & mask) {
+        uint32_t home = index_home(path, mask, path->spis[next].spi);
+        if (((next - home) & mask) >= ((next - slot) & mask)) {   /* it may stand further to the front */
+            path->spis[slot] = path->spis[next];
+            slot = next;
+        }
+    }
+    path->spis[slot] = (struct spi_slot){0, NULL};
+    --path->spi_count;
+}
+
+static bool index_grow(struct esp_path *path)
+{
+    uint32_t mask = path->spi_mask * 2 + 1;
+    struct spi_slot *old = path->spis, *new = calloc((size_t)mask + 1, sizeof *new);
+    if (!new)
+        return false;
+    for (uint32_t each = 0; each <= path->spi_mask; ++each) {
+        if (!old[each].spi)
+            continue;
+        uint32_t slot = index_home(path, mask, old[each].spi);
+        while (new[slot].spi)
+            slot = (slot + 1) & mask;
+        new[slot] = old[each];
+    }
+    pthread_rwlock_wrlock(&path->guard);
+    path->spis = new;
+    path->spi_mask = mask;
+    pthread_rwlock_unlock(&path->guard);
+    free(old);
+    return true;
+}
+
+int esp_index(struct esp_path *path, uint32_t spi, struct esp_sa *sa, int python)
+{
+    bool done = true;
+    pthread_mutex_lock(&path->changes);
+    if ((sa || python) && 2 * (path->spi_count + 1) > path->spi_mask)
+        done = index_grow(path);
+    if (done) {
+        pthread_rwlock_wrlock(&path->guard);
+        uint32_t slot = path_index_find(path, spi);
+        bool there = path->spis[slot].spi != 0;
+        if (sa || python) {
+            path->spis[slot] = (struct spi_slot){spi, sa};
+            path->spi_count += !there;
+        } else if (there) {
+            path_index_remove(path, slot);
+        }
+        pthread_rwlock_unlock(&path->guard);
+    }
+    pthread_mutex_unlock(&path->changes);
+    return done;
+}
+
+/* Flows: open addressing, nothing is ever taken out but all at once, by another generation. */
+
+static uint64_t mix(uint64_t one, uint64_t other)
+{
+    __uint128_t product = (__uint128_t)one * other;
+    return (uint64_t)product ^ (uint64_t)(product >> 64);
+}
+
+static uint32_t flow_home(const struct esp_path *path, const struct esp_flow *flow)
+{
+    uint64_t words[sizeof *flow / 8];
+    memcpy(words, flow, sizeof words);
+    uint64_t hash = path->seed[0];
+    for (size_t each = 0; each < sizeof words / sizeof *words; ++each)
+        hash = mix(hash ^ words[each], path->seed[1] ^ 0x9E3779B97F4A7C15);
+    return (uint32_t)hash & (FLOWS - 1);
+}
+
+/* `sa`: one that the entry has to have; NULL: any. */
+static struct flow_slot *flow_find(const struct esp_path *path, const struct flows *flows,
+                                   const struct esp_flow *flow, const struct esp_sa *sa)
+{
+    uint32_t slot = flow_home(path, flow);
+    struct flow_slot *found = &flows->slots[slot];
+    while (found->generation == path->generation &&
+           (memcmp(&found->flow, flow, sizeof *flow) || (sa && found->sa != sa))) {
+        slot = (slot + 1) & (FLOWS - 1);
+        found = &flows->slots[slot];
+    }
+    return found;
+}
+
+const struct flow_slot *path_flow(const struct esp_path *path, const struct flows *flows,
+                                  const struct esp_flow *flow, const struct esp_sa *sa)
+{
+    const struct flow_slot *found = flow_find(path, flows, flow, sa);
+    return found->generation == path->generation ? found : NULL;
+}
+
+void path_forget(struct esp_path *path)
+{
+    ++path->generation;
+    path->admitted.count = path->ways.count = 0;
+}
+
+static void learn(struct esp_path *path, struct flows *flows, uint64_t generation, const struct flow_slot *learnt,
+                  const struct esp_sa *with)
+{
+    pthread_mutex_lock(&path->changes);
+    pthread_rwlock_wrlock(&path->guard);
+    if (generation == path->generation) {
+        if (flows->count >= MOST_FLOWS)
+            path_forget(path);   /* as the portable path does; what was learnt first is learnt again */
+        struct flow_slot *slot = flow_find(path, flows, &learnt->flow, with);
+        flows->count += slot->generation != path->generation;
+        *slot = *learnt;
+        slot->generation = path->generation;
+        if (slot->sa)
+            slot->sa->cached = path->generation;
+    }
+    pthread_rwlock_unlock(&path->guard);
+    pthread_mutex_unlock(&path->changes);
+}
+
+void esp_admit(struct esp_path *path, uint64_t generation, const struct esp_flow *flow, struct esp_sa *sa,
+               double *used, int verdict)
+{
+    struct flow_slot learnt = {.flow = *flow, .sa = sa, .used = used, .verdict = (uint8_t)verdict};
+    learn(path, &path->admitted, generation, &learnt, sa);
+}
+
+void esp_way(struct esp_path *path, uint64_t generation, const struct esp_flow *flow, struct esp_sa *sa,
+             double *used, int verdict)
+{
+    struct flow_slot learnt = {.flow = *flow, .sa = sa, .used = used, .verdict = (uint8_t)verdict};
+    learn(path, &path->ways, generation, &learnt, NULL);
+}
+
+uint64_t esp_generation(struct esp_path *path)
+{
+    pthread_rwlock_rdlock(&path->guard);
+    uint64_t generation = path->generation;
+    pthread_rwlock_unlock(&path->guard);
+    return generation;
+}
+
+void esp_forget(struct esp_path *path)
+{
+    pthread_mutex_lock(&path->changes);
+    pthread_rwlock_wrlock(&path->guard);
+    path_forget(path);
+    pthread_rwlock_unlock(&path->guard);
+    pthread_mutex_unlock(&path->changes);
+}

@@ -1,0 +1,153 @@
+"""One outbound SA in Python: sequence numbers, encapsulation, sealing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+from natcompat.esp.engine import packet as packets
+from natcompat.esp.engine.association import (
+    _HEADER,
+    _HEADER_AND_IV,
+    _IV_MASK,
+    _LARGEST_UDP,
+    PortableAssociation,
+)
+from natcompat.esp.engine.base import (
+    Link,
+    Outbound,
+)
+from natcompat.esp.engine.results import DROPPED, Destination, Dropped, Reason
+from natcompat.ipsec import SecurityAssociation
+
+
+class PortableOutbound(PortableAssociation, Outbound):
+    """An SA that seals packets.
+
+    `permitted` is the highest sequence number that it may use now: the last one there is, unless the
+    owner reserves them bit by bit (`permit`).
+    """
+
+    __slots__ = ("_destination", "_last", "_longest", "highest", "ivs", "permitted")
+
+    highest: int
+    permitted: int
+
+    def __init__(
+        self, sa: SecurityAssociation, link: Link, sequence: int, permitted: int | None = None
+    ) -> None:
+        """`sequence`: the last number that is not to be used again. `permitted` None: all."""
+        self.ivs: Iterator[int] | None = None
+        """The IVs for ciphers that count, modulo 2**64."""
+        self.highest = sequence
+        self._last = 0xFFFF_FFFF_FFFF_FFFF if sa.esn else 0xFFFF_FFFF
+        self.permitted = self._last if permitted is None else min(permitted, self._last)
+        super().__init__(sa, link)
+
+    def _placed(self) -> None:
+        self._destination: Destination | None = None
+        room = _LARGEST_UDP[self.sa.destination.version] - self._fixed
+        self._longest = room - (room & self._padded) - 2
+        """Bytes of the longest payload: with padding and trailer it fits in a UDP datagram."""
+
+    @property
+    def _padded(self) -> int:
+        """What the length of a plaintext is a multiple of, less 1: of a power of two."""
+        return self._remainder | 3
+
+    def draw_ivs(self, counter: Iterator[int]) -> None:
+        """Take IVs from `counter` from now on."""
+        self.ivs = counter
+
+    def permit(self, number: int) -> None:
+        """Allow sequence numbers up to `number`; what is allowed already stays so."""
+        with self.lock:
+            self.permitted = max(self.permitted, min(number, self._last))
+
+    def seal_run(self, run: Sequence[bytes], now: float) -> list[tuple[bytes, Destination] | Dropped]:
+        """Return the ESP packets for `run`; near a limit, for its first packet alone."""
+        first, payloads, left_out = run[0], run, 0
+        if self._tunnel:
+            next_header = packets.IPV4 if first[0] >> 4 == 4 else packets.IPV6
+        else:
+            split = packets.split_for_transport(first)
+            if isinstance(split, Reason):
+                return [DROPPED[split]]
+            next_header, payload = split
+            left_out = len(first) - len(payload)
+            payloads = [each[left_out:] for each in run]
+        with self.lock:
+            if self.gone:
+                return [DROPPED[Reason.NO_SA]]
+            if not self._ample(payloads) or self.highest + len(run) > self.permitted:
+                payloads = payloads[:1]
+            octets = sum(map(len, payloads))
+            if self.sa.tfc:
+                payloads = [each.ljust(self.sa.tfc, b"\0") for each in payloads]
+            if max(map(len, payloads)) > self._longest:
+                payloads, octets = payloads[:1], len(first) - left_out
+            dropped = self._refused(len(payloads[0]))
+            if dropped is not None:
+                return [dropped]
+            destination = self._destination_of(first)
+            sealed = self._seal(payloads, next_header)
+            self._use(len(payloads), octets, now)
+        return [(each, destination) for each in sealed]
+
+    def seal_dummy(self, length: int, now: float) -> tuple[bytes, Destination] | Dropped:
+        """Return a dummy packet with `length` bytes of payload (RFC 4303, 2.6)."""
+        with self.lock:
+            if self.gone:
+                return DROPPED[Reason.NO_SA]
+            dropped = self._refused(length)
+            if dropped is not None:
+                return dropped
+            (sealed,) = self._seal([os.urandom(length)], packets.DUMMY)
+            self._use(1, length, now)
+            return sealed, self.destination(0, False)
+
+    def _refused(self, length: int) -> Dropped | None:
+        """Return why not even one packet can be sealed; without a number left the SA is over."""
+        if length > self._longest:
+            return DROPPED[Reason.TOO_BIG]
+        if self.highest < self.permitted:
+            return None
+        if self.highest < self._last:
+            return DROPPED[Reason.UNRESERVED]
+        self._expire(hard=True)
+        return DROPPED[Reason.SEQUENCE]
+
+    def _seal(self, payloads: Sequence[bytes], next_header: int) -> list[bytes]:
+        cipher, ivs, spi = self.cipher, self.ivs, self.sa.spi
+        trailers, mask = packets.trailers(next_header), self._padded
+        sequence, high = self.highest, b""
+        self.highest += len(payloads)  # from here on they are used, whatever happens
+        sealed: list[bytes] = []
+        for payload in payloads:
+            sequence += 1
+            low = sequence & 0xFFFF_FFFF
+            if self._esn:
+                high = (sequence >> 32).to_bytes(4)
+            if ivs is not None:
+                prefix = _HEADER_AND_IV.pack(spi, low, next(ivs) & _IV_MASK)
+            else:
+                prefix = _HEADER.pack(spi, low) + os.urandom(cipher.iv_length)
+            sealed.append(cipher.seal(prefix, payload + trailers[-(len(payload) + 2) & mask], high))
+        return sealed
+
+    def _destination_of(self, inner: bytes) -> Destination:
+        """Return where the packet goes, and its outer DSCP, ECN and DF (RFC 4301, 5.1.2; RFC 6040, 4.1)."""
+        sa = self.sa
+        traffic_class, dont_fragment = packets.outer_fields(inner)
+        if self._tunnel:
+            mask = (0xFC if sa.copy_dscp else 0) | (3 if sa.copy_ecn else 0)
+            traffic_class &= mask
+            dont_fragment = dont_fragment and sa.copy_df
+        return self.destination(traffic_class, dont_fragment)
+
+    def destination(self, traffic_class: int, dont_fragment: bool) -> Destination:
+        """Return where packets with these outer fields go."""
+        last = self._destination
+        if last is None or last.traffic_class != traffic_class or last.dont_fragment is not dont_fragment:
+            last = self._destination = super().destination(traffic_class, dont_fragment)
+        return last
