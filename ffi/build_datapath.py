@@ -27,7 +27,14 @@ HERE: Final = Path(__file__).parent
 NAME: Final = "natcompat.esp.datapath.compiled"
 _SOLARIS: Final = "natcompat.backends._solaris"
 
-HEADERS: Final = ["esp/esp.h", "esp/esp_control.h", "offload/checksum.h", "offload/offload.h", "loop/loop.h"]
+HEADERS: Final = [
+    "esp/esp.h",
+    "esp/control.h",
+    "offload/checksum.h",
+    "offload/offload.h",
+    "loop/values.h",
+    "loop/loop.h",
+]
 """What Python sees of it stands in these between two marks, and is put together in this order."""
 
 FLAGS: Final = ["-O2", "-std=gnu11", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]

@@ -1,22 +1,27 @@
-"""The exceptions that natcompat raises, and `printable`, which makes foreign text safe for a terminal."""
+"""The exceptions that natcompat raises, and text from outside made safe for terminals and logs."""
 
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import logging
 
 
 class NatCompatError(OSError):
     """An operation failed. Carries the errno that Solaris would give, and a remedy.
 
     `remedy` is one sentence that says what to do (load a module, grant a capability, make another
-    call), or empty. It is part of ``str(error)``. Neither the message nor the remedy contains a secret.
+    call), or empty. It is part of ``str(error)``. Neither the message nor the remedy contains a secret
+    or, since both pass through `printable`, a control character.
     """
 
     remedy: str
 
     def __init__(self, errno: int, reason: str, remedy: str = "") -> None:
-        super().__init__(errno, reason or os.strerror(errno))
-        self.remedy = remedy
+        super().__init__(errno, printable(reason or os.strerror(errno)))
+        self.remedy = printable(remedy)
 
     def __str__(self) -> str:
         return f"{super().__str__()}. {self.remedy}" if self.remedy else super().__str__()
@@ -54,3 +59,30 @@ def _visible(character: str) -> str:
     if number < 0x100:
         return f"\\x{number:02x}"
     return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def get_logger(name: str = "natcompat") -> logging.Logger:
+    """Return the logger `name`, whose messages and tracebacks are made safe by `printable`.
+
+    Every module of natcompat logs through this function, so that no call can forget it.
+    """
+    import logging  # a command that logs nothing does not pay for it
+
+    logger = logging.getLogger(name)
+    if _make_record_printable not in logger.filters:
+        logger.addFilter(_make_record_printable)
+    return logger
+
+
+def _make_record_printable(record: logging.LogRecord) -> bool:
+    """Replace the control characters in the message and the traceback of a record; keeps the record."""
+    record.msg, record.args = printable(record.getMessage()), None
+    if record.exc_info and not record.exc_text:
+        import traceback
+
+        lines: list[str] = []
+        for piece in traceback.format_exception(*record.exc_info):
+            text = piece.strip("\n")  # a frame has lines; a message shall have one
+            lines += map(printable, text.split("\n") if text.startswith("  File ") else [text])
+        record.exc_text = "\n".join(lines)
+    return True

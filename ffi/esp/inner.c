@@ -1,3 +1,4 @@
+/* Inner packets: headers, flows, ECN and checksums. */
 #include "esp/inner.h"
 
 #include <string.h>

@@ -4,7 +4,7 @@
 
 #include <stdbool.h>
 
-#include "esp/esp_control.h"
+#include "esp/control.h"
 
 enum { NEXT_IPV4 = 4, NEXT_IPV6 = 41, NEXT_DUMMY = 59 };
 

@@ -1,3 +1,4 @@
+/* The loop's threads, the sockets that come and go, and its beginning and end. */
 #define _GNU_SOURCE
 #include "loop/loop.h"
 
@@ -12,7 +13,8 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "loop/loop_private.h"
+#include "loop/receive_private.h"
+#include "loop/send_private.h"
 
 #define MOST_EVENTS 32
 #define BATCHES 4 /* of one socket, before the next has its turn */
@@ -21,14 +23,6 @@
 /* What stands for a descriptor in epoll: a socket's number and generation, or one of these. */
 #define THE_TUN UINT64_MAX
 #define THE_WAKE (UINT64_MAX - 1)
-
-double loop_now(void)
-{
-    struct timespec now;
-
-    clock_gettime(CLOCK_REALTIME, &now);
-    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
-}
 
 static void close_if_open(int fd)
 {

@@ -1,3 +1,4 @@
+/* The Internet checksum (RFC 1071), vectorised where the processor allows it. */
 #include "offload/checksum.h"
 
 #include <string.h>

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import socket
 import struct
@@ -12,8 +11,9 @@ from typing import Any
 
 from natcompat.backends.consumer import Address, EspConsumer, EspInbound
 from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER, Verdict, classify
+from natcompat.errors import get_logger
 
-_log = logging.getLogger("natcompat")
+_log = get_logger()
 
 
 class Counters:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import weakref
@@ -10,8 +9,9 @@ from collections.abc import Callable
 from typing import Final
 
 from natcompat.backends.base import EspConsumer
+from natcompat.errors import get_logger
 
-_log = logging.getLogger("natcompat")
+_log = get_logger()
 
 
 class ProcessEsp:

@@ -1,4 +1,4 @@
-"""The command ``natcompat``: finds the subcommand, and ends as a command of Unix should."""
+"""The command ``natcompat``: finds the subcommand, and ends as commands of Unix end."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from typing import Any, Final, NoReturn
 import click
 
 from natcompat import __version__
+from natcompat.commands.report import complain
+from natcompat.commands.run import PythonProgram
+from natcompat.errors import printable
 
 _COMMANDS: Final = {
-    # name: where its click command is; imported when it is run, or when help lists it
+    # name: the place of its click command, imported when it runs or when help lists it
     "doctor": "natcompat.commands.doctor.command:command",
     "verify": "natcompat.commands.verify.command:command",
     "tunnel": "natcompat.commands.tunnel.command:command",
@@ -23,6 +26,7 @@ _COMMANDS: Final = {
     "spd": "natcompat.commands.ipsec.databases:spd",
     "events": "natcompat.commands.ipsec.events:events",
     "top": "natcompat.commands.ipsec.top:top",
+    "run": "natcompat.commands.run:command",
 }
 
 _INTERRUPTED: Final = 128 + signal.SIGINT
@@ -62,8 +66,8 @@ def natcompat() -> None:
 
     An IKE daemon shares UDP port 4500 with ESP and NAT-keepalives (RFC 3948). With the option a socket
     delivers IKE alone: keepalives and runts are dropped, ESP goes to IPsec, and the non-ESP marker is
-    stripped and inserted. natcompat is a library for that; this command tells what it can do on this
-    machine, and proves it.
+    stripped and inserted. natcompat is a library for that. This command reports what the library can do
+    on this machine, proves it on real sockets, and shows and runs IPsec.
 
     \b
     Environment:
@@ -71,15 +75,17 @@ def natcompat() -> None:
                           comma-separated order of preference (auto, linux, userspace, ...)
       NATCOMPAT_DATAPATH  what carries ESP in this process: auto, c, python
       NATCOMPAT_IPSEC     on Linux, how to reach the kernel's IPsec: auto, xfrm, pfkey
+      NATCOMPAT_CONTROL   none: user-space IPsec shows itself to no natcompat sad, spd,
+                          events, top and tunnel status
       NO_COLOR            if set, no colours on a terminal
 
     \b
     Exit status:
-      0    it went well
-      1    it did not; the last line says why and what to do
+      0    success
+      1    failure; the last line says why and what to do
       2    the command line is wrong
       130  interrupted by Ctrl-C
-      141  whoever read the output went away
+      141  the reader of the output went away
       143  ended by SIGTERM
 
     \b
@@ -87,23 +93,24 @@ def natcompat() -> None:
       natcompat doctor                      what works here, and what would help
       natcompat verify                      prove it on real sockets
       natcompat tunnel tunnel.toml          a tunnel with manual keys
-      python -m natcompat.commands.run daemon.py     run a program that sets the option itself
+      natcompat run daemon.py               run a program that sets the option itself
     """
 
 
 def main() -> NoReturn:
     """Run the command line, and exit."""
     _end_by_sigterm()
-    status = 1
+    status: int = 1
+    result: Any = None
     try:
         try:
             result = natcompat.main(prog_name="natcompat", standalone_mode=False)
             status = result if isinstance(result, int) else 0
         except click.UsageError as error:
-            error.show()
+            click.UsageError(printable(error.format_message()), error.ctx).show()
             status = error.exit_code
         except click.ClickException as error:
-            _complain(error.message)
+            complain(error.message)
             status = error.exit_code
     except (KeyboardInterrupt, click.Abort):
         status = _INTERRUPTED
@@ -111,16 +118,15 @@ def main() -> NoReturn:
         _forget_output()
         remedy = getattr(error, "remedy", "")  # of a NatCompatError
         sentences = [error.strerror or str(error), remedy] if remedy else [str(error)]
-        _complain(". ".join(each.rstrip(".") for each in sentences))
+        complain(". ".join(sentence.rstrip(".") for sentence in sentences))
+    if isinstance(result, PythonProgram):  # behind the handlers above: its errors are its own
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        status = result.run()
     sys.exit(status)
 
 
-def _complain(text: str) -> None:
-    print(f"natcompat: {text.rstrip('.')}.", file=sys.stderr)
-
-
 def _end_by_sigterm() -> None:
-    """Let SIGTERM unwind the stack, so that all that was made is taken down."""
+    """Let SIGTERM unwind the stack, so that cleanup code runs."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -130,7 +136,7 @@ def _end_by_sigterm() -> None:
 
 
 def _forget_output() -> None:
-    """Let what is still buffered go nowhere, lest the interpreter complains when it ends."""
+    """Discard what is still buffered, so that the interpreter does not complain when it ends."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         output: Any = sys.stdout
         with open(os.devnull, "w") as nowhere:

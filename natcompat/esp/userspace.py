@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import socket
 import sys
@@ -26,7 +25,7 @@ from natcompat.backends.base import (
     TakeBurst,
 )
 from natcompat.backends.process_esp import PROCESS_ESP
-from natcompat.errors import NatCompatError
+from natcompat.errors import NatCompatError, get_logger
 from natcompat.esp import choice as datapaths
 from natcompat.esp.carrier.mtu import device_mtu
 from natcompat.esp.carrier.portable import Carrier
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
     from natcompat.backends.diversion import Diversion
     from natcompat.esp.device.routes import DeviceRoutes
 
-_log = logging.getLogger("natcompat")
+_log = get_logger()
 
 
 class UserspaceIPsec(EspEngine):

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 import natcompat
-from natcompat.commands.ipsec.tables import table
+from natcompat.commands.tables import table
 from tests.support.running import COMMAND, environment, run, run_on_terminal
 
 
@@ -36,7 +36,9 @@ def test_version_loads_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("doctor",), ("verify",), ("tunnel",)], ids=["natcompat", "doctor", "verify", "tunnel"]
+    "command",
+    [(), ("doctor",), ("verify",), ("tunnel",), ("run",)],
+    ids=str,
 )
 @pytest.mark.parametrize("option", ["--help", "-h"])
 def test_help_is_a_manual_page(command: tuple[str, ...], option: str) -> None:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import errno
-import os
-import runpy
 import socket
 import struct
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import natcompat
 from natcompat import get_nat_t_endpoint, set_nat_t_endpoint
-from natcompat.commands import run
 from tests.support.pairs import MARKER, Pair, outcome
 
 OPTION = (socket.IPPROTO_UDP, 0x0103)
@@ -194,128 +189,3 @@ def test_on_solaris_install_does_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(sys, "platform", "sunos5")
     natcompat.install()
     assert dict(vars(socket.socket)) == before
-
-
-# --- python -m natcompat.commands.run -------------------------------------------------------------
-
-PROGRAM = """
-import socket, sys
-import neighbour
-with socket.socket(type=socket.SOCK_DGRAM) as sock:
-    sock.bind(("127.0.0.1", 0))
-    sock.setsockopt(socket.IPPROTO_UDP, socket.UDP_NAT_T_ENDPOINT, 1)
-    print(__name__, sock.getsockopt(17, 0x103), neighbour.NAME, sys.argv)
-sys.exit(len(sys.argv))
-"""
-
-
-@pytest.fixture
-def program(tmp_path: Path) -> Path:
-    (tmp_path / "neighbour.py").write_text("NAME = 'beside it'\n")
-    (tmp_path / "program.py").write_text(PROGRAM)
-    return tmp_path / "program.py"
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., object]]:
-    """Call `run.main` as ``python -m natcompat.commands.run`` would."""
-    modules = set(sys.modules)
-
-    def call(*arguments: str) -> object:
-        monkeypatch.setattr(sys, "argv", ["natcompat.commands.run", *arguments])
-        monkeypatch.setattr(sys, "path", ["where natcompat.commands.run is", *sys.path])
-        return run.main()
-
-    yield call
-    natcompat.uninstall()
-    for name in {"neighbour", "program"} & (set(sys.modules) - modules):
-        del sys.modules[name]
-
-
-def test_a_script_runs_as_python_would_run_it(
-    program: Path, call: Callable[..., object], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as end:
-        call(str(program), "-m", "--port=4500")
-    assert end.value.code == 3
-    assert capsys.readouterr().out == f"__main__ 1 beside it {[str(program), '-m', '--port=4500']}\n"
-
-
-def test_a_script_may_end_without_exit(
-    tmp_path: Path, call: Callable[..., object], capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = tmp_path / "short.py"
-    script.write_text("print('done')\n")
-    assert call(str(script)) == 0
-    assert capsys.readouterr().out == "done\n"
-
-
-def test_a_module_runs_as_python_would_run_it(
-    program: Path,
-    call: Callable[..., object],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.syspath_prepend(program.parent)
-    with pytest.raises(SystemExit) as end:
-        call("-m", "program", "argument")
-    assert end.value.code == 2
-    assert capsys.readouterr().out == f"__main__ 1 beside it {[str(program), 'argument']}\n"
-
-
-def test_a_module_may_end_without_exit(
-    tmp_path: Path, call: Callable[..., object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "neighbour.py").write_text("NAME = 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    assert call("-m", "neighbour") == 0
-
-
-USAGE: dict[str, tuple[list[str], int, str]] = {
-    "no-program": ([], 2, "python -m natcompat.commands.run script.py"),
-    "no-module": (["-m"], 2, "-m needs the name of a module"),
-    "no-such-file": (["no/such/file.py"], 2, "there is no file no/such/file.py"),
-    "a-directory": ([os.path.dirname(__file__)], 2, "there is no file"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "status", "message"), USAGE.values(), ids=USAGE.keys())
-def test_an_invalid_command_line_is_refused_with_a_message(
-    arguments: list[str],
-    status: int,
-    message: str,
-    call: Callable[..., object],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert call(*arguments) == status
-    out, err = capsys.readouterr()
-    assert message in err
-    assert not out
-
-
-@pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_is_printed(flag: str, call: Callable[..., object], capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(flag) == 0
-    assert "NATCOMPAT_BACKEND chooses" in capsys.readouterr().out
-
-
-def test_run_is_a_module_to_run(program: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "natcompat.commands.run", str(program)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (done.returncode, done.stderr) == (1, "")
-    assert done.stdout.startswith("__main__ 1 beside it")
-
-
-def test_the_module_ends_with_the_status_of_main(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["natcompat.commands.run", "--help"])
-    monkeypatch.delitem(sys.modules, "natcompat.commands.run")
-    with pytest.raises(SystemExit) as end:
-        runpy.run_module("natcompat.commands.run", run_name="__main__")
-    assert end.value.code == 0
-    assert "script.py" in capsys.readouterr().out

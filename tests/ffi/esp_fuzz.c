@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "esp/esp_path.h"
+#include "esp/path_private.h"
 
 enum { SPI_IN = 0x1001, SPI_OUT = 0x2002, MANY = MOST_JOBS + FEWEST_JOBS + 1 };
 

@@ -10,7 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "esp/esp_path.h"
+#include "esp/path_private.h"
 
 #define REQUIRE(condition) \
     do { \

@@ -13,7 +13,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "esp/esp_path.h"
+#include "esp/path_private.h"
 #include "loop/loop.h"
 #include "offload/offload.h"
 

@@ -28,6 +28,9 @@ INNER = {4: ("10.1.0.1", "10.2.0.1"), 6: ("fd00:1::1", "fd00:2::1")}
 """A host behind this end and one behind the other."""
 
 NETWORKS = {4: ("10.1.0.0/16", "10.2.0.0/16"), 6: ("fd00:1::/64", "fd00:2::/64")}
+INBOUND_SELECTOR = TrafficSelector(source=NETWORKS[4][0], destination=NETWORKS[4][1])
+"""What `Pair.far` takes from `Pair.near`."""
+
 PORTS = UDPEncapsulation(local_port=4500, remote_port=4500)
 SPI = 0xC0DE0001
 
@@ -146,6 +149,11 @@ def only(sealed: list[tuple[bytes, Destination]] | Dropped) -> tuple[bytes, Dest
     assert not isinstance(sealed, Dropped), sealed
     (packet,) = sealed
     return packet
+
+
+def drop_reason(result: object) -> Reason | None:
+    """Return why a packet was dropped; None: it was not."""
+    return result.reason if isinstance(result, Dropped) else None
 
 
 class Pair:

@@ -4,7 +4,7 @@ Where the kernel coalesces datagrams (UDP_GRO), it glues IKE to the ESP around i
 queue full is dropped as a whole. So while they come coalesced the queue is kept from getting full: ESP is
 dropped as it is read, which is quick; and since datagrams that come by themselves take long to be read, a
 filter drops those of the length that they had last. The data path in C sheds likewise
-(`ffi/loop/loop_receive.c`), without the filter.
+(`ffi/loop/receive.c`), without the filter.
 """
 
 from __future__ import annotations

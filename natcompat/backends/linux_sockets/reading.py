@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import select
 import socket
@@ -13,8 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Final, TypeAlias
 
 from natcompat.backends.base import TakeBurst
+from natcompat.errors import get_logger
 
-_log = logging.getLogger("natcompat")
+_log = get_logger()
 
 Take: TypeAlias = Callable[[int], object]
 """Takes a bounded burst from a descriptor; the argument is what `select.poll` said of it."""

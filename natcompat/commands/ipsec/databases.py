@@ -9,7 +9,7 @@ import click
 from natcompat.commands.ipsec.common import as_json, opened
 from natcompat.commands.ipsec.describe import describe_policy, describe_sas
 from natcompat.commands.ipsec.lines import policy_columns, sa_columns
-from natcompat.commands.ipsec.tables import show
+from natcompat.commands.tables import show
 
 
 @click.command(short_help="List the security associations of the kernel.")

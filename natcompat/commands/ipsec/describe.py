@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
+
+from natcompat.commands.tables import Row
 
 if TYPE_CHECKING:
     from natcompat.ipsec import Event, InstalledSA, Mark, PolicyUsage, TrafficSelector
-
-Row: TypeAlias = dict[str, Any]
-"""One object of the JSON output: names to strings, numbers, booleans, None and lists."""
 
 
 def describe_selector(selector: TrafficSelector) -> str:

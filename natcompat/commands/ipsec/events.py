@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import select
 import time
 
@@ -11,6 +10,7 @@ import click
 from natcompat.commands.ipsec.common import as_json, opened
 from natcompat.commands.ipsec.describe import describe_event
 from natcompat.commands.ipsec.lines import event_line
+from natcompat.commands.report import flush, print_json, write_line
 
 
 @click.command(short_help="Report acquires, expiries and mapping changes as they happen.")
@@ -56,9 +56,10 @@ def events(json_output: bool, count: int | None, timeout: float | None) -> None:
             for event in source.read():
                 row = describe_event(event)
                 if json_output:
-                    click.echo(json.dumps({"time": time.time(), **row}))
+                    print_json({"time": time.time(), **row}, one_line=True)
                 else:
-                    click.echo(event_line(row))
+                    write_line(event_line(row))
+                flush()
                 seen += 1
                 if seen == count:
                     return

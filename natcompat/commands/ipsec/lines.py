@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
-from natcompat.commands.ipsec.describe import Row
+from natcompat.commands.tables import Row
 
 
 def sa_columns(row: Row) -> Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING
 import click
 
 from natcompat.commands.ipsec.common import as_json, opened
-from natcompat.commands.ipsec.describe import Row, describe_sas
+from natcompat.commands.ipsec.describe import describe_sas
 from natcompat.commands.ipsec.lines import Rates
-from natcompat.commands.ipsec.tables import plain, table
+from natcompat.commands.report import flush, print_json, write_line
+from natcompat.commands.tables import Row, live, table, write_plain
 
 if TYPE_CHECKING:
     from natcompat.ipsec import IPsec
@@ -49,16 +49,17 @@ def top(json_output: bool, interval: float, count: int | None) -> None:
         rounds = _rounds(ipsec, interval, count)
         if json_output:
             for lines in rounds:
-                click.echo(json.dumps(lines))
+                print_json(lines, one_line=True)
+                flush()
         elif sys.stdout.isatty():
-            from rich.live import Live
-
-            with Live(screen=count is None, auto_refresh=False) as live:
+            with live(screen=count is None) as draw:
                 for lines in rounds:
-                    live.update(table("Busiest security associations", lines), refresh=True)
+                    draw(table("Busiest security associations", lines))
         else:
             for lines in rounds:
-                click.echo(plain(lines))
+                write_plain(lines)
+                write_line("")
+                flush()
 
 
 def _rounds(ipsec: IPsec, interval: float, count: int | None) -> Iterator[list[Row]]:

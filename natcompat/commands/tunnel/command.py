@@ -10,10 +10,13 @@ from pathlib import Path
 
 import click
 
+from natcompat.commands.report import write_line
+
 
 def _example(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
-        click.echo((resources.files("natcompat") / "data" / "tunnel.toml").read_text("utf-8"), nl=False)
+        for line in (resources.files("natcompat") / "data" / "tunnel.toml").read_text("utf-8").splitlines():
+            write_line(line)
         context.exit()
 
 

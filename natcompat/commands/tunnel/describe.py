@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from natcompat.commands.ipsec.describe import Row, describe_policy, describe_sa
+from natcompat.commands.ipsec.describe import describe_policy, describe_sa
 from natcompat.commands.report import Printer, doubtful
+from natcompat.commands.tables import Row
 from natcompat.commands.tunnel.file import Tunnel
 from natcompat.ipsec import InstalledSA, Policy, PolicyUsage, SecurityAssociation, Usage
 

@@ -23,16 +23,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import contextlib
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TextIO
+from typing import Protocol, TextIO
 
-from natcompat.commands.ipsec.describe import Row, describe_event
+from natcompat.commands.ipsec.describe import describe_event
 from natcompat.commands.ipsec.lines import event_line
-from natcompat.commands.ipsec.tables import plain, table
+from natcompat.commands.report import Words, complain, print_json, write_line
+from natcompat.commands.tables import Row, live, table, write_plain
 from natcompat.commands.tunnel.describe import describe
 from natcompat.commands.tunnel.file import Tunnel
 from natcompat.ipsec import Event
@@ -98,7 +98,7 @@ class JsonReporter:
         pass
 
     def _print(self, event: str, said: Row) -> None:
-        self._stream.write(json.dumps({"time": time.time(), "event": event, **said}) + "\n")
+        print_json({"time": time.time(), "event": event, **said}, stream=self._stream, one_line=True)
         self._stream.flush()
 
 
@@ -114,14 +114,16 @@ class PlainReporter:
             self.warn(note)
 
     def counters(self, rows: Sequence[Row], drops: Mapping[str, int]) -> None:  # noqa: D102
-        lines = plain(list(rows)).rstrip("\n")
-        self._say(f"{lines}\n{_drops(drops)}\n" if drops else f"{lines}\n")
+        write_plain(rows, self._stream)
+        if drops:
+            write_line(_drops(drops), self._stream)
+        self._say("")
 
     def event(self, event: Event) -> None:  # noqa: D102
         self._say(event_line(describe_event(event)))
 
     def warn(self, text: str) -> None:  # noqa: D102
-        print(f"natcompat: {text.rstrip('.')}.", file=sys.stderr, flush=True)
+        complain(text)
 
     def down(self, status: int) -> None:  # noqa: D102
         self._say(f"{time.strftime('%H:%M:%S')}  going down")
@@ -130,7 +132,7 @@ class PlainReporter:
         pass
 
     def _say(self, text: str) -> None:
-        self._stream.write(f"{text}\n")
+        write_line(text, self._stream)
         self._stream.flush()
 
 
@@ -138,15 +140,12 @@ class LiveReporter:
     """A table that changes where it stands, and the last events below it."""
 
     def __init__(self, stream: TextIO) -> None:
-        from rich.console import Console
-        from rich.live import Live
-
-        self._live = Live(console=Console(file=stream, highlight=False, emoji=False), auto_refresh=False)
+        self._live = contextlib.ExitStack()
+        self._redraw = self._live.enter_context(live(stream))
         self._title = ""
         self._rows: list[Row] = []
         self._drops: Mapping[str, int] = {}
         self._recent: deque[str] = deque(maxlen=_REMEMBERED)
-        self._live.start()
 
     def up(self, tunnel: Tunnel, device: str | None, mtu: int | None) -> None:  # noqa: D102
         self._title = _up(tunnel, device, mtu)
@@ -169,17 +168,11 @@ class LiveReporter:
         self._draw()
 
     def close(self) -> None:  # noqa: D102
-        self._live.stop()
+        self._live.close()
 
     def _draw(self) -> None:
-        from rich.console import Group
-        from rich.text import Text
-
-        parts: list[Any] = [Text(self._title, style="bold"), table("SAs", self._rows)]
-        if self._drops:
-            parts.append(Text(_drops(self._drops)))
-        parts += map(Text, self._recent)
-        self._live.update(Group(*parts), refresh=True)
+        drops = [_drops(self._drops)] if self._drops else []
+        self._redraw(Words(self._title, "bold"), table("SAs", self._rows), *drops, *self._recent)
 
 
 def _up(tunnel: Tunnel, device: str | None, mtu: int | None) -> str:

@@ -158,15 +158,17 @@ def _through_nat(
 def _progress(total: int) -> Iterator[Callable[[str], object]]:
     """Show a progress bar on a terminal, on stderr, so that stdout is for the report alone."""
     if sys.stderr is None or not sys.stderr.isatty():
-        yield lambda what: None
+        yield lambda step: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")
+    from natcompat.errors import printable
+
+    columns = BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}", markup=False)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=total)
-        yield lambda what: bar.update(task, advance=1, description=what)
+        yield lambda step: bar.update(task, advance=1, description=printable(step))
 
 
 @click.command("verify", short_help="Prove on real sockets that every backend keeps the contract.")

@@ -10,7 +10,6 @@ import asyncio
 import collections
 import contextlib
 import errno
-import logging
 import socket
 import time
 import warnings
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from natcompat.endpoint.loops.nonblocking import make_nonblocking_endpoint
 from natcompat.endpoint.loops.readiness import READ, WRITE, readiness
-from natcompat.errors import NatCompatError
+from natcompat.errors import NatCompatError, get_logger
 
 if TYPE_CHECKING:
     from natcompat.backends.base import Backend, EspConsumer
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 _AnyProtocol = TypeVar("_AnyProtocol", bound=asyncio.DatagramProtocol)
 
-_log = logging.getLogger("natcompat")
+_log = get_logger()
 _LARGEST_MESSAGE: Final = 65535
 _BURST: Final = 64  # datagrams that are read before the loop's other callbacks run
 _READING_TIME: Final = 0.01  # seconds after which they run in any case

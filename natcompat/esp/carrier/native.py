@@ -7,7 +7,6 @@ endpoints in line, devices that are no TUN.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 import threading
@@ -21,7 +20,7 @@ from typing import Any, Final
 from natcompat.backends.base import SocketReader, TakeBurst
 from natcompat.backends.diversion import Diversion
 from natcompat.backends.linux_sockets.reading import SocketsOfThread
-from natcompat.errors import NatCompatError
+from natcompat.errors import NatCompatError, get_logger
 from natcompat.esp.carrier.portable import PortableCarrier
 from natcompat.esp.datapath.compiled import ffi, lib
 from natcompat.esp.datapath.native import NativeDataPath
@@ -32,7 +31,7 @@ from natcompat.esp.engine.results import Opened, Reason
 from natcompat.ipsec.device import PacketDevice
 from natcompat.kernel.requests import SO_RCVBUFFORCE
 
-_log = logging.getLogger("natcompat")
+_log = get_logger()
 
 # linux/if_tun.h
 _CHECKSUMS_AND_TSO: Final = 0x01 | 0x02 | 0x04 | 0x08  # TUN_F_CSUM, _TSO4, _TSO6, _TSO_ECN

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 import threading
@@ -16,7 +15,7 @@ from typing import Final, Protocol
 from natcompat.backends.base import Address, EspOutlet, SocketReader, TakeBurst
 from natcompat.backends.diversion import Diversion
 from natcompat.backends.linux_sockets.reading import POLLERR, POLLHUP, ReadingThread, SocketsOfThread
-from natcompat.errors import NatCompatError
+from natcompat.errors import NatCompatError, get_logger
 from natcompat.esp.carrier.mtu import PathMtus, TooBigReplies, may_fragment
 from natcompat.esp.carrier.path_mtu import kernel_path_mtu
 from natcompat.esp.carrier.sending import PATIENCE, Outcome, Way, Ways
@@ -27,7 +26,7 @@ from natcompat.ipsec import SecurityAssociation
 from natcompat.ipsec.device import PacketDevice
 from natcompat.kernel.requests import SO_RCVBUFFORCE
 
-_log = logging.getLogger("natcompat")
+_log = get_logger()
 
 BURST: Final = 64
 """Inner packets that are sealed and sent before something else has its turn."""

@@ -26,7 +26,7 @@ from natcompat.esp.datapath.native_association import (
     endpoint_of,
     unzeroed,
 )
-from natcompat.esp.engine.base import UNLIMITED, Address, Association, Inbound, Link, Outbound
+from natcompat.esp.engine.association import UNLIMITED, Address, Association, Inbound, Link, Outbound
 from natcompat.esp.engine.databases import AssociationDatabase, PolicyDatabase, PolicyEntry
 from natcompat.esp.engine.packet import Flow, FlowKey, expand, flow_key, runs
 from natcompat.esp.engine.portable import MOST_FLOWS, PortableDataPath, Sealed, Way

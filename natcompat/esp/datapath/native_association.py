@@ -11,8 +11,8 @@ from struct import Struct, error
 from typing import Any, Final
 
 from natcompat.esp.datapath.compiled import ffi, lib
-from natcompat.esp.engine.base import MOVED, UNLIMITED, Address, Association, Inbound, Link, Outbound
-from natcompat.esp.engine.outbound import PortableOutbound
+from natcompat.esp.engine.association import MOVED, UNLIMITED, Address, Association, Inbound, Link, Outbound
+from natcompat.esp.engine.portable_outbound import PortableOutbound
 from natcompat.esp.engine.results import DROPPED, Destination, Dropped
 from natcompat.ipsec import Direction, IPAddress, SecurityAssociation, Usage
 

@@ -8,13 +8,14 @@ operating system's.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Self, TypeAlias
+
+from natcompat.errors import get_logger
 
 DEFAULT_MTU: Final = 1400
 """Bytes. Fits in ESP over UDP on Ethernet with every transform (see `natcompat.esp.carrier.mtu`)."""
@@ -24,7 +25,7 @@ LARGEST_PACKET: Final = 65535
 Buffer: TypeAlias = bytes | bytearray | memoryview
 """What programs hand in; it is copied if it could change. What comes out is bytes."""
 
-_log = logging.getLogger("natcompat")
+_log = get_logger()
 
 
 class PacketQueue:

@@ -1,167 +1,145 @@
-"""The state of one SA in Python, and what it does with a packet.
-
-Everything that changes does so under the lock of the SA. What concerns others (expiries, a new
-mapping) is noted in `due`, for the engine to act on when the lock is free.
-"""
+"""One installed SA, as the engine sees it: whichever data path keeps its state."""
 
 from __future__ import annotations
 
-import threading
-import time
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from struct import Struct
-from typing import Final
+from typing import Any, Final, TypeAlias
 
-from natcompat.esp.engine import packet as packets
-from natcompat.esp.engine.base import (
-    HARD,
-    SOFT,
-    UNLIMITED,
-    Address,
-    Association,
-    Link,
-)
-from natcompat.esp.engine.crypto import HEADER_LENGTH, Cipher, make_cipher
-from natcompat.ipsec import Mode, SecurityAssociation, Usage
+from natcompat.esp.engine.results import Destination, Dropped
+from natcompat.ipsec import Direction, IPAddress, Mode, Policy, SecurityAssociation, UDPEncapsulation, Usage
 
-_IV_MASK: Final = (1 << 64) - 1
-_HEADER: Final = Struct("!II")
-_HEADER_AND_IV: Final = Struct("!IIQ")
-_TUNNELLED: Final = {packets.IPV4: 4, packets.IPV6: 6}
-"""IP version by next header."""
-_LARGEST_UDP: Final = {4: 65535 - 20 - 8, 6: 65535 - 8}
+SOFT, HARD, MOVED = 1, 2, 4
+"""What may be due: the soft limit is reached, the hard one is, packets come from another address."""
+
+UNLIMITED: Final = 1 << 64
+
+Link: TypeAlias = tuple[Mode, int, IPAddress | None, IPAddress | None]
+"""What ties an SA to policies: mode, reqid, outer addresses; inbound transport mode has none."""
+
+Address: TypeAlias = tuple[Any, ...]
+"""A socket address."""
 
 
-class PortableAssociation(Association):
-    """What both directions have in common."""
+def link_of(item: SecurityAssociation | Policy) -> Link:
+    """Return what ties `item` to its counterparts.
 
-    __slots__ = (
-        "_esn",
-        "_fixed",
-        "_remainder",
-        "_tunnel",
-        "added",
-        "cipher",
-        "due",
-        "first_used",
-        "gone",
-        "integrity_drops",
-        "last_used",
-        "lock",
-        "moved_to",
-        "next_bytes",
-        "next_packets",
-        "octets",
-        "packets",
-        "replay_drops",
-        "soft",
-        "window_drops",
-    )
-    highest: int
-    """The sequence number of the last packet sent, or the highest received."""
-    gone: bool
-    soft: bool
-    due: int
-    packets: int
-    octets: int
-    replay_drops: int
-    window_drops: int
-    integrity_drops: int
-    next_packets: int
-    next_bytes: int
+    In transport mode policies do not name the outer addresses: they are those of the packet.
+    """
+    if item.mode is Mode.TUNNEL:
+        return item.mode, item.reqid, item.source, item.destination
+    if isinstance(item, SecurityAssociation) and item.direction is Direction.OUT:
+        return item.mode, item.reqid, None, item.destination
+    return item.mode, item.reqid, None, None
+
+
+class Association(ABC):
+    """What both directions have in common. Any thread may call it."""
+
+    __slots__ = ("_link", "sa")
+
+    sa: SecurityAssociation
 
     def __init__(self, sa: SecurityAssociation, link: Link) -> None:
-        self.cipher: Cipher = make_cipher(sa.encryption, sa.encryption_key, sa.integrity, sa.integrity_key)
-        self.lock: threading.Lock = threading.Lock()
-        self._fixed = HEADER_LENGTH + self.cipher.iv_length + self.cipher.icv_length
-        self._remainder = self.cipher.block_length - 1  # blocks are powers of two
-        self._esn, self._tunnel = sa.esn, sa.mode is Mode.TUNNEL
-        self.gone = self.soft = False
-        self.moved_to: Address = ()
-        """Where the newest authentic packet came from, if not from where it should."""
-        self.due = 0
-        self.packets = self.octets = 0
-        self.replay_drops = self.window_drops = self.integrity_drops = 0
-        self.added: float = time.time()
-        self.first_used: float | None = None
-        self.last_used: float | None = None
-        super().__init__(sa, link)
+        self.place(sa, link)
+
+    @property
+    def link(self) -> Link:
+        """What ties this SA to policies, also when it has moved and they have not."""
+        return self._link or link_of(self.sa)  # not kept: it weighs something
+
+    @property
+    def encapsulation(self) -> UDPEncapsulation:
+        """The ports of this SA."""
+        if self.sa.encapsulation is None:
+            raise ValueError("encapsulation: this SA has none")
+        return self.sa.encapsulation
+
+    @property
+    @abstractmethod
+    def due(self) -> int:
+        """What the engine should see to: SOFT, HARD, MOVED."""
+
+    @property
+    @abstractmethod
+    def gone(self) -> bool:
+        """Whether this SA is over."""
+
+    @property
+    @abstractmethod
+    def soft(self) -> bool:
+        """Whether it has reached a soft limit."""
 
     def place(self, sa: SecurityAssociation, link: Link) -> None:
-        """Take the addresses and ports of `sa`."""
-        with self.lock:
-            super().place(sa, link)
-            self._set_limits()
-            self._placed()
+        """Take the addresses and ports of `sa`, which is otherwise what it was."""
+        self.sa = sa
+        self._link = None if link == link_of(sa) else link
 
     @abstractmethod
-    def _placed(self) -> None:
-        """Forget what was derived from the old place. The lock is held."""
-
-    def _set_limits(self) -> None:
-        """Set the limits that come next: the soft ones, or when they are behind the hard ones."""
-        lifetime = self.sa.lifetime
-        packets, octets = lifetime.hard_packets or UNLIMITED, lifetime.hard_bytes or UNLIMITED
-        if not self.soft:
-            packets = min(packets, lifetime.soft_packets or UNLIMITED)
-            octets = min(octets, lifetime.soft_bytes or UNLIMITED)
-        self.next_packets, self.next_bytes = packets, octets
-
-    def _ample(self, run: Sequence[bytes]) -> bool:
-        """Tell whether so much more reaches no limit."""
-        if self.packets + len(run) >= self.next_packets:
-            return False
-        return self.next_bytes == UNLIMITED or self.octets + sum(map(len, run)) < self.next_bytes
-
-    def _use(self, packets: int, octets: int, now: float) -> None:
-        """Count packets, and note the limits that they reach."""
-        self.packets += packets
-        self.octets += octets
-        self.last_used = now
-        if self.first_used is None:
-            self.first_used = now
-        if self.packets >= self.next_packets or self.octets >= self.next_bytes:
-            lifetime = self.sa.lifetime
-            most, largest = lifetime.hard_packets or UNLIMITED, lifetime.hard_bytes or UNLIMITED
-            self._expire(hard=self.packets >= most or self.octets >= largest)
-
     def expire(self, *, hard: bool) -> None:
         """Note that a limit is reached; at the hard one this SA is over."""
-        with self.lock:
-            self._expire(hard=hard)
 
-    def _expire(self, *, hard: bool) -> None:
-        if hard:
-            self.gone = True
-            self.due |= HARD
-        elif not self.soft:
-            self.soft = True
-            self.due |= SOFT
-            self._set_limits()
-
+    @abstractmethod
     def take_due(self) -> tuple[int, Address]:
         """Return what is due and, with MOVED, the new (address, port); leave nothing."""
-        with self.lock:
-            due, self.due = self.due, 0
-            return due, self.moved_to
 
+    @abstractmethod
     def retire(self) -> None:
         """End this SA."""
-        with self.lock:
-            self.gone = True
 
+    @abstractmethod
     def usage(self) -> Usage:
         """Return the counters."""
-        with self.lock:
-            return Usage(
-                packets=self.packets,
-                octets=self.octets,
-                added=self.added,
-                first_used=self.first_used,
-                last_used=self.last_used,
-                replay_drops=self.replay_drops,
-                window_drops=self.window_drops,
-                integrity_drops=self.integrity_drops,
-                sequence=self.highest,
-            )
+
+
+class Inbound(Association):
+    """An SA that opens packets."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def open_run(
+        self, run: Sequence[bytes], source: Address, traffic_class: int, now: float
+    ) -> list[bytes | Dropped]:
+        """Return the inner packets of `run`, of one at the least; who wants the others asks again.
+
+        All have 8 bytes or more, and came from one source with one traffic class.
+        """
+
+
+class Outbound(Association):
+    """An SA that seals packets."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def draw_ivs(self, counter: Any) -> None:
+        """Take IVs from what the data path made to count; called before the first packet."""
+
+    @abstractmethod
+    def permit(self, number: int) -> None:
+        """Allow sequence numbers up to `number`; what is allowed already stays so."""
+
+    @abstractmethod
+    def seal_run(self, run: Sequence[bytes], now: float) -> list[tuple[bytes, Destination] | Dropped]:
+        """Return the ESP packets for `run`, for one at the least; who wants the others asks again.
+
+        `run` is one of those that `natcompat.esp.engine.packet.runs` cuts: IP packets whose lengths
+        are right.
+        """
+
+    @abstractmethod
+    def seal_dummy(self, length: int, now: float) -> tuple[bytes, Destination] | Dropped:
+        """Return a dummy packet with `length` bytes of payload (RFC 4303, 2.6)."""
+
+    def destination(self, traffic_class: int, dont_fragment: bool) -> Destination:
+        """Return where packets with these outer fields go."""
+        ports = self.encapsulation
+        return Destination(
+            str(self.sa.destination),
+            ports.remote_port,
+            local_port=ports.local_port,
+            source=str(self.sa.source),
+            traffic_class=traffic_class,
+            dont_fragment=dont_fragment,
+        )

@@ -16,7 +16,7 @@ from types import EllipsisType
 from typing import Final, NamedTuple, TypeAlias
 
 from natcompat.errors import NatCompatError
-from natcompat.esp.engine.base import HARD, SOFT, Association, Link, Outbound, link_of
+from natcompat.esp.engine.association import HARD, SOFT, Association, Link, Outbound, link_of
 from natcompat.esp.engine.crypto import counts, supported_transforms
 from natcompat.esp.engine.databases import AssociationDatabase, PolicyDatabase, PolicyEntry
 from natcompat.esp.engine.nonces import Nonces

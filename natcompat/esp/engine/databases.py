@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import TypeAlias, TypeVar
 
-from natcompat.esp.engine.base import Association, Inbound, Link, Outbound, link_of
+from natcompat.esp.engine.association import Association, Inbound, Link, Outbound, link_of
 from natcompat.esp.engine.packet import Flow, address_of, matches
 from natcompat.ipsec import (
     Direction,

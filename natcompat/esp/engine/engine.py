@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import time
 from collections import deque
@@ -18,8 +17,8 @@ from ipaddress import ip_address
 from typing import Final, Self
 
 from natcompat.contract import NAT_KEEPALIVE
-from natcompat.errors import NatCompatError
-from natcompat.esp.engine.base import HARD, MOVED, SOFT, Address, Association, Outbound
+from natcompat.errors import NatCompatError, get_logger
+from natcompat.esp.engine.association import HARD, MOVED, SOFT, Address, Association, Outbound
 from natcompat.esp.engine.control import KEEPALIVE, Control, Larval
 from natcompat.esp.engine.databases import PolicyEntry
 from natcompat.esp.engine.events import EspEvents
@@ -39,7 +38,7 @@ from natcompat.ipsec import (
     TrafficSelector,
 )
 
-_log = logging.getLogger("natcompat")
+_log = get_logger()
 
 ACQUIRE_INTERVAL: Final = 10.0
 """Seconds between two acquires of one policy."""

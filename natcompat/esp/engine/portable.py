@@ -14,12 +14,12 @@ from ipaddress import ip_address
 from itertools import count, groupby, repeat
 from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
-from natcompat.esp.engine.base import Address, Association, Inbound, Link, Outbound
+from natcompat.esp.engine.association import Address, Association, Inbound, Link, Outbound
 from natcompat.esp.engine.crypto import HEADER_LENGTH
 from natcompat.esp.engine.databases import AssociationDatabase, PolicyDatabase, PolicyEntry, allows
-from natcompat.esp.engine.inbound import PortableInbound
-from natcompat.esp.engine.outbound import PortableOutbound
 from natcompat.esp.engine.packet import LONGEST_RUN, Flow, FlowKey, expand, runs
+from natcompat.esp.engine.portable_inbound import PortableInbound
+from natcompat.esp.engine.portable_outbound import PortableOutbound
 from natcompat.esp.engine.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
 from natcompat.ipsec import Action, Direction, SecurityAssociation
 

@@ -7,7 +7,6 @@ from the SA's own address and port, if the SA has sent nothing for as long as it
 from __future__ import annotations
 
 import errno
-import logging
 import socket
 import struct
 import threading
@@ -16,11 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from natcompat.contract import NAT_KEEPALIVE
-from natcompat.errors import NatCompatError
+from natcompat.errors import NatCompatError, get_logger
 from natcompat.ipsec import IPAddress, SaId, SecurityAssociation, Usage
 from natcompat.kernel.xfrm.bypass import bypass
 
-logger: logging.Logger = logging.getLogger("natcompat.kernel.xfrm")
+logger = get_logger("natcompat.kernel.xfrm")
 
 HOP_LIMIT = 64
 CHECKS_PER_INTERVAL = 4

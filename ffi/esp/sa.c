@@ -1,5 +1,5 @@
 /* What one SA does with one packet. The order of the checks is that of natcompat/esp/engine/association.py. */
-#include "esp/esp_sa.h"
+#include "esp/sa_private.h"
 
 #include <string.h>
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from ipaddress import IPv6Address, ip_address
 
 from natcompat.esp.engine import packet as packets
-from natcompat.esp.engine.association import _HEADER, _TUNNELLED, PortableAssociation
-from natcompat.esp.engine.base import (
+from natcompat.esp.engine.association import (
     MOVED,
     Address,
     Inbound,
     Link,
 )
+from natcompat.esp.engine.portable_association import HEADER, INNER_VERSIONS, PortableAssociation
 from natcompat.esp.engine.replay import ReplayWindow
 from natcompat.esp.engine.results import DROPPED, Dropped, Reason
 from natcompat.ipsec import IPAddress, SecurityAssociation
@@ -61,7 +61,7 @@ class PortableInbound(PortableAssociation, Inbound):
             for packet in run:
                 if self.due and results:
                     break  # what the owner does about it may concern the next ones
-                _, sequence = _HEADER.unpack_from(packet)
+                _, sequence = HEADER.unpack_from(packet)
                 if esn:
                     sequence = window.infer(sequence)
                     high = (sequence >> 32 & 0xFFFF_FFFF).to_bytes(4)
@@ -123,10 +123,10 @@ class PortableInbound(PortableAssociation, Inbound):
         return packets.join_for_transport(source, destination, next_header, payload, traffic_class)
 
     def _leave_tunnel(self, inner: bytes, next_header: int, traffic_class: int) -> bytes | Dropped:
-        if next_header not in _TUNNELLED:
+        if next_header not in INNER_VERSIONS:
             return DROPPED[Reason.NEXT_HEADER]
         total = packets.inner_length(inner)
-        if not total or inner[0] >> 4 != _TUNNELLED[next_header]:
+        if not total or inner[0] >> 4 != INNER_VERSIONS[next_header]:
             return DROPPED[Reason.MALFORMED]
         if total != len(inner):
             inner = inner[:total]  # the rest is TFC padding (RFC 4303, 2.7)

@@ -1,52 +1,67 @@
-"""Lines as a table: JSON, aligned plain text in a pipe, or drawn as the width of the terminal allows."""
+"""Rows as a table: JSON, aligned plain text in a pipe, or drawn as the width of the terminal allows."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 import sys
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
 
-import click
-
-from natcompat.commands.ipsec.describe import Row
+from natcompat.commands.report import aligned, print_json, rich_text, write_line
+from natcompat.errors import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
+Row: TypeAlias = dict[str, Any]
+"""One object of the JSON output, or one line of a table: names to strings, numbers, booleans, None, lists."""
+
 _NUMBERS = frozenset({"packets", "bytes", "drops", "reqid", "priority", "packets/s", "bytes/s"})
 
 
 def show(title: str, rows: list[Row], columns: Callable[[Row], Row], *, json_output: bool) -> None:
-    """Write `rows`: as JSON, as a table on a terminal, or as aligned plain lines."""
+    """Write `rows` to the standard output: as JSON, as a table on a terminal, or as aligned plain lines."""
     if json_output:
-        click.echo(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     lines = [columns(row) for row in rows]
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():
         from rich.console import Console
 
-        Console().print(table(title, lines))
+        Console(highlight=False, emoji=False, markup=False).print(table(title, lines))
         return
-    click.echo(plain(lines), nl=False)
+    write_plain(lines)
 
 
-def plain(lines: list[Row]) -> str:
-    """Return `lines` as aligned text, under the names of their columns."""
-    if not lines:
-        return ""
-    names = _names(lines)
-    cells = [names, *([_text(line, name) or "-" for name in names] for line in lines)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
-    return "".join(
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() + "\n"
-        for row in cells
-    )
+def write_plain(lines: Sequence[Row], stream: TextIO | None = None) -> None:
+    """Write `lines` as aligned text under the names of their columns; nothing where there are none."""
+    if lines:
+        names = _names(lines)
+        for text in aligned(
+            [[*map(printable, names)], *([_text(line, name) or "-" for name in names] for line in lines)]
+        ):
+            write_line(text, stream)
 
 
-def table(title: str, lines: list[Row]) -> RenderableType:
+@contextlib.contextmanager
+def live(stream: TextIO | None = None, *, screen: bool = False) -> Iterator[Callable[..., None]]:
+    """Return a function that draws its arguments in the place of those before.
+
+    Arguments are what `table` returns, and texts. `screen`: on a screen of their own.
+    """
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    console = Console(file=stream, highlight=False, emoji=False, markup=False)
+    with Live(console=console, screen=screen, auto_refresh=False) as drawing:
+        yield lambda *parts: drawing.update(
+            Group(*(rich_text(part) if isinstance(part, str) else part for part in parts)), refresh=True
+        )
+
+
+def table(title: str, lines: Sequence[Row]) -> RenderableType:
     """Return `lines` as something that Rich prints.
 
     One value beside the other; else two in a cell, one above the other, where words may wrap but do not
@@ -56,8 +71,8 @@ def table(title: str, lines: list[Row]) -> RenderableType:
     from rich.text import Text
 
     if not lines:
-        return Text(f"{title}: none in this network namespace")
-    title = f"{title}: {len(lines)}"
+        return rich_text(f"{title}: none in this network namespace")
+    title = printable(f"{title}: {len(lines)}")
     room = shutil.get_terminal_size().columns
     names = _names(lines)
     groups = [[name] for name in names]
@@ -69,7 +84,8 @@ def table(title: str, lines: list[Row]) -> RenderableType:
         if not widths:
             return _listed(title, lines, room)
     table = Table(
-        title=title,
+        title=Text(title),
+        title_style="italic",
         title_justify="left",
         header_style="bold",
         show_lines=stacked,
@@ -77,7 +93,9 @@ def table(title: str, lines: list[Row]) -> RenderableType:
     )
     for group, width in zip(groups, widths, strict=True):
         right = _NUMBERS.issuperset(group)
-        table.add_column("\n".join(group), justify="right" if right else "left", width=width)
+        table.add_column(
+            Text("\n".join(map(printable, group))), justify="right" if right else "left", width=width
+        )
     for line in lines:
         table.add_row(*(Text("\n".join(_text(line, name) for name in group)) for group in groups))
     return table
@@ -96,7 +114,7 @@ def _fit(columns: list[list[str]], room: int) -> list[int]:
     return widths
 
 
-def _listed(title: str, lines: list[Row], room: int) -> Text:
+def _listed(title: str, lines: Sequence[Row], room: int) -> Text:
     """Return a value a line, under its name where there is no room beside it."""
     from rich.text import Text
 
@@ -108,18 +126,18 @@ def _listed(title: str, lines: list[Row], room: int) -> Text:
             value = _text(line, name)
             if value:
                 gap = name.ljust(margin)[len(name) :] if margin + len(value) <= room else "\n"
-                listed.append(f"\n{name}", style="not italic bold")
+                listed.append(f"\n{printable(name)}", style="not italic bold")
                 listed.append(gap + value, style="not italic")
     return listed
 
 
-def _names(lines: list[Row]) -> list[str]:
+def _names(lines: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for line in lines for name in line))
 
 
 def _text(line: Row, name: str) -> str:
-    return str(line.get(name, ""))
+    return printable(line.get(name, ""))
 
 
-def _texts(lines: list[Row], names: list[str]) -> list[str]:
-    return [*names, *(_text(line, name) for line in lines for name in names)]
+def _texts(lines: Sequence[Row], names: list[str]) -> list[str]:
+    return [*map(printable, names), *(_text(line, name) for line in lines for name in names)]

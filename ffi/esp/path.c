@@ -1,5 +1,5 @@
-/* The path, its SAs, and what is due of them. */
-#include "esp/esp_path.h"
+/* The path, and its SAs from their beginning to their end. */
+#include "esp/path_private.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -71,11 +71,6 @@ const char *esp_provider(struct esp_path *path, int encryption, int integrity, s
 }
 
 /* SAs */
-
-pthread_mutex_t *sa_lock(const struct esp_sa *sa)
-{
-    return &sa->path->locks[(sa->serial >> 32) % LOCKS].lock;
-}
 
 static bool limits_new(struct limits **limits, const struct esp_parameters *parameters)
 {
@@ -192,63 +187,6 @@ void esp_sa_free(struct esp_sa *sa)
     sa->cipher->wipe(memory);
     free(memory);
     esp_path_release(path);
-}
-
-/* What is due */
-
-void path_note_due(struct esp_path *path, struct esp_sa *sa)
-{
-    pthread_mutex_lock(&path->due_lock);
-    if (!sa->queued) {
-        sa->queued = true;
-        sa->next_due = NULL;
-        if (path->last_due)
-            path->last_due->next_due = sa;
-        else
-            path->first_due = sa;
-        path->last_due = sa;
-        __atomic_store_n(&path->due_count, path->due_count + 1, __ATOMIC_RELAXED);
-    }
-    pthread_mutex_unlock(&path->due_lock);
-}
-
-void path_forget_due(struct esp_path *path, struct esp_sa *sa)
-{
-    pthread_mutex_lock(&path->due_lock);
-    struct esp_sa *before = NULL;
-    for (struct esp_sa *each = sa->queued ? path->first_due : NULL; each; before = each, each = each->next_due) {
-        if (each != sa)
-            continue;
-        *(before ? &before->next_due : &path->first_due) = sa->next_due;
-        if (path->last_due == sa)
-            path->last_due = before;
-        sa->queued = false;
-        __atomic_store_n(&path->due_count, path->due_count - 1, __ATOMIC_RELAXED);
-        break;
-    }
-    pthread_mutex_unlock(&path->due_lock);
-}
-
-int esp_due_pending(struct esp_path *path)
-{
-    return __atomic_load_n(&path->due_count, __ATOMIC_RELAXED);
-}
-
-uint64_t esp_due_next(struct esp_path *path)
-{
-    uint64_t serial = 0;
-    pthread_mutex_lock(&path->due_lock);
-    struct esp_sa *sa = path->first_due;
-    if (sa) {
-        serial = sa->serial;
-        path->first_due = sa->next_due;
-        if (!path->first_due)
-            path->last_due = NULL;
-        sa->queued = false;
-        __atomic_store_n(&path->due_count, path->due_count - 1, __ATOMIC_RELAXED);
-    }
-    pthread_mutex_unlock(&path->due_lock);
-    return serial;
 }
 
 void esp_counters(struct esp_path *path, uint64_t *counters)

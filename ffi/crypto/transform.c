@@ -1,4 +1,4 @@
-/* What the providers have in common, and which one does what. */
+/* The transforms: what each looks like on the wire, and what all providers need for it. */
 #include "crypto/crypto.h"
 
 #include <string.h>
@@ -42,16 +42,6 @@ bool crypto_describe(struct crypto_transform *transform, int encryption, int int
         return transform->icv_length;   /* nothing goes without integrity (RFC 8221, 4) */
     }
     return false;
-}
-
-const struct crypto_cipher *crypto_find(const char *provider, const struct crypto_transform *transform)
-{
-    const struct crypto_cipher *found = NULL;
-    if (!provider || !strcmp(provider, "ipsec-mb"))
-        found = crypto_ipsec_mb(transform);
-    if (!found && (!provider || !strcmp(provider, "libcrypto")))
-        found = crypto_libcrypto(transform);
-    return found;
 }
 
 size_t crypto_associated(uint8_t associated[12], const uint8_t *packet, const uint8_t *high)

@@ -1,5 +1,5 @@
 /* Who an SPI is for, and what is known of flows. */
-#include "esp/esp_path.h"
+#include "esp/path_private.h"
 
 #include <stdlib.h>
 #include <string.h>

@@ -197,7 +197,7 @@ const struct crypto_cipher *crypto_jobs(const struct crypto_transform *transform
 {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, size);
-    return transform->integrity == AUTH_AES_CMAC_96 ? NULL : &cipher;
+    return transform->encryption != ENCR_AES_CBC || transform->integrity == AUTH_AES_CMAC_96 ? NULL : &cipher;
 }
 #else
 const struct crypto_cipher *crypto_jobs(const struct crypto_transform *transform)

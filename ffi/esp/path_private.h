@@ -10,7 +10,7 @@
 
 #include <sys/types.h>
 
-#include "esp/esp_sa.h"
+#include "esp/sa_private.h"
 
 enum { LOCKS = 64, FLOWS = 32768, MOST_FLOWS = FLOWS / 2, FEWEST_SPIS = 64 };
 

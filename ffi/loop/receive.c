@@ -7,7 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "loop/loop_private.h"
+#include "loop/receive_private.h"
 
 #ifndef UDP_GRO
 #define UDP_GRO 104

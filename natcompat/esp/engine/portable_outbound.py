@@ -7,15 +7,15 @@ from collections.abc import Iterator, Sequence
 
 from natcompat.esp.engine import packet as packets
 from natcompat.esp.engine.association import (
-    _HEADER,
-    _HEADER_AND_IV,
-    _IV_MASK,
-    _LARGEST_UDP,
-    PortableAssociation,
-)
-from natcompat.esp.engine.base import (
     Link,
     Outbound,
+)
+from natcompat.esp.engine.portable_association import (
+    HEADER,
+    HEADER_AND_IV,
+    IV_MASK,
+    LARGEST_UDP_PAYLOAD,
+    PortableAssociation,
 )
 from natcompat.esp.engine.results import DROPPED, Destination, Dropped, Reason
 from natcompat.ipsec import SecurityAssociation
@@ -46,7 +46,7 @@ class PortableOutbound(PortableAssociation, Outbound):
 
     def _placed(self) -> None:
         self._destination: Destination | None = None
-        room = _LARGEST_UDP[self.sa.destination.version] - self._fixed
+        room = LARGEST_UDP_PAYLOAD[self.sa.destination.version] - self._fixed
         self._longest = room - (room & self._padded) - 2
         """Bytes of the longest payload: with padding and trailer it fits in a UDP datagram."""
 
@@ -129,9 +129,9 @@ class PortableOutbound(PortableAssociation, Outbound):
             if self._esn:
                 high = (sequence >> 32).to_bytes(4)
             if ivs is not None:
-                prefix = _HEADER_AND_IV.pack(spi, low, next(ivs) & _IV_MASK)
+                prefix = HEADER_AND_IV.pack(spi, low, next(ivs) & IV_MASK)
             else:
-                prefix = _HEADER.pack(spi, low) + os.urandom(cipher.iv_length)
+                prefix = HEADER.pack(spi, low) + os.urandom(cipher.iv_length)
             sealed.append(cipher.seal(prefix, payload + trailers[-(len(payload) + 2) & mask], high))
         return sealed
 

@@ -6,7 +6,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "loop/loop_private.h"
+#include "loop/send_private.h"
+#include "loop/addresses_private.h"
 
 #ifndef UDP_SEGMENT
 #define UDP_SEGMENT 103
@@ -28,90 +29,7 @@ struct message {
     uint8_t dont_fragment;
 };
 
-/* How well the socket serves: 0, not at all; most, it has the address that the SA names. */
-static int fitness(const struct loop_address *bound, const struct esp_packet *packet)
-{
-    if (bound->address.port != packet->local.port)
-        return 0;
-    if (bound->address.version != packet->peer.version)
-        return bound->both ? 2 : 0;
-    if (bound->any)
-        return 3;
-    return memcmp(bound->address.address, packet->local.address, sizeof packet->local.address) == 0 ? 4 : 1;
-}
-
-static struct loop_socket *find_socket(struct loop *loop, const struct esp_packet *packet)
-{
-    struct loop_socket *found = NULL;
-    int best = 0;
-
-    for (int number = 0; number < LOOP_SOCKETS && best < 4; number++) {
-        struct loop_socket *each = loop->sockets[number];
-        int fits = each ? fitness(&each->bound, packet) : 0;
-
-        if (fits > best) {
-            best = fits;
-            found = each;
-        }
-    }
-    return found;
-}
-
-static socklen_t write_name(const struct esp_endpoint *peer, const struct loop_socket *socket, struct sockaddr_in6 *name)
-{
-    memset(name, 0, sizeof *name);
-    if (socket->bound.family == AF_INET) {
-        struct sockaddr_in *v4 = (struct sockaddr_in *)name;
-
-        v4->sin_family = AF_INET;
-        v4->sin_port = htons(peer->port);
-        memcpy(&v4->sin_addr, peer->address, 4);
-        return sizeof *v4;
-    }
-    name->sin6_family = AF_INET6;
-    name->sin6_port = htons(peer->port);
-    if (peer->version == 4) {
-        name->sin6_addr.s6_addr[10] = name->sin6_addr.s6_addr[11] = 0xFF;
-        memcpy(name->sin6_addr.s6_addr + 12, peer->address, 4);
-    } else {
-        memcpy(&name->sin6_addr, peer->address, 16);
-    }
-    return sizeof *name;
-}
-
-static void add_control(struct msghdr *message, int level, int type, const void *value, size_t length)
-{
-    struct cmsghdr *control = (struct cmsghdr *)((uint8_t *)message->msg_control + message->msg_controllen);
-
-    control->cmsg_level = level;
-    control->cmsg_type = type;
-    control->cmsg_len = CMSG_LEN(length);
-    memcpy(CMSG_DATA(control), value, length);
-    message->msg_controllen += CMSG_SPACE(length);
-}
-
-/* Say where the packet comes from, where the socket does not. */
-static void add_source(struct msghdr *message, const struct loop_socket *socket, const struct esp_endpoint *local)
-{
-    if (socket->bound.family == AF_INET) {
-        struct in_pktinfo info = {0};
-
-        memcpy(&info.ipi_spec_dst, local->address, 4);
-        add_control(message, IPPROTO_IP, IP_PKTINFO, &info, sizeof info);
-    } else {
-        struct in6_pktinfo info = {0};
-
-        if (local->version == 4) {
-            info.ipi6_addr.s6_addr[10] = info.ipi6_addr.s6_addr[11] = 0xFF;
-            memcpy(info.ipi6_addr.s6_addr + 12, local->address, 4);
-        } else {
-            memcpy(&info.ipi6_addr, local->address, 16);
-        }
-        add_control(message, IPPROTO_IPV6, IPV6_PKTINFO, &info, sizeof info);
-    }
-}
-
-/* Make message `slot` of `count` packets from `first` on. */
+/* Makes message `slot` of `count` packets from `first` on. */
 static void write_message(struct sender *sender, int slot, const struct loop_socket *socket, uint32_t first, uint32_t count,
                           int with_source)
 {
@@ -121,25 +39,25 @@ static void write_message(struct sender *sender, int slot, const struct loop_soc
     memset(message, 0, sizeof *message);
     memset(sender->control[slot], 0, sizeof sender->control[slot]);
     message->msg_name = &sender->names[slot];
-    message->msg_namelen = write_name(&packet->peer, socket, &sender->names[slot]);
+    message->msg_namelen = loop_write_name(&packet->peer, socket, &sender->names[slot]);
     message->msg_iov = &sender->iov[first];
     message->msg_iovlen = count;
     message->msg_control = sender->control[slot];
     if (count > 1) {
         uint16_t size = (uint16_t)packet->length;
 
-        add_control(message, IPPROTO_UDP, UDP_SEGMENT, &size, sizeof size);
+        loop_add_control(message, IPPROTO_UDP, UDP_SEGMENT, &size, sizeof size);
     }
     if (packet->traffic_class) {
         int class = packet->traffic_class;
 
         if (packet->peer.version == 4)
-            add_control(message, IPPROTO_IP, IP_TOS, &class, sizeof class);
+            loop_add_control(message, IPPROTO_IP, IP_TOS, &class, sizeof class);
         else
-            add_control(message, IPPROTO_IPV6, IPV6_TCLASS, &class, sizeof class);
+            loop_add_control(message, IPPROTO_IPV6, IPV6_TCLASS, &class, sizeof class);
     }
     if (with_source && socket->bound.any && packet->local.version == packet->peer.version)
-        add_source(message, socket, &packet->local);
+        loop_add_source(message, socket, &packet->local);
     if (!message->msg_controllen)
         message->msg_control = NULL;
 }
@@ -306,7 +224,7 @@ static void send_packets(struct worker *worker)
             at++;
             continue;
         }
-        socket = find_socket(loop, first);
+        socket = loop_find_socket(loop, first);
         if (!socket) {
             struct loop_event event = {
                 .kind = LOOP_SEND,

@@ -3,7 +3,15 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "loop/loop_private.h"
+#include "loop/state_private.h"
+
+double loop_now(void)
+{
+    struct timespec now;
+
+    clock_gettime(CLOCK_REALTIME, &now);
+    return (double)now.tv_sec + (double)now.tv_nsec * 1e-9;
+}
 
 static void ring_write(struct loop *loop, uint64_t at, const void *data, size_t length)
 {

@@ -1,5 +1,5 @@
 /* Bursts: from a packet to its SA and its flow, and on. */
-#include "esp/esp_path.h"
+#include "esp/path_private.h"
 
 #include <string.h>
 

@@ -1,6 +1,6 @@
-/* What the files of the loop share. */
-#ifndef NATCOMPAT_LOOP_PRIVATE_H
-#define NATCOMPAT_LOOP_PRIVATE_H
+/* The loop's own structures, shared by its files. */
+#ifndef NATCOMPAT_LOOP_STATE_PRIVATE_H
+#define NATCOMPAT_LOOP_STATE_PRIVATE_H
 
 #include <netinet/in.h>
 #include <pthread.h>
@@ -8,7 +8,7 @@
 #include <sys/uio.h>
 
 #include "esp/esp.h"
-#include "loop/loop.h"
+#include "loop/values.h"
 #include "offload/offload.h"
 
 #define LOOP_SOCKETS 256
@@ -96,19 +96,10 @@ struct loop {
     struct worker workers[];
 };
 
+/* events.c. The wall clock, in seconds. */
 double loop_now(void);
-
-/* loop_events.c */
 void loop_put_event(struct loop *loop, const struct loop_event *event, const uint8_t *packet);
 void loop_wake_python(struct loop *loop);
 void loop_tun_failed(struct loop *loop, int error);
-
-/* loop_receive.c: one batch; returns whether there may be more. */
-int loop_receive(struct worker *worker, struct loop_socket *from);
-/* Give the socket, which no thread has any more, the queue that it had before the loop made it larger. */
-void loop_restore_queue(struct loop_socket *from);
-
-/* loop_send.c: what the TUN has, up to a limit; returns whether there may be more. */
-int loop_send(struct worker *worker);
 
 #endif

@@ -5,7 +5,7 @@
 #include <pthread.h>
 
 #include "crypto/crypto.h"
-#include "esp/esp_control.h"
+#include "esp/control.h"
 #include "esp/inner.h"
 
 struct limits {
