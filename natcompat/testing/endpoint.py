@@ -1,4 +1,4 @@
-"""The conformance suite: whether a backend keeps the contract, asked on real sockets over loopback.
+"""The conformance suite of a backend: the contract, tested on real sockets over loopback.
 
 Who writes a backend subclasses `EndpointConformance` in a test module, and pytest does the rest::
 
@@ -50,7 +50,7 @@ _RUNTS = [row for row in _NOT_IKE if row.verdict is not Verdict.ESP]
 
 
 class EndpointConformance(EndpointHarness):
-    """The contract as tests; subclass it and name the backends."""
+    """The contract as tests: a subclass names the backends."""
 
     # --- inbound -------------------------------------------------------------------------------
 
@@ -77,7 +77,7 @@ class EndpointConformance(EndpointHarness):
                     row.payload for row in _ESP
                 ]
 
-    def test_what_is_queued_already_is_treated_like_what_comes(self, service: Service, family: int) -> None:
+    def test_queued_datagrams_are_treated_like_later_ones(self, service: Service, family: int) -> None:
         """The table, sent before the option is set.
 
         A kernel that has all the duties knows what comes alone: there it is as it came, as on Solaris.
@@ -88,8 +88,8 @@ class EndpointConformance(EndpointHarness):
             if set(duties.values()) != {Performer.KERNEL}:
                 assert bench.delivered() == [row.delivered for row in _IKE]
 
-    def test_select_does_not_wake_for_what_the_kernel_keeps(self, service: Service, family: int) -> None:
-        """Whoever drops runts and diverts ESP outside the process does not wake it for them."""
+    def test_select_does_not_wake_for_dropped_datagrams(self, service: Service, family: int) -> None:
+        """Runts and ESP that are dropped or diverted outside of the process do not wake `select`."""
         with self.bench(service, family) as bench:
             endpoint = bench.switch_on()
             for duty, rows in ((Duty.DROP_RUNTS, _RUNTS), (Duty.DIVERT_ESP, _ESP)):
@@ -100,7 +100,7 @@ class EndpointConformance(EndpointHarness):
             assert select.select([bench.sock], [], [], PATIENCE)[0] == [bench.sock]
 
     def test_a_timeout_is_a_deadline(self, service: Service, family: int) -> None:
-        """What is dropped does not put it off."""
+        """Dropped datagrams do not extend a receive's deadline."""
         with self.bench(service, family) as bench:
             bench.switch_on()
             bench.sock.settimeout(0.1)
@@ -110,7 +110,7 @@ class EndpointConformance(EndpointHarness):
             assert 0.05 < time.monotonic() - begun < PATIENCE
 
     def test_a_non_blocking_socket_does_not_wait(self, service: Service, family: int) -> None:
-        """Not for IKE behind what is dropped, either."""
+        """A non-blocking receive does not wait for IKE behind dropped datagrams."""
         with self.bench(service, family) as bench:
             bench.switch_on()
             bench.sock.setblocking(False)
@@ -171,7 +171,7 @@ class EndpointConformance(EndpointHarness):
     # --- at any time -----------------------------------------------------------------------------
 
     def test_off_and_on_again(self, service: Service, family: int) -> None:
-        """Off, the socket is what it was, options included; on, it has the option as before."""
+        """Switched off, the socket is as it was, options included; switched on, it has the option again."""
         with self.bench(service, family) as bench:
             cls, options = type(bench.sock), options_of(bench.sock)
             plain = bench.received_plain()
@@ -200,7 +200,7 @@ class EndpointConformance(EndpointHarness):
             assert bench.delivered() == [row.delivered for row in _IKE]
 
     def test_the_bind_that_a_send_implies(self, service: Service, family: int) -> None:
-        """The first datagram has the marker, and what comes back is treated as the table says."""
+        """The first datagram has the marker, and the answers are treated as the table says."""
         with self.bench(service, family, bound=False) as bench:
             bench.switch_on()
             bench.sock.sendto(b"first", bench.peer.getsockname())
@@ -211,15 +211,15 @@ class EndpointConformance(EndpointHarness):
             received = [bench.sock.recv(SPACE) for _ in _IKE]
             assert received == [row.delivered for row in _IKE]
 
-    def test_connected_before(self, service: Service, family: int) -> None:
-        """A socket with a peer takes the option."""
+    def test_a_connected_socket_takes_the_option(self, service: Service, family: int) -> None:
+        """A connected socket takes the option."""
         with self.bench(service, family) as bench:
             bench.sock.connect(bench.peer.getsockname())
             bench.switch_on()
             self._exchange(bench)
 
-    def test_connected_after(self, service: Service, family: int) -> None:
-        """A socket with the option takes a peer."""
+    def test_a_socket_with_the_option_can_be_connected(self, service: Service, family: int) -> None:
+        """A socket with the option can be connected."""
         with self.bench(service, family) as bench:
             bench.switch_on()
             bench.sock.connect(bench.peer.getsockname())
@@ -247,8 +247,8 @@ class EndpointConformance(EndpointHarness):
 
     # --- what the endpoint says --------------------------------------------------------------------
 
-    def test_every_duty_is_somebodys(self, service: Service, family: int) -> None:
-        """The four duties are always done, and the endpoint says by whom and how."""
+    def test_every_duty_has_a_performer(self, service: Service, family: int) -> None:
+        """All four duties are performed, and the endpoint names the performers and the mode."""
         with self.bench(service, family) as bench:
             endpoint = bench.switch_on()
             assert set(endpoint.duties) == set(Duty)
@@ -256,7 +256,7 @@ class EndpointConformance(EndpointHarness):
             assert endpoint.mode == endpoint.stats().mode != "off"
 
     def test_the_counters_add_up(self, service: Service, family: int) -> None:
-        """What this process does it counts, once; what the kernel does is in no counter twice."""
+        """Each datagram that this process handles is counted once, and none that the kernel handled."""
         with self.bench(service, family) as bench:
             endpoint = bench.switch_on()
             duties = endpoint.duties
@@ -291,7 +291,7 @@ def _raises(kind: type[OSError], function: Callable[..., object], *arguments: ob
 
 
 def options_of(sock: socket.socket) -> dict[str, int]:
-    """Return what an application may read of the options of `sock`."""
+    """Return the options of `sock` that an application may read."""
     names = ("SO_REUSEADDR", "SO_REUSEPORT", "SO_BROADCAST", "SO_RCVBUF", "SO_SNDBUF")
     return {
         name: sock.getsockopt(socket.SOL_SOCKET, getattr(socket, name))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 PATIENCE = 5.0
-"""Seconds after which what has not come is lost."""
+"""Seconds to wait for a datagram, a packet or an event before it counts as lost."""
 
 LAST = b"the last datagram of the test"
 
@@ -63,20 +63,20 @@ SENDS: Mapping[str, Callable[[socket.socket, bytes, Any], object]] = {
 
 
 class EspCollector:
-    """A consumer of ESP that keeps what it gets."""
+    """A consumer of ESP that keeps its packets."""
 
     def __init__(self) -> None:
         self.packets: list[tuple[bytes, Address]] = []
         self._changed = threading.Condition()
 
     def __call__(self, packet: memoryview, source: Address) -> None:
-        """Take one packet; runs in whatever thread diverts."""
+        """Keep one packet; the endpoint calls this, in any thread."""
         with self._changed:
             self.packets.append((bytes(packet), source))
             self._changed.notify_all()
 
     def wait_for(self, count: int) -> list[tuple[bytes, Address]]:
-        """Return all packets once there are `count`, or what there is when patience ends."""
+        """Return all packets as soon as there are `count`, or those that arrived within `PATIENCE`."""
         with self._changed:
             self._changed.wait_for(lambda: len(self.packets) >= count, PATIENCE)
             return list(self.packets)
@@ -84,7 +84,7 @@ class EspCollector:
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """A backend and what becomes of ESP: one way in which a socket can be served."""
+    """A backend with or without a consumer of ESP: one way to serve a socket."""
 
     backend: Backend
     consumed: bool
@@ -144,11 +144,11 @@ class EndpointHarness:
     """Registered names or instances."""
     families: ClassVar[tuple[socket.AddressFamily, ...]] = (socket.AF_INET, socket.AF_INET6)
     hosts: ClassVar[Mapping[int, str]] = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
-    """Where a socket of each family is bound."""
+    """The address to bind to, by address family."""
 
     @classmethod
     def services(cls) -> list[Service]:
-        """Return every way in which the backends can serve a socket, viable here or not."""
+        """Return every way to serve a socket that the backends offer, viable here or not."""
         made = [registry.get(backend) if isinstance(backend, str) else backend for backend in cls.backends]
         return [
             Service(backend, consumed)
@@ -157,24 +157,24 @@ class EndpointHarness:
         ]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Called by pytest: every test for every service, family, row and method that it names."""
+        """Parametrise a test by the services, families, rows and methods in its signature; for pytest."""
         import pytest
 
         names = metafunc.fixturenames
         if "service" in names:
             parameters = []
             for service in self.services():
-                found = service.backend.viability()
-                reason = f"{service.backend.name}: {found.reason}"
-                marks = [] if found.viable else [pytest.mark.skip(reason=reason)]
-                families = [each for each in self.families if each in families_of(service.backend)]
+                viability = service.backend.viability()
+                reason = f"{service.backend.name}: {viability.reason}"
+                marks = [] if viability.viable else [pytest.mark.skip(reason=reason)]
+                families = [family for family in self.families if family in families_of(service.backend)]
                 if "family" not in names:
                     parameters.append(pytest.param(service, id=str(service), marks=marks))
                     continue
                 for family in families:
                     together = f"{service}-{version_of(family)}"
                     parameters.append(pytest.param(service, family, id=together, marks=marks))
-            metafunc.parametrize([each for each in ("service", "family") if each in names], parameters)
+            metafunc.parametrize([name for name in ("service", "family") if name in names], parameters)
         elif "family" in names:
             metafunc.parametrize("family", list(self.families), ids=version_of)
         for parameter, values, name in (
@@ -187,7 +187,7 @@ class EndpointHarness:
                 metafunc.parametrize(parameter, list(values), ids=list(map(name, values)))
 
     def address(self, service: Service, family: int) -> Address:
-        """Return where a socket is to be bound: at any port, unless the backend serves one alone."""
+        """Return the address to bind to: port 0, or the only port that the backend serves."""
         return self.hosts[family], port_of(service.backend) or 0
 
     @contextlib.contextmanager
@@ -198,8 +198,8 @@ class EndpointHarness:
             socket.socket(family, socket.SOCK_DGRAM) as sock,
             socket.socket(family, socket.SOCK_DGRAM) as peer,
         ):
-            for each in (sock, peer):
-                each.settimeout(PATIENCE)
+            for member in (sock, peer):
+                member.settimeout(PATIENCE)
             peer.bind((host, 0))
             if bound:
                 sock.bind((host, port))
@@ -207,7 +207,7 @@ class EndpointHarness:
 
 
 def _there_are(methods: Mapping[str, object]) -> list[str]:
-    """Return those names of `methods` whose method sockets have here: on Windows they lack some."""
+    """Return those of `methods` that sockets of this system have: Windows lacks some."""
     return [name for name in methods if hasattr(socket.socket, name.split()[0])]
 
 

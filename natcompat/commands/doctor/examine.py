@@ -1,4 +1,4 @@
-"""What works on this machine, why, and what would help: ``natcompat doctor``.
+"""Examines this machine for ``natcompat doctor``: backends, the kernel's ESP, privileges, devices, ports.
 
 `examine` returns the report that ``--json`` prints. ``"schema": 1`` stands for these keys; later
 versions of natcompat may add some, and raise the number if one changes its meaning:
@@ -77,7 +77,7 @@ _ALGORITHMS: Final = (
 
 
 def examine() -> dict[str, Any]:
-    """Look at everything, and return the report; see the module for its keys. Takes well under a second."""
+    """Return the report, whose keys the module documents. Takes well under a second."""
     from natcompat import __version__, backends
 
     return {
@@ -88,16 +88,18 @@ def examine() -> dict[str, Any]:
         "requested": _requested(),
         "backends": [
             {
-                "name": found.backend,
-                "viable": found.viable,
-                "automatic": found.automatic,
+                "name": viability.backend,
+                "viable": viability.viable,
+                "automatic": viability.automatic,
                 "duties": {
-                    str(duty.name).lower(): found.duties[duty].value for duty in Duty if duty in found.duties
+                    str(duty.name).lower(): viability.duties[duty].value
+                    for duty in Duty
+                    if duty in viability.duties
                 },
-                "reason": _sentence(found.reason),
-                "remedy": _sentence(found.remedy),
+                "reason": _sentence(viability.reason),
+                "remedy": _sentence(viability.remedy),
             }
-            for found in backends.probe()
+            for viability in backends.probe()
         ],
         "esp": _kernel_esp(),
         "xfrm": _xfrm(),
@@ -153,75 +155,79 @@ def _kernel_esp() -> list[dict[str, str]]:
     rows = []
     for family, version in ((socket.AF_INET, "IPv4"), (socket.AF_INET6, "IPv6")):
         for algorithm, encryption, integrity in _ALGORITHMS:
-            found = probe_esp(encryption, integrity, family=family)
-            if found.support is EspSupport.NO_PRIVILEGE:
+            verdict = probe_esp(encryption, integrity, family=family)
+            if verdict.support is EspSupport.NO_PRIVILEGE:
                 # whoever has the privilege may get further: say what can be seen from here
-                seen = probe_esp_unprivileged(family)
-                if seen.support is not EspSupport.AVAILABLE:
-                    found = seen
+                unprivileged = probe_esp_unprivileged(family)
+                if unprivileged.support is not EspSupport.AVAILABLE:
+                    verdict = unprivileged
             rows.append(
                 {
                     "family": version,
                     "algorithm": algorithm,
-                    "support": found.support.value,
-                    "reason": found.reason,
-                    "remedy": found.remedy,
+                    "support": verdict.support.value,
+                    "reason": verdict.reason,
+                    "remedy": verdict.remedy,
                 }
             )
     return rows
 
 
 def _xfrm() -> dict[str, Any]:
-    """Exempt a socket from IPsec policies and close it; ask XFRM for what it knows."""
+    """Try the exemption of a socket from IPsec policies, and ask XFRM which attributes it knows."""
     from natcompat.errors import NatCompatError
     from natcompat.kernel.xfrm.bypass import bypass
     from natcompat.kernel.xfrm.probe import probe_attributes
 
-    known = probe_attributes()
-    found: dict[str, Any] = {"bypass": None, "keepalive": known.keepalive, "sa_direction": known.sa_direction}
+    attributes = probe_attributes()
+    section: dict[str, Any] = {
+        "bypass": None,
+        "keepalive": attributes.keepalive,
+        "sa_direction": attributes.sa_direction,
+    }
     if sys.platform != "linux":
-        return {**found, "reason": "XFRM is the IPsec of Linux; this is not Linux.", "remedy": ""}
+        return {**section, "reason": "XFRM is the IPsec of Linux; this is not Linux.", "remedy": ""}
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             bypass(sock)
     except NatCompatError as error:
         reason, remedy = _sentence(error.strerror or ""), _sentence(error.remedy)
-        return {**found, "bypass": False, "reason": reason, "remedy": remedy}
-    return {**found, "bypass": True, "reason": "", "remedy": ""}
+        return {**section, "bypass": False, "reason": reason, "remedy": remedy}
+    return {**section, "bypass": True, "reason": "", "remedy": ""}
 
 
 def _pfkey() -> dict[str, Any]:
     from natcompat.errors import NatCompatError
     from natcompat.kernel.pfkey.examine import examine as examine_pfkey
 
-    found = {"asked": None, "error": None, **examine_pfkey()}
+    section = {"asked": None, "error": None, **examine_pfkey()}
     if sys.platform == "linux":  # the variable means nothing elsewhere
         from natcompat.backends.linux import MAPPING_VARIABLE, asked_mapping
 
-        found["asked"] = os.environ.get(MAPPING_VARIABLE) or None
+        section["asked"] = os.environ.get(MAPPING_VARIABLE) or None
         try:
             asked_mapping()
         except NatCompatError as error:
-            found["error"] = f"{_sentence(error.strerror or '')} {_sentence(error.remedy)}"
-    return found
+            section["error"] = f"{_sentence(error.strerror or '')} {_sentence(error.remedy)}"
+    return section
 
 
 def _userspace_esp(tun: dict[str, Any]) -> dict[str, Any]:
     from natcompat.errors import NatCompatError
     from natcompat.esp import choice as datapaths
 
-    found: dict[str, Any] = {
+    section: dict[str, Any] = {
         "requested": os.environ.get(datapaths.ENVIRONMENT_VARIABLE) or None,
         "datapath": None,
         "error": None,
         "datapaths": [
-            {"name": each.name, "viable": each.viable, "reason": _sentence(each.reason)}
-            for each in datapaths.probe()
+            {"name": datapath.name, "viable": datapath.viable, "reason": _sentence(datapath.reason)}
+            for datapath in datapaths.probe()
         ],
         "device": "tun" if tun["usable"] else "queue",
     }
     try:
-        found["datapath"] = datapaths.select().name
+        section["datapath"] = datapaths.select().name
     except NatCompatError as error:
-        found["error"] = f"{_sentence(error.strerror or '')} {_sentence(error.remedy)}"
-    return found
+        section["error"] = f"{_sentence(error.strerror or '')} {_sentence(error.remedy)}"
+    return section

@@ -1,4 +1,4 @@
-"""What `natcompat.commands.doctor.examine.examine` found, for people."""
+"""Prints the report of `natcompat.commands.doctor.examine.examine` for people."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def show(report: dict[str, Any]) -> None:
         f"user {report['privileges']['user']}"
     )
 
-    out.heading("Backends", "who would do each duty: the kernel, a filter or steering in it, this process")
+    out.heading("Backends", "the performer of each duty: kernel, filter or steering in the kernel, process")
     out.table(
         ["name", "viable", "runts", "ESP", "strip", "insert", "why"],
         [
             [
-                each["name"],
-                good("yes") if each["viable"] else bad("no"),
-                *[each["duties"].get(str(duty.name).lower(), "-") for duty in Duty],
-                each["reason"],
+                backend["name"],
+                good("yes") if backend["viable"] else bad("no"),
+                *[backend["duties"].get(str(duty.name).lower(), "-") for duty in Duty],
+                backend["reason"],
             ]
-            for each in report["backends"]
+            for backend in report["backends"]
         ],
     )
-    for each in report["backends"]:
-        if each["remedy"]:
-            out.line(Words(f"  {each['name']}: ", "bold"), each["remedy"])
+    for backend in report["backends"]:
+        if backend["remedy"]:
+            out.line(Words(f"  {backend['name']}: ", "bold"), backend["remedy"])
     if report["auto"] is None:
         out.line(bad("auto finds no backend that works here."))
     elif report["auto"] == report["auto_with_consumer"]:
@@ -63,7 +63,7 @@ def show(report: dict[str, Any]) -> None:
         "ESP in the kernel", "by a request for an SA that the kernel has to refuse; none was installed"
     )
     out.table(["family", "algorithm", "SA", "why"], list(_esp_rows(report["esp"])))
-    for remedy in dict.fromkeys(each["remedy"] for each in report["esp"] if each["remedy"]):
+    for remedy in dict.fromkeys(row["remedy"] for row in report["esp"] if row["remedy"]):
         out.line("  ", remedy)
 
     out.heading("IPsec policies and SAs")
@@ -100,15 +100,15 @@ def show(report: dict[str, Any]) -> None:
     out.table(
         ["data path", "works", ""],
         [
-            [each["name"], good("yes") if each["viable"] else doubtful("no"), each["reason"]]
-            for each in esp["datapaths"]
+            [datapath["name"], good("yes") if datapath["viable"] else doubtful("no"), datapath["reason"]]
+            for datapath in esp["datapaths"]
         ],
     )
     asked = f" (NATCOMPAT_DATAPATH={esp['requested']})" if esp["requested"] else ""
     device = {"tun": "a TUN interface", "queue": "a queue of the program's"}[esp["device"]]
     if esp["datapath"] is None:
-        wanted = f"NATCOMPAT_DATAPATH={esp['requested']}" if esp["requested"] else "It"
-        out.line(bad(f"  {wanted} cannot be had: "), esp["error"])
+        subject = f"NATCOMPAT_DATAPATH={esp['requested']}" if esp["requested"] else "It"
+        out.line(bad(f"  {subject} cannot be had: "), esp["error"])
     else:
         out.line(
             "  Packets go by ", Words(esp["datapath"], "bold green"), f"{asked}, inner ones by {device}."
@@ -138,39 +138,39 @@ def show(report: dict[str, Any]) -> None:
                 if system["uvloop"]
                 else "not installed",
             ],
-            *(["beyond Solaris", each] for each in report["beyond_solaris"]),
+            *(["beyond Solaris", sentence] for sentence in report["beyond_solaris"]),
         ],
     )
 
 
 def _esp_rows(esp: list[dict[str, str]]) -> Iterator[list[str]]:
-    """Yield a row for each algorithm; one for all of a family where they have the reason in common."""
+    """Yield a row for each algorithm, or one row for a family whose algorithms share one reason."""
     words = {"available": good("yes"), "no privilege": doubtful("?"), "unknown": doubtful("?")}
-    for family in dict.fromkeys(each["family"] for each in esp):
-        found = [each for each in esp if each["family"] == family]
-        if len({each["reason"] for each in found}) == 1:
-            found = [{**found[0], "algorithm": "any"}]
-        for each in found:
-            yield [family, each["algorithm"], words.get(each["support"], bad("no")), each["reason"]]
+    for family in dict.fromkeys(row["family"] for row in esp):
+        rows = [row for row in esp if row["family"] == family]
+        if len({row["reason"] for row in rows}) == 1:
+            rows = [{**rows[0], "algorithm": "any"}]
+        for row in rows:
+            yield [family, row["algorithm"], words.get(row["support"], bad("no")), row["reason"]]
 
 
 def _xfrm_rows(xfrm: dict[str, Any]) -> Iterator[list[str]]:
-    for key, name, what in (
+    for key, name, effect in (
         ("bypass", "exempt endpoints", "no IPsec policy stops IKE or ESP-in-UDP on a socket with the option"),
         ("keepalive", "keepalives", "the kernel sends those of SAs; otherwise natcompat does"),
         ("sa_direction", "SA direction", "the kernel refuses to use an SA the wrong way"),
     ):
         word = {True: good("yes"), False: doubtful("no"), None: doubtful("?")}[xfrm[key]]
-        yield [name, word, xfrm["reason"] if key == "bypass" and xfrm["reason"] else what]
+        yield [name, word, xfrm["reason"] if key == "bypass" and xfrm["reason"] else effect]
 
 
 def _port_rows(ports: list[dict[str, Any]]) -> Iterator[list[str]]:
     for port in (IKE_PORT, NAT_T_PORT):
-        held = [each for each in ports if each["port"] == port]
-        for each in held:
-            owners = ", ".join(f"{owner['command']} (pid {owner['pid']})" for owner in each["owners"])
-            hidden = f"a process of user {each['user']}, which this user may not see"
-            address = f"[{each['address']}]" if each["family"] == "IPv6" else each["address"]
+        holders = [holder for holder in ports if holder["port"] == port]
+        for holder in holders:
+            owners = ", ".join(f"{owner['command']} (pid {owner['pid']})" for owner in holder["owners"])
+            hidden = f"a process of user {holder['user']}, which this user may not see"
+            address = f"[{holder['address']}]" if holder["family"] == "IPv6" else holder["address"]
             yield [str(port), doubtful("taken"), f"{address} by {owners or hidden}"]
-        if not held:
+        if not holders:
             yield [str(port), good("free"), "over IPv4 and IPv6"]

@@ -1,4 +1,4 @@
-"""What this system is and allows: capabilities, the TUN device, who holds a port, sandboxes."""
+"""Facts about this system: capabilities, the TUN device, the holders of a port, sandboxes."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _TUNSETIFF: Final = 0x400454CA  # linux/if_tun.h
 _IFF_TUN_NO_PI: Final = 0x1001
 
 _GVISOR: Final = "#1 SMP Sun Jan 10 15:06:54 PST 2016"
-"""What every gVisor gives for the version of its kernel (pkg/sentry/kernel)."""
+"""The kernel version that every gVisor reports (pkg/sentry/kernel)."""
 
 
 def _status() -> dict[str, str]:
-    """Return /proc/self/status; nothing where there is none."""
+    """Return the fields of /proc/self/status; empty on systems without it."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/status").read_text().splitlines()
         return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
@@ -38,7 +38,7 @@ def _status() -> dict[str, str]:
 
 
 def capabilities() -> dict[str, bool] | None:
-    """Return which capabilities of interest this process has; None where the system does not say."""
+    """Return whether this process has each capability that natcompat uses; None: the system does not say."""
     try:
         effective = int(_status()["CapEff"], 16)
     except (KeyError, ValueError):
@@ -47,7 +47,7 @@ def capabilities() -> dict[str, bool] | None:
 
 
 def tun_device() -> dict[str, Any]:
-    """Make a TUN device where nobody sees it, if this process may; it is gone when this returns."""
+    """Try to make a TUN device, in a network namespace that ends before this function returns."""
 
     def answer(usable: bool | None, reason: str, remedy: str = "") -> dict[str, Any]:
         return {"usable": usable, "reason": reason, "remedy": remedy}
@@ -91,7 +91,7 @@ def stale_rules_left() -> int | None:
 
 
 def _try_tun() -> str:
-    """Return why no TUN device can be made; nothing if it can."""
+    """Return the reason why no TUN device can be made; empty on success."""
     refusals: list[str] = []
 
     def attempt() -> None:
@@ -116,7 +116,7 @@ def _try_tun() -> str:
 
 
 def owners_of_port(port: int) -> Iterator[dict[str, Any]]:
-    """Yield who is bound to UDP `port` in this network namespace."""
+    """Yield the sockets bound to UDP `port` in this network namespace, with their processes."""
     for name, version in (("udp", "IPv4"), ("udp6", "IPv6")):
         try:
             lines = Path(f"/proc/net/{name}").read_text().splitlines()[1:]
@@ -135,21 +135,21 @@ def owners_of_port(port: int) -> Iterator[dict[str, Any]]:
 
 
 def _address(digits: str) -> str:
-    """Return the address of a line of /proc/net/udp: words in the machine's byte order."""
+    """Return the address of a line of /proc/net/udp, where it stands as words in the machine's byte order."""
     words = [int(digits[at : at + 8], 16) for at in range(0, len(digits), 8)]
     packed = b"".join(struct.pack("=I", word) for word in words)
     return socket.inet_ntop(socket.AF_INET if len(words) == 1 else socket.AF_INET6, packed)
 
 
 def _holders(inode: str) -> list[dict[str, Any]]:
-    """Return the processes that have the socket with `inode` open, as far as this user may see them."""
-    wanted, found = f"socket:[{inode}]", []
+    """Return the processes that hold the socket with `inode`, as far as this user may see them."""
+    target, holders = f"socket:[{inode}]", []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            if any(_target(link) == wanted for link in (process / "fd").iterdir()):
+            if any(_target(link) == target for link in (process / "fd").iterdir()):
                 command = (process / "comm").read_text().strip()
-                found.append({"pid": int(process.name), "command": command})
-    return sorted(found, key=lambda each: int(each["pid"]))
+                holders.append({"pid": int(process.name), "command": command})
+    return sorted(holders, key=lambda holder: int(holder["pid"]))
 
 
 def _target(link: Path) -> str:
@@ -174,16 +174,16 @@ def describe_system() -> dict[str, Any]:
 
 
 def sandbox() -> Iterator[str]:
-    """Yield what hints at something between this process and a kernel of its own."""
+    """Yield the signs of a container, a sandbox or a virtual kernel around this process."""
     if _GVISOR in platform.version():
         yield "gVisor (a kernel in user space, without socket filters)"
     if "microsoft" in platform.release().lower():
         yield "WSL"
     if "User Mode Linux" in (_read_first("/proc/cpuinfo", "\nvendor_id") or ""):
         yield "User Mode Linux"
-    for mark, what in (("/.dockerenv", "a Docker container"), ("/run/.containerenv", "a Podman container")):
+    for mark, name in (("/.dockerenv", "a Docker container"), ("/run/.containerenv", "a Podman container")):
         if Path(mark).exists():
-            yield what
+            yield name
     manager = os.environ.get("container")  # noqa: SIM112 - systemd's interface to containers
     if manager:
         yield f"a container ({manager})"

@@ -27,7 +27,7 @@ def describe_selector(selector: TrafficSelector) -> str:
 
 def describe_sas(installed: Iterable[InstalledSA], *, show_keys: bool = False) -> list[Row]:
     """Return SAs as JSON objects, in the order of their addresses."""
-    rows = [describe_sa(each, show_keys=show_keys) for each in installed]
+    rows = [describe_sa(sa, show_keys=show_keys) for sa in installed]
     return sorted(rows, key=lambda row: (row["source"], row["destination"], row["spi"]))
 
 

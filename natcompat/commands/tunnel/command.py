@@ -13,8 +13,8 @@ import click
 from natcompat.commands.report import write_line
 
 
-def _example(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    if wanted and not context.resilient_parsing:
+def _example(context: click.Context, _: click.Parameter, asked_for: bool) -> None:
+    if asked_for and not context.resilient_parsing:
         for line in (resources.files("natcompat") / "data" / "tunnel.toml").read_text("utf-8").splitlines():
             write_line(line)
         context.exit()

@@ -1,4 +1,4 @@
-"""What a tunnel's file asks for, for people and for programs; never keys."""
+"""Describes a tunnel's file for people and for programs, without its keys."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def describe(tunnel: Tunnel) -> Row:
         if device is None
         else {
             "name": device.name,
-            "addresses": [str(each) for each in device.addresses],
-            "routes": [str(each) for each in device.routes],
+            "addresses": [str(address) for address in device.addresses],
+            "routes": [str(network) for network in device.routes],
             "mtu": device.mtu,
         },
-        "sas": [_sa(each) for each in tunnel.associations],
-        "policies": [_policy(each) for each in tunnel.policies],
+        "sas": [_sa(sa) for sa in tunnel.associations],
+        "policies": [_policy(policy) for policy in tunnel.policies],
         "notes": list(tunnel.notes),
     }
 
@@ -61,17 +61,17 @@ def _policy(policy: Policy) -> Row:
 
 
 def show(tunnel: Tunnel) -> None:
-    """Print what the tunnel would be."""
-    said = describe(tunnel)
-    endpoint, device = said["endpoint"], said["device"]
+    """Print the tunnel that the file describes."""
+    report = describe(tunnel)
+    endpoint, device = report["endpoint"], report["device"]
     out = Printer()
-    out.heading(f"{said['file']}: right", "This is what it asks for. Nothing has been done.")
+    out.heading(f"{report['file']}: right", "This is what it asks for. Nothing has been done.")
     rows = [
-        ["backend", said["backend"]],
+        ["backend", report["backend"]],
         ["endpoint", f"{endpoint['local_address']} port {endpoint['local_port']}"],
         ["peer", f"{endpoint['remote_address']} port {endpoint['remote_port']}"],
         ["its mapping", "is followed when it changes" if endpoint["follow_mapping"] else "is not followed"],
-        ["state file", said["state_file"] or "none"],
+        ["state file", report["state_file"] or "none"],
         ["device", "none" if device is None else device["name"]],
     ]
     if device is not None:
@@ -86,17 +86,17 @@ def show(tunnel: Tunnel) -> None:
         ["SPI", "way", "source", "destination", "UDP", "mode", "transform", "window", "reqid"],
         [
             [
-                each["spi"],
-                each["direction"],
-                each["source"],
-                each["destination"],
-                f"{each['local_port']}-{each['remote_port']}",
-                each["mode"],
-                _transform(each),
-                str(each["replay_window"]) if each["direction"] == "in" else "",
-                str(each["reqid"]),
+                sa["spi"],
+                sa["direction"],
+                sa["source"],
+                sa["destination"],
+                f"{sa['local_port']}-{sa['remote_port']}",
+                sa["mode"],
+                _transform(sa),
+                str(sa["replay_window"]) if sa["direction"] == "in" else "",
+                str(sa["reqid"]),
             ]
-            for each in said["sas"]
+            for sa in report["sas"]
         ],
     )
     out.heading("Policies")
@@ -104,14 +104,14 @@ def show(tunnel: Tunnel) -> None:
         ["way", "selector", "action", "mode", "tunnel", "reqid"],
         [
             [
-                each["direction"],
-                each["selector"],
-                each["action"] + (" if possible" if each["optional"] else ""),
-                each["mode"] if each["action"] == "protect" else "",
-                f"{each['source']} to {each['destination']}" if each["source"] else "",
-                str(each["reqid"]),
+                policy["direction"],
+                policy["selector"],
+                policy["action"] + (" if possible" if policy["optional"] else ""),
+                policy["mode"] if policy["action"] == "protect" else "",
+                f"{policy['source']} to {policy['destination']}" if policy["source"] else "",
+                str(policy["reqid"]),
             ]
-            for each in said["policies"]
+            for policy in report["policies"]
         ],
     )
     for note in tunnel.notes:
@@ -123,4 +123,4 @@ def _transform(row: Row) -> str:
     words = [row["encryption"], str(row["encryption_bits"] or "")]
     words += [row["integrity"]] if row["integrity"] != "NONE" else []
     words += ["ESN"] if row["esn"] else []
-    return " ".join(each for each in words if each)
+    return " ".join(word for word in words if word)

@@ -1,4 +1,4 @@
-"""What a running tunnel tells: a live table on a terminal, plain lines in a pipe, or JSON.
+"""Output of a running tunnel: a live table on a terminal, plain lines in a pipe, or JSON.
 
 ``natcompat tunnel --json`` prints one object a line. Each has ``time`` (seconds since the epoch) and
 ``event``; later versions may add more:
@@ -41,52 +41,52 @@ _REMEMBERED = 6
 
 
 class Reporter(Protocol):
-    """Takes what happens, in one thread. A method may wait as long as nobody reads what it writes."""
+    """Shows the events of a tunnel. One thread calls it; a method may wait for the reader of its output."""
 
     def up(self, tunnel: Tunnel, device: str | None, mtu: int | None) -> None:
-        """The tunnel is up; `device` is the name of its TUN device."""
+        """Show that the tunnel is up; `device` is the name of its TUN device."""
 
     def counters(self, rows: Sequence[Row], drops: Mapping[str, int]) -> None:
-        """A round is over."""
+        """Show the counters of a round: SAs as rows, and drops by cause."""
 
     def event(self, event: Event) -> None:
-        """Something happened to an SA."""
+        """Show an event of IPsec."""
 
     def warn(self, text: str) -> None:
-        """Something is to be known."""
+        """Show a warning."""
 
     def down(self, status: int) -> None:
-        """The tunnel is about to be taken down."""
+        """Show that the tunnel is about to be taken down."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """End the output."""
 
 
 def reporter(stream: TextIO, *, as_json: bool) -> Reporter:
-    """Return what suits `stream`."""
+    """Return the reporter for `stream`: JSON, a live table on a terminal, or lines."""
     if as_json:
         return JsonReporter(stream)
     return LiveReporter(stream) if stream.isatty() else PlainReporter(stream)
 
 
 class JsonReporter:
-    """An object a line."""
+    """Prints one JSON object a line."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def up(self, tunnel: Tunnel, device: str | None, mtu: int | None) -> None:  # noqa: D102
-        said = describe(tunnel)
-        if said["device"] is not None and device is not None:
-            said["device"] |= {"name": device, "mtu": mtu}
-        self._print("up", said)
+        keys = describe(tunnel)
+        if keys["device"] is not None and device is not None:
+            keys["device"] |= {"name": device, "mtu": mtu}
+        self._print("up", keys)
 
     def counters(self, rows: Sequence[Row], drops: Mapping[str, int]) -> None:  # noqa: D102
         self._print("counters", {"sas": list(rows), "drops": dict(drops)})
 
     def event(self, event: Event) -> None:  # noqa: D102
-        said = describe_event(event)
-        self._print(said.pop("event"), said)
+        keys = describe_event(event)
+        self._print(keys.pop("event"), keys)
 
     def warn(self, text: str) -> None:  # noqa: D102
         self._print("warning", {"text": text})
@@ -97,13 +97,13 @@ class JsonReporter:
     def close(self) -> None:  # noqa: D102
         pass
 
-    def _print(self, event: str, said: Row) -> None:
-        print_json({"time": time.time(), "event": event, **said}, stream=self._stream, one_line=True)
+    def _print(self, event: str, keys: Row) -> None:
+        print_json({"time": time.time(), "event": event, **keys}, stream=self._stream, one_line=True)
         self._stream.flush()
 
 
 class PlainReporter:
-    """Lines of text; warnings on stderr."""
+    """Prints lines of text, and warnings on the standard error."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -137,7 +137,7 @@ class PlainReporter:
 
 
 class LiveReporter:
-    """A table that changes where it stands, and the last events below it."""
+    """Draws a table in place, and the last events below."""
 
     def __init__(self, stream: TextIO) -> None:
         self._live = contextlib.ExitStack()

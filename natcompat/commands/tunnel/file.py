@@ -1,4 +1,4 @@
-"""A tunnel's file, read and checked: endpoint, device, SAs and policies in the words of `natcompat.ipsec`."""
+"""Reads and checks a tunnel's file: endpoint, device, SAs and policies as values of `natcompat.ipsec`."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Device:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tunnel:
-    """What a tunnel's file says."""
+    """The contents of a tunnel's file."""
 
     path: Path
     endpoint: Endpoint
@@ -73,7 +73,7 @@ class Tunnel:
     state: Path | None
     """The file that keeps sequence numbers across restarts."""
     notes: tuple[str, ...]
-    """What is allowed, and worth to be known."""
+    """Remarks on settings that are permitted but weaken the tunnel."""
 
 
 def read_tunnel(path: Path, *, backend: str | None = None) -> Tunnel:
@@ -106,12 +106,12 @@ def _read(path: Path, content: bytes, backend: str | None) -> tuple[Tunnel, bool
     if endpoint.local_address.version != endpoint.remote_address.version:
         raise at.error("remote_address", "local_address is of the other IP version", form.ADDRESS.right)
     associations = [
-        _association(Place(path, text, "sa", number), each, endpoint, keys)
-        for number, each in enumerate(values["sa"], 1)
+        _association(Place(path, text, "sa", number), table, endpoint, keys)
+        for number, table in enumerate(values["sa"], 1)
     ]
     policies = [
-        _policy(Place(path, text, "policy", number), each, endpoint)
-        for number, each in enumerate(values["policy"], 1)
+        _policy(Place(path, text, "policy", number), table, endpoint)
+        for number, table in enumerate(values["policy"], 1)
     ]
     state = values["state"] and path.parent / values["state"].expanduser()
     _check_associations(place, associations)
@@ -144,9 +144,9 @@ def _parse(path: Path, content: bytes) -> tuple[str, Table]:
         return text, tomllib.loads(text)
     except (ValueError, RecursionError) as error:  # a number of 5000 digits is not even a TOMLDecodeError
         problem = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "a value is too long or deep"
-    found = re.search(r"\s*\(at line (\d+), column (\d+)\)$", problem)
-    reason = hide_keys(problem[: found.start()] if found else problem)
-    where = f"line {found[1]}, column {found[2]}: " if found else ""
+    position = re.search(r"\s*\(at line (\d+), column (\d+)\)$", problem)
+    reason = hide_keys(problem[: position.start()] if position else problem)
+    where = f"line {position[1]}, column {position[2]}: " if position else ""
     raise place.error("", f"{where}this is not TOML: {reason}", "See https://toml.io, or --example")
 
 
@@ -245,7 +245,7 @@ def _check_nonces(
 
 
 def _check_means(place: Place, backend: str, associations: list[SecurityAssociation]) -> None:
-    """Refuse what the backend cannot do, as far as can be told without asking a kernel."""
+    """Refuse what the backend cannot do, as far as that is known without a request to the kernel."""
     if backend == "linux":
         if sys.platform != "linux":
             raise place.error(
@@ -297,8 +297,8 @@ def _check_policies(place: Place, policies: list[Policy], associations: list[Sec
         names[name] = number
         if policy.action is not Action.PROTECT:
             continue
-        mine = [each for each, sa in enumerate(associations) if _belongs(sa, policy)]
-        if not mine:
+        numbers = [index for index, sa in enumerate(associations) if _belongs(sa, policy)]
+        if not numbers:
             ends = f" from {policy.source} to {policy.destination}" if policy.source else ""
             raise at.error(
                 "",
@@ -306,10 +306,10 @@ def _check_policies(place: Place, policies: list[Policy], associations: list[Sec
                 f"with reqid {policy.reqid}",
                 "Write such an [[sa]], or give both the same reqid",
             )
-        used.update(mine)
-    for each in range(len(associations)):
-        if each not in used:
-            at = replace(place, table="sa", number=each + 1)
+        used.update(numbers)
+    for index in range(len(associations)):
+        if index not in used:
+            at = replace(place, table="sa", number=index + 1)
             raise at.error(
                 "",
                 "no policy leads to it, so nothing would pass it",

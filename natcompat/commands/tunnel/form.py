@@ -1,6 +1,6 @@
-"""What may stand in a tunnel's file: its tables, their keys, and what is right for each.
+"""The schema of a tunnel's file: its tables, their keys, and the values that each key takes.
 
-Nothing here shows a value that may be key material, since it may stand in the wrong place.
+No error shows a value that may be key material, which may stand in the wrong place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LONGEST_SHOWN: Final = 40
 
 
 class ConfigurationError(NatCompatError):
-    """The file does not say what it should; the message names file, line, table and key."""
+    """A fault in a tunnel's file; the message names file, line, table and key."""
 
 
 class Kind(NamedTuple):
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
     read: Callable[[Any], Any]
     """Returns the value as natcompat wants it; a ValueError, whatever it says, if it is not of this kind."""
     right: str
-    """What to write, for who wrote something else."""
+    """The remedy: what to write in place of a wrong value."""
 
 
 class Entry(NamedTuple):
@@ -45,7 +45,7 @@ class Entry(NamedTuple):
 
 
 def shown(value: object) -> str:
-    """Return `value` as an error may show it: never what may be a key."""
+    """Return `value` for an error message, without anything that may be a key."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
@@ -57,7 +57,7 @@ def shown(value: object) -> str:
 
 
 def hide_keys(text: str) -> str:
-    """Return `text` without what may be a key, on one line."""
+    """Return `text` on one line, without digits that may be a key."""
     return _LONG_DIGITS.sub("...", text).encode("unicode_escape").decode("ascii")
 
 
@@ -91,7 +91,7 @@ def _one_of(values: Mapping[str, Any]) -> Kind:
             raise ValueError
         return values[value]
 
-    return Kind(read, f"Write one of {', '.join(chr(34) + each + chr(34) for each in values)}")
+    return Kind(read, f"Write one of {', '.join(chr(34) + value + chr(34) for value in values)}")
 
 
 def _by(function: Callable[[str], Any]) -> Callable[[Any], Any]:
@@ -105,11 +105,11 @@ def _specified(value: str) -> Any:
     return address
 
 
-def _each(kind: Kind, example: str) -> Kind:
+def _array_of(kind: Kind, example: str) -> Kind:
     def read(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list):
             raise ValueError
-        return tuple(kind.read(each) for each in value)
+        return tuple(kind.read(element) for element in value)
 
     return Kind(read, f"Write an array such as {example}")
 
@@ -135,7 +135,7 @@ def _table(value: Any) -> Table:
 
 
 def _tables(value: Any) -> list[Table]:
-    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+    if not isinstance(value, list) or not all(isinstance(table, dict) for table in value):
         raise ValueError
     return value
 
@@ -148,8 +148,8 @@ BOOLEAN: Final = Kind(_boolean, "Write true or false")
 PORT: Final = _integer(1, 65535)
 ADDRESS: Final = Kind(_by(_specified), 'Write an IP address of one host, such as "192.0.2.1"')
 NETWORK: Final = Kind(_by(ip_network), 'Write a network, such as "10.1.0.0/16" (no bits behind its length)')
-NETWORKS: Final = _each(NETWORK, '["10.2.0.0/16", "fd00:2::/64"]')
-INTERFACES: Final = _each(Kind(_by(ip_interface), ""), '["10.1.0.1/16", "fd00:1::1/64"]')
+NETWORKS: Final = _array_of(NETWORK, '["10.2.0.0/16", "fd00:2::/64"]')
+INTERFACES: Final = _array_of(Kind(_by(ip_interface), ""), '["10.1.0.1/16", "fd00:1::1/64"]')
 DEVICE_NAME: Final = Kind(_by(_interface), "Write up to 15 letters and digits; %d stands for the next number")
 PROTOCOL: Final = Kind(
     _protocol, f"Write a number from 0 to 255, or one of {', '.join(_PROTOCOLS)} in quotes"
@@ -256,7 +256,7 @@ class Place:
         where = [f"{hide_keys(str(self.path))}, line {line}" if line else hide_keys(str(self.path))]
         if self.table:
             where.append(f"[[{self.table}]] {self.number}" if self.number else f"[{self.table}]")
-        names = ".".join(each for each in (self.inner, key) if each)
+        names = ".".join(name for name in (self.inner, key) if name)
         where += [names] if names else []
         return ConfigurationError(errno.EINVAL, f"{', '.join(where)}: {problem}", remedy)
 
@@ -265,8 +265,8 @@ class Place:
         for key in table:
             if key not in entries:
                 near = _nearest(key, entries)
-                known = f"Known here: {', '.join(entries)}"
-                remedy = f"Is {near} meant? {known}" if near else known
+                choice = f"Known here: {', '.join(entries)}"
+                remedy = f"Is {near} meant? {choice}" if near else choice
                 raise self.error("", f"unknown key {shown(key)}", remedy, near=key)
         values = {}
         for key, entry in entries.items():
@@ -293,14 +293,14 @@ def _line(text: str, table: str, number: int, key: str) -> int:
 
     tomllib does not tell. This reads lines, not TOML: good for what people write.
     """
-    inside, found, header = not table, 0, 0
+    inside, headers, header = not table, 0, 0
     for count, line in enumerate(text.splitlines(), 1):
         begun = re.match(r"\s*\[\[?\s*([A-Za-z0-9_.-]+)\s*\]\]?", line)
         if begun:
             if inside and table:
                 break
-            found += begun[1] == table
-            inside = begun[1] == table and found == max(number, 1)
+            headers += begun[1] == table
+            inside = begun[1] == table and headers == max(number, 1)
             header = count if inside else header
             if not table and begun[1] == key:
                 return count

@@ -54,7 +54,7 @@ class KernelSide:
 
     def _take_away_what_was_left(self) -> None:
         """Delete SAs that have our names and keys, and policies that say what ours do."""
-        left = {each.sa_id: each.association for each in self.ipsec.list_sas()}
+        left = {installed.sa_id: installed.association for installed in self.ipsec.list_sas()}
         for sa in self._tunnel.associations:
             other = left.get(sa.sa_id)
             if other is not None and hmac.compare_digest(
@@ -64,8 +64,8 @@ class KernelSide:
                 _suppressed(self.ipsec.delete_sa, sa.sa_id)
         for policy in self._tunnel.policies:  # these do not expire with the SAs
             with contextlib.suppress(NatCompatError):  # there is none
-                found = self.ipsec.get_policy(policy).policy
-                if self._left or replace(found, priority=policy.priority) == policy:
+                other_policy = self.ipsec.get_policy(policy).policy
+                if self._left or replace(other_policy, priority=policy.priority) == policy:
                     self.ipsec.delete_policy(policy)
                     self._was_killed = True
 
@@ -89,23 +89,24 @@ class KernelSide:
         with IPRoute() as route:
             loopback = route.link_lookup(ifname="lo")[0]
             try:
-                for each in device.addresses:
-                    host = {"index": loopback, "address": str(each.ip), "prefixlen": each.max_prefixlen}
-                    flags = {"flags": _IFA_F_NODAD} if each.version == 6 else {}
+                for address in device.addresses:
+                    host = {"index": loopback, "address": str(address.ip), "prefixlen": address.max_prefixlen}
+                    flags = {"flags": _IFA_F_NODAD} if address.version == 6 else {}
                     self._add(route.addr, **host, **flags)
                     self._undo.callback(_in_netlink, "addr", host)
                 for network in device.routes:
                     way = self._way(route)
                     source = next(
-                        (each.ip for each in device.addresses if each.version == network.version), None
+                        (address.ip for address in device.addresses if address.version == network.version),
+                        None,
                     )
-                    wanted = {"dst": str(network), **way}
+                    attributes = {"dst": str(network), **way}
                     if network.version != self._tunnel.endpoint.remote_address.version:
-                        wanted.pop("gateway", None)
+                        attributes.pop("gateway", None)
                     if source is not None:
-                        wanted["prefsrc"] = str(source)
-                    self._add(route.route, **wanted)
-                    self._undo.callback(_in_netlink, "route", wanted)
+                        attributes["prefsrc"] = str(source)
+                    self._add(route.route, **attributes)
+                    self._undo.callback(_in_netlink, "route", attributes)
             except NetlinkError as error:
                 raise NatCompatError(
                     error.code,
@@ -124,23 +125,23 @@ class KernelSide:
 
     def _way(self, route: Any) -> dict[str, Any]:
         """Return how the peer is reached: what is for it goes there in the end."""
-        (found,) = route.route("get", dst=str(self._tunnel.endpoint.remote_address))
-        way: dict[str, Any] = {"oif": found.get_attr("RTA_OIF")}
-        gateway = found.get_attr("RTA_GATEWAY")
+        (route_there,) = route.route("get", dst=str(self._tunnel.endpoint.remote_address))
+        way: dict[str, Any] = {"oif": route_there.get_attr("RTA_OIF")}
+        gateway = route_there.get_attr("RTA_GATEWAY")
         return way if gateway is None else {**way, "gateway": gateway}
 
     def installed(self) -> Sequence[InstalledSA]:
         """Return the SAs of this tunnel that are there."""
-        mine = set(self._ids.values())
-        return [each for each in self.ipsec.list_sas() if each.sa_id in mine and not each.larval]
+        sa_ids = set(self._ids.values())
+        return [sa for sa in self.ipsec.list_sas() if sa.sa_id in sa_ids and not sa.larval]
 
     def numbers(self) -> Numbers:
-        """Return their names now, and what they have sent or received last."""
-        found = {}
+        """Return the current names of the SAs, and the last number sent or highest received of each."""
+        numbers = {}
         for name, sa_id in list(self._ids.items()):
             with contextlib.suppress(NatCompatError):  # it has expired
-                found[name] = sa_id, self.ipsec.get_sa(sa_id).sequence or 0
-        return found
+                numbers[name] = sa_id, self.ipsec.get_sa(sa_id).sequence or 0
+        return numbers
 
     def drops(self) -> Mapping[str, int]:
         """Return nothing: the kernel counts for the whole namespace (/proc/net/xfrm_stat)."""
@@ -164,16 +165,16 @@ class KernelSide:
         return {name: number for name, number in self.numbers().items() if name[0] is Direction.IN}
 
     def close(self) -> None:
-        """Take all away: addresses and routes, SAs, policies."""
+        """Remove addresses and routes, SAs and policies."""
         self._undo.close()
 
 
-def _in_netlink(what: str, arguments: dict[str, Any]) -> None:
+def _in_netlink(kind: str, arguments: dict[str, Any]) -> None:
     from pyroute2 import IPRoute
     from pyroute2.netlink.exceptions import NetlinkError
 
     with contextlib.suppress(NetlinkError), IPRoute() as route:  # somebody else may have removed it
-        getattr(route, what)("del", **arguments)
+        getattr(route, kind)("del", **arguments)
 
 
 def _suppressed(function: Any, argument: object) -> None:

@@ -1,8 +1,8 @@
-"""Key material from a tunnel's file, from files of its own, and from the environment.
+"""Reads key material from a tunnel's file, from key files and from the environment.
 
-A key is hexadecimal digits; white space between them counts for nothing. What holds keys is looked at
-through the descriptor that it is then read from, so that nothing can be put in its place in between.
-No error shows what was read.
+A key is a row of hexadecimal digits; white space between them is ignored. Owner and mode of a file
+are checked on the descriptor that is then read, so that no other file can take its place in between.
+No error shows contents of a file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RIGHT: Final = (
 )
 
 
-def open_file(path: Path, what: str) -> int:
+def open_file(path: Path, description: str) -> int:
     """Return a descriptor of the regular file `path`, to be closed by the caller."""
     try:
         # a FIFO would wait for its other end
@@ -33,27 +33,27 @@ def open_file(path: Path, what: str) -> int:
         number = getattr(error, "errno", None) or errno.EINVAL
         raise ConfigurationError(
             number,
-            f"{what} {hide_keys(str(path))} cannot be read: {os.strerror(number)}",
+            f"{description} {hide_keys(str(path))} cannot be read: {os.strerror(number)}",
             "Name a file that this user may read",
         ) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise ConfigurationError(
-            errno.EINVAL, f"{what} {hide_keys(str(path))} is no regular file", "Name a regular file"
+            errno.EINVAL, f"{description} {hide_keys(str(path))} is no regular file", "Name a regular file"
         )
     return descriptor
 
 
-def refuse_if_shared(descriptor: int, path: Path, what: str, *, readable: bool = False) -> None:
+def refuse_if_shared(descriptor: int, path: Path, description: str, *, readable: bool = False) -> None:
     """Raise EACCES unless only this user and root may touch the file; with `readable`, others may read it."""
     if not hasattr(os, "geteuid"):
         return  # access lists instead of modes: there the owner's own folder has to do
-    found = os.fstat(descriptor)
-    mode, name = stat.S_IMODE(found.st_mode), hide_keys(str(path))
-    if found.st_uid not in (0, os.geteuid()):
+    status = os.fstat(descriptor)
+    mode, name = stat.S_IMODE(status.st_mode), hide_keys(str(path))
+    if status.st_uid not in (0, os.geteuid()):
         raise ConfigurationError(
             errno.EACCES,
-            f"{what} {name} belongs to user {found.st_uid}, who may read and change it",
+            f"{description} {name} belongs to user {status.st_uid}, who may read and change it",
             f"chown {os.geteuid()} {name}, and replace the keys that are in it, if any",
         )
     if mode & (0o022 if readable else 0o077):
@@ -62,7 +62,7 @@ def refuse_if_shared(descriptor: int, path: Path, what: str, *, readable: bool =
         remedy = f"chmod 600 {name}, and use other keys if somebody else may have read it"
         raise ConfigurationError(
             errno.EACCES,
-            f"{what} {name} has mode {mode:04o}: {who} may {' and '.join(may)} it",
+            f"{description} {name} has mode {mode:04o}: {who} may {' and '.join(may)} it",
             f"chmod go-w {name}" if readable else remedy,
         )
 
@@ -73,17 +73,19 @@ def read_all(descriptor: int) -> bytes:
         return file.read(_LARGEST_FILE + 1)
 
 
-def read_file(path: Path, what: str) -> bytes:
+def read_file(path: Path, description: str) -> bytes:
     """Return what is in a file of this user's that nobody else may touch."""
-    descriptor = open_file(path, what)
+    descriptor = open_file(path, description)
     try:
-        refuse_if_shared(descriptor, path, what)
+        refuse_if_shared(descriptor, path, description)
         return read_all(descriptor)
     except NatCompatError:
         raise
     except OSError as error:
         raise ConfigurationError(
-            error.errno or errno.EIO, f"{what} {hide_keys(str(path))} cannot be read: {error.strerror}", ""
+            error.errno or errno.EIO,
+            f"{description} {hide_keys(str(path))} cannot be read: {error.strerror}",
+            "",
         ) from None
     finally:
         os.close(descriptor)
@@ -106,7 +108,7 @@ class KeyReader:
             raise place.error(name, "a key is wanted", _RIGHT)
         inner = Place(place.path, place.text, place.table, place.number, name)
         values = inner.read(value, KEY)
-        if sum(each is not None for each in values.values()) != 1:
+        if sum(value is not None for value in values.values()) != 1:
             raise inner.error("", "either key_file or key_environment is wanted", _RIGHT)
         if values["key_file"] is not None:
             path = self._directory / values["key_file"].expanduser()

@@ -44,7 +44,7 @@ class ProcessSide:
             self.close()
             raise
 
-    def _make_device(self, wanted: Device, sock: socket.socket) -> PacketDevice:
+    def _make_device(self, settings: Device, sock: socket.socket) -> PacketDevice:
         """Make the TUN device, and keep what `sock` sends out of it; nothing leads there yet."""
         from natcompat.esp import choice as datapaths
         from natcompat.esp.carrier.mtu import device_mtu
@@ -52,12 +52,12 @@ class ProcessSide:
         from natcompat.esp.device.routes import DeviceRoutes
         from natcompat.esp.device.tun import TunDevice
 
-        mtu = wanted.mtu or device_mtu(
+        mtu = settings.mtu or device_mtu(
             self._tunnel.associations, lambda host: kernel_path_mtu(host, sock) or ETHERNET_MTU
         )
         in_c = datapaths.select().name == "c"  # segments are then cut and joined there
         try:
-            tun = self._undo.enter_context(TunDevice(wanted.name, mtu=mtu, vnet_header=in_c))
+            tun = self._undo.enter_context(TunDevice(settings.name, mtu=mtu, vnet_header=in_c))
         except NatCompatError as error:
             remedies = [error.remedy] if error.remedy else []
             remedies.append('Without a device (kind = "none" in [device]) this end only receives')
@@ -68,11 +68,11 @@ class ProcessSide:
         peers = {str(self._tunnel.endpoint.remote_address)}
 
         def bring_up() -> None:
-            for each in wanted.addresses:
-                tun.add_address(str(each))
-            for network in wanted.routes:
-                own = (each.ip for each in wanted.addresses if each.version == network.version)
-                routes.add(network, next(own, None), peers=peers)
+            for address in settings.addresses:
+                tun.add_address(str(address))
+            for network in settings.routes:
+                sources = (address.ip for address in settings.addresses if address.version == network.version)
+                routes.add(network, next(sources, None), peers=peers)
             for peer in peers:
                 routes.check_peer(peer)
 
@@ -89,18 +89,18 @@ class ProcessSide:
 
     def installed(self) -> Sequence[InstalledSA]:
         """Return the SAs that are there."""
-        return [each for each in self.ipsec.list_sas() if not each.larval]
+        return [sa for sa in self.ipsec.list_sas() if not sa.larval]
 
     def numbers(self) -> Numbers:
-        """Return their names now, and what they have sent or received last."""
+        """Return the current names of the SAs, and the last number sent or highest received of each."""
         return {
-            (each.association.direction, each.sa_id.spi): (each.sa_id, each.usage.sequence or 0)
-            for each in self.installed()
-            if each.association is not None
+            (sa.association.direction, sa.sa_id.spi): (sa.sa_id, sa.usage.sequence or 0)
+            for sa in self.installed()
+            if sa.association is not None
         }
 
     def drops(self) -> Mapping[str, int]:
-        """Return how many packets went no further, by reason."""
+        """Return the number of dropped packets by cause."""
         return {reason.value: count for reason, count in sorted(self.ipsec.counters().items(), key=str)}
 
     def follow(self, event: MappingChange) -> None:

@@ -110,9 +110,9 @@ class Reservations:
         """Look once at what is used, and reserve more where it is due."""
         try:
             numbers = self._numbers()
-            wanted = self._wanted(numbers)
-            if wanted:
-                self._record(wanted)
+            due = self._wanted(numbers)
+            if due:
+                self._record(due)
         except OSError as error:
             if not self._complained:
                 self._complained = True
@@ -134,7 +134,7 @@ class Reservations:
         """Return what is to be recorded now, if anything."""
         now = time.monotonic()
         passed, self._looked = max(now - self._looked, ROUND / 2), now
-        wanted: dict[Name, int] = {}
+        due: dict[Name, int] = {}
         received: dict[Name, int] = {}
         for name, (_, used) in numbers.items():
             before, self._used[name] = self._used[name], used
@@ -145,9 +145,9 @@ class Reservations:
             ahead = max(BLOCK, int((used - before) / passed * AHEAD))
             number = min(used + ahead, self._largest[name])
             if self._recorded[name] - used < ahead // 2 and number > self._recorded[name]:
-                wanted[name] = number
-        if wanted or (received and now - self._written >= CHECKPOINT):
-            return wanted | received
+                due[name] = number
+        if due or (received and now - self._written >= CHECKPOINT):
+            return due | received
         return {}
 
     def _record(self, numbers: dict[Name, int]) -> None:

@@ -1,4 +1,4 @@
-"""A tunnel from its beginning to its end: everything that is made is taken down, whatever ends it."""
+"""Runs a tunnel in the foreground, and takes everything down at its end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MOST_AT_ONCE = 64
 
 
 class Side(Protocol):
-    """What is different between ESP in the kernel and in this process."""
+    """One end of a tunnel: its SAs, policies and device, in the kernel or in this process."""
 
     device: str | None
     """The name of the TUN device."""
@@ -52,25 +52,25 @@ class Side(Protocol):
         """Install an SA that goes on behind `sequence`, and may use numbers up to `permitted`."""
 
     def open_device(self) -> None:
-        """Let inner packets in and out."""
+        """Bring up addresses and routes for inner packets."""
 
     def installed(self) -> Sequence[InstalledSA]:
         """Return the SAs of this tunnel that are there."""
 
     def numbers(self) -> Numbers:
-        """Return their names now, and what they have sent or received last."""
+        """Return the current names of the SAs, and the last number sent or highest received of each."""
 
     def drops(self) -> Mapping[str, int]:
-        """Return how many packets went no further, by reason."""
+        """Return the number of dropped packets by cause."""
 
     def follow(self, event: MappingChange) -> None:
-        """Send where the peer is now."""
+        """Send to the new address of the peer."""
 
     def stop(self) -> Numbers:
-        """Seal nothing more; return what SAs have done of which that is certain."""
+        """Stop sealing; return the numbers of those SAs whose numbers are final."""
 
     def close(self) -> None:
-        """Take all away that was made."""
+        """Remove SAs, policies, device, addresses and routes."""
 
 
 def run(tunnel: Tunnel, *, create_state: bool, interval: float, count: int | None, reporter: Reporter) -> int:
@@ -148,7 +148,7 @@ def _install(
             state, tunnel.associations, numbers=side.numbers, permit=side.permit, complain=complain
         )
         numbers = reservations.begin()
-    for sa in sorted(tunnel.associations, key=lambda each: each.direction is Direction.OUT):
+    for sa in sorted(tunnel.associations, key=lambda sa: sa.direction is Direction.OUT):
         sequence, permitted = numbers.get((sa.direction, sa.spi), (None, None))
         side.add_sa(sa, sequence, permitted)
     return reservations
@@ -160,7 +160,7 @@ def _finish(reservations: Reservations, side: Side) -> None:
 
 
 class _Foreground:
-    """The main thread of a tunnel that is up: it tells what happens, and waits for the end."""
+    """The main thread of a running tunnel: shows events and counters, and waits for the end."""
 
     def __init__(
         self, tunnel: Tunnel, side: Side, sock: socket.socket, signals: EndingSignals, reporter: Reporter

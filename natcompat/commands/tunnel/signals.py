@@ -1,4 +1,4 @@
-"""Signals that end a tunnel: noted when they come, acted on where nothing is half done."""
+"""Signals that end a tunnel: noted on arrival, acted on between two steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The state file of a tunnel: which sequence numbers may have been used under which key.
+"""The state file of a tunnel: the sequence numbers that may have been used under each key.
 
 A number is written, and on the disk, before it is used; so a restart, whatever came before it, goes on
 behind all that was. The file says that for keys, not for SAs, since it is under one key that nothing may
@@ -45,7 +45,7 @@ _LAST: Final = (1 << 64) - 1
 
 
 class Identity(NamedTuple):
-    """What the file knows a key by."""
+    """The name of a key in the file."""
 
     digest: str
     direction: Direction
@@ -83,7 +83,7 @@ class StateFile:
             raise self._disk_error(error) from None
 
     def close(self) -> None:
-        """Let go of the file and its lock."""
+        """Close the file, and so release its lock."""
         for descriptor in (self._file, self._directory):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -100,7 +100,7 @@ class StateFile:
         os.unlink(self._name, dir_fd=self._directory)
 
     def identity(self, sa: SecurityAssociation) -> Identity:
-        """Return what the file knows the key of `sa` by."""
+        """Return the name of the key of `sa` in the file."""
         # Counter modes repeat themselves with their own key, whatever SPI, transform and MAC go with it.
         key = sa.encryption_key if sa.encryption in COUNTING else sa.integrity_key
         return Identity(blake2b(key, key=self._salt, digest_size=16).hexdigest(), sa.direction)
@@ -138,9 +138,9 @@ class StateFile:
 
     def _open_directory(self) -> None:
         self._directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        found = os.fstat(self._directory)
-        replaceable = found.st_mode & 0o022 and not found.st_mode & stat.S_ISVTX
-        if found.st_uid not in (0, os.geteuid()) or replaceable:
+        status = os.fstat(self._directory)
+        replaceable = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
+        if status.st_uid not in (0, os.geteuid()) or replaceable:
             raise self._error(
                 errno.EACCES,
                 "others may put another in its place, since they may write to its directory",
@@ -185,14 +185,14 @@ class StateFile:
         raise self._error(errno.EBUSY, "it is being replaced all the time", "End the other tunnel")
 
     def _refuse_if_shared(self) -> None:
-        found = os.fstat(self._file)
-        mode = stat.S_IMODE(found.st_mode)
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(self._file)
+        mode = stat.S_IMODE(status.st_mode)
+        if not stat.S_ISREG(status.st_mode):
             raise self._error(errno.EINVAL, "it is no regular file", "Name one that --create-state has made")
-        if found.st_uid not in (0, os.geteuid()) or mode & 0o077:
+        if status.st_uid not in (0, os.geteuid()) or mode & 0o077:
             raise self._error(
                 errno.EACCES,
-                f"mode {mode:04o}, owner {found.st_uid}: others may touch it, so what it says cannot be "
+                f"mode {mode:04o}, owner {status.st_uid}: others may touch it, so what it says cannot be "
                 "relied on",
                 "Replace the keys, and make a new one; if nobody has touched it, chmod 600 will do",
             )
@@ -218,13 +218,13 @@ class StateFile:
 
     def _parse(self, content: bytes) -> None:
         try:
-            said: Any = json.loads(content)
-            if said["natcompat tunnel state"] != _VERSION:
+            document: Any = json.loads(content)
+            if document["natcompat tunnel state"] != _VERSION:
                 raise ValueError
-            self._salt = bytes.fromhex(said["salt"])
+            self._salt = bytes.fromhex(document["salt"])
             if len(self._salt) != 32:
                 raise ValueError
-            for name, number in said["last"].items():
+            for name, number in document["last"].items():
                 direction, _, digest = name.partition(" ")
                 if type(number) is not int or not 0 <= number <= _LAST or len(bytes.fromhex(digest)) != 16:
                     raise ValueError
@@ -238,11 +238,14 @@ class StateFile:
         """Put a new file in the place of the old one, whole or not at all, and on the disk."""
         import fcntl
 
-        said = {
+        document = {
             "natcompat tunnel state": _VERSION,
             "warning": _WARNING,
             "salt": self._salt.hex(),
-            "last": {f"{each.direction.value} {each.digest}": number for each, number in numbers.items()},
+            "last": {
+                f"{identity.direction.value} {identity.digest}": number
+                for identity, number in numbers.items()
+            },
         }
         temporary = f".{self._name}.new"
         with contextlib.suppress(FileNotFoundError):
@@ -252,7 +255,7 @@ class StateFile:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # before anybody can find it
             with os.fdopen(descriptor, "wb", closefd=False) as file:
-                file.write(json.dumps(said, indent=1).encode() + b"\n")
+                file.write(json.dumps(document, indent=1).encode() + b"\n")
             os.fsync(descriptor)
             os.rename(temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
         except BaseException:

@@ -1,4 +1,4 @@
-"""``natcompat verify``: every trial that can be had here, and the report.
+"""``natcompat verify``: runs every trial that this machine permits, and reports.
 
 ``--json`` prints this; ``"schema": 1`` stands for these keys, and later versions may add some:
 
@@ -38,7 +38,7 @@ from natcompat.commands.verify.values import Trial, TrialPath
 
 
 def verify(names: tuple[str, ...], *, nat: bool, progress: Callable[[str], object]) -> Verification:
-    """Verify the backends called `names` (none: all that are viable), also through a NAT if `nat`.
+    """Verify the backends called `names` (empty: all viable ones), also through a NAT if `nat`.
 
     `progress` is told what comes next. Raises `natcompat.errors.BackendUnavailableError` if a
     backend that was named is unknown or not viable.
@@ -47,58 +47,58 @@ def verify(names: tuple[str, ...], *, nat: bool, progress: Callable[[str], objec
     from natcompat.backends.base import families_of
     from natcompat.commands.verify.conversation import load
 
-    found = Verification()
+    verification = Verification()
     if names:
         chosen = [backends.select(name).name for name in dict.fromkeys(names)]
     else:
         chosen = []
-        for each in backends.probe():
-            if each.viable:
-                chosen.append(each.backend)
-            elif backends.is_for_this_system(each.backend):
-                found.skip(f"backend {each.backend}", each.reason, each.remedy)
-    versions = [version for version in (4, 6) if _has_loopback(found, version)]
+        for viability in backends.probe():
+            if viability.viable:
+                chosen.append(viability.backend)
+            elif backends.is_for_this_system(viability.backend):
+                verification.skip(f"backend {viability.backend}", viability.reason, viability.remedy)
+    versions = [version for version in (4, 6) if _has_loopback(verification, version)]
     with contextlib.ExitStack() as stack:
         network = None
         if nat:
-            network = _topology(found, stack, progress)
+            network = _topology(verification, stack, progress)
         else:
-            found.skip("NAT", "--no-nat was given")
+            verification.skip("NAT", "--no-nat was given")
         for name in chosen:
             families = families_of(backends.get(name))
             for version in versions:
                 if FAMILY[version] not in families:
-                    found.skip(f"backend {name}, IPv{version}", "its kernel serves the other alone")
+                    verification.skip(f"backend {name}, IPv{version}", "its kernel serves the other alone")
                     continue
                 progress(f"{name}, loopback, IPv{version}")
                 with _bound(version, LOOPBACK[version]) as peer:
                     path = TrialPath(
                         "loopback", LOOPBACK[version], 0, LOOPBACK[version], endpoint_begins=False
                     )
-                    found.trials.append(run(name, version, path, peer))
+                    verification.trials.append(run(name, version, path, peer))
                 if network is not None:
-                    found.trials.extend(_through_nat(found, network, name, version, progress))
+                    verification.trials.extend(_through_nat(verification, network, name, version, progress))
             if 4 in versions:
                 progress(f"{name}, recorded conversation")
-                found.replays.append(replay(name, load()))
-    return found
+                verification.replays.append(replay(name, load()))
+    return verification
 
 
 def steps(names: tuple[str, ...], *, nat: bool) -> int:
-    """Return about how often `verify` will report progress."""
+    """Return the approximate number of calls of `progress` that `verify` makes."""
     from natcompat import backends
 
-    count = len(names) or sum(each.viable for each in backends.probe())
+    count = len(names) or sum(viability.viable for viability in backends.probe())
     return count * (7 if nat else 3) + nat
 
 
-def _has_loopback(found: Verification, version: int) -> bool:
+def _has_loopback(verification: Verification, version: int) -> bool:
     try:
         with _bound(version, LOOPBACK[version]) as sock:
             sock.sendto(b"", sock.getsockname())
         return True
     except OSError as error:
-        found.skip(
+        verification.skip(
             f"IPv{version}",
             f"{LOOPBACK[version]} cannot be used: {error.strerror}",
             f"Set the loopback interface up with IPv{version} (ip link set lo up, sysctl "
@@ -117,8 +117,10 @@ def _bound(version: int, host: str) -> socket.socket:
     return sock
 
 
-def _topology(found: Verification, stack: contextlib.ExitStack, progress: Callable[[str], object]) -> Any:
-    """Return the network with the NAT, or None and say why there is none."""
+def _topology(
+    verification: Verification, stack: contextlib.ExitStack, progress: Callable[[str], object]
+) -> Any:
+    """Return the network with the NAT; None, with a note in the report, if there can be none."""
     from natcompat.commands.verify.namespaces import Topology
     from natcompat.errors import NatCompatError
 
@@ -126,16 +128,16 @@ def _topology(found: Verification, stack: contextlib.ExitStack, progress: Callab
     try:
         network = stack.enter_context(Topology())
     except NatCompatError as error:
-        found.skip("NAT", error.strerror or "", error.remedy)
+        verification.skip("NAT", error.strerror or "", error.remedy)
         return None
-    found.nat = network.nat
+    verification.nat = network.nat
     return network
 
 
 def _through_nat(
-    found: Verification, network: Any, name: str, version: int, progress: Callable[[str], object]
+    verification: Verification, network: Any, name: str, version: int, progress: Callable[[str], object]
 ) -> Iterator[Trial]:
-    """Yield a trial with the peer behind the NAT, and one with the endpoint there."""
+    """Yield a trial with the peer behind the NAT, and one with the endpoint behind the NAT."""
     from natcompat.commands.verify.namespaces import INITIATOR, RESPONDER
     from natcompat.contract import NAT_T_PORT
     from natcompat.errors import BackendUnavailableError
@@ -151,7 +153,9 @@ def _through_nat(
             try:
                 yield here.call(run, name, version, path, peer)
             except BackendUnavailableError as error:
-                found.skip(f"backend {name}, {title}, IPv{version}", error.strerror or "", error.remedy)
+                verification.skip(
+                    f"backend {name}, {title}, IPv{version}", error.strerror or "", error.remedy
+                )
 
 
 @contextlib.contextmanager
@@ -209,11 +213,11 @@ def command(names: tuple[str, ...], no_nat: bool, as_json: bool) -> int:
       natcompat verify --json | jq '.trials[].outcomes[] | select(.passed | not)'
     """
     with _progress(steps(names, nat=not no_nat)) as progress:
-        found = verify(names, nat=not no_nat, progress=progress)
+        verification = verify(names, nat=not no_nat, progress=progress)
     if as_json:
         from natcompat.commands.report import print_json
 
-        print_json(found.as_json())
+        print_json(verification.as_json())
     else:
-        show(found)
-    return 0 if found.passed else 1
+        show(verification)
+    return 0 if verification.passed else 1

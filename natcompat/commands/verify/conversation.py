@@ -1,4 +1,4 @@
-"""Recorded conversations: the UDP datagrams of a pcap file, by default of the one in the package.
+"""Reads recorded conversations: the UDP datagrams of a pcap file, by default the one in the package.
 
 Enough to replay what an IKE responder saw on its NAT-T port; no general reader of captures.
 
@@ -51,19 +51,19 @@ class Conversation:
     datagrams: tuple[Datagram, ...]
 
     def received(self, port: int = NAT_T_PORT) -> tuple[Datagram, ...]:
-        """Return what the responder, the destination of the first datagram, got on its `port`."""
+        """Return the datagrams to `port` of the responder: the destination of the first datagram."""
         return tuple(
-            each
-            for each in self.datagrams
-            if each.destination_port == port and each.destination == self.datagrams[0].destination
+            datagram
+            for datagram in self.datagrams
+            if datagram.destination_port == port and datagram.destination == self.datagrams[0].destination
         )
 
     def sent(self, port: int = NAT_T_PORT) -> tuple[Datagram, ...]:
-        """Return what the responder, the destination of the first datagram, sent from its `port`."""
+        """Return the datagrams from `port` of the responder: the destination of the first datagram."""
         return tuple(
-            each
-            for each in self.datagrams
-            if each.source_port == port and each.source == self.datagrams[0].destination
+            datagram
+            for datagram in self.datagrams
+            if datagram.source_port == port and datagram.source == self.datagrams[0].destination
         )
 
 

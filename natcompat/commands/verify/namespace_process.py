@@ -1,4 +1,4 @@
-"""What runs in the processes that hold the network namespaces, and how this process talks to them."""
+"""The processes that hold the network namespaces, and the channel through which they are called."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from typing import Any, Final
 from natcompat.errors import NatCompatError
 
 NAT_PORTS: Final = (20000, 29999)
-"""From these the router takes the source ports of what it masquerades."""
+"""The range of source ports that the router gives to masqueraded datagrams."""
 
 _CLONE_NEWUSER: Final = 0x10000000  # linux/sched.h
 
@@ -43,7 +43,7 @@ _IPTABLES: Final = ("-t nat -A POSTROUTING -o outside -p udp -j MASQUERADE --to-
 
 
 def populate(parent: int, *descriptors: int) -> None:
-    """Be the router's process, and make the other two. Ends when the channels close."""
+    """Run as the process of the router: fork the other two and answer calls until the channels close."""
     router, *others = [socket.socket(fileno=descriptor) for descriptor in descriptors]
     children: list[int] = []
     try:
@@ -87,7 +87,7 @@ def _refuse(channel: socket.socket, error: NatCompatError) -> None:
 
 
 def _leave_network() -> bool:
-    """Move into a network namespace of our own, by way of a user namespace if need be; True if it was."""
+    """Move into a new network namespace; return whether that took a user namespace."""
     user, group = os.geteuid(), os.getegid()
     try:
         _unshare(_CLONE_NEWNET)
@@ -119,7 +119,7 @@ def _unshare(flags: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Be killed when `parent` ends, however it does; after unshare, which would forget it."""
+    """Have the kernel kill this process when `parent` ends. To be called after unshare, which forgets it."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended meanwhile
         os._exit(1)
@@ -149,8 +149,8 @@ def _serve(channel: socket.socket) -> None:
         del answer  # and with it the sockets that went
 
 
-def masquerade(wanted: str | None) -> str:
-    """Make this namespace a NAT router; return by what."""
+def masquerade(tool_wanted: str | None) -> str:
+    """Make this namespace a NAT router; return the name of the tool that did it."""
     for setting in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
         try:
             with open(f"/proc/sys/net/{setting}", "w") as file:
@@ -167,7 +167,7 @@ def masquerade(wanted: str | None) -> str:
         "iptables-legacy": [["iptables-legacy", *_IPTABLES], ["ip6tables-legacy", *_IPTABLES]],
     }
     refusals = []
-    for tool in [wanted] if wanted else commands:
+    for tool in [tool_wanted] if tool_wanted else commands:
         refusal = ""
         for command in commands[tool]:
             refusal = refusal or _run(command, _NFT if tool == "nft" else "")
@@ -182,7 +182,7 @@ def masquerade(wanted: str | None) -> str:
 
 
 def _run(command: list[str], text: str) -> str:
-    """Run `command` with `text` as its input; return what went wrong, or nothing."""
+    """Run `command` with `text` as its input; return a description of the failure, empty on success."""
     path = shutil.which(command[0], path=f"{os.environ.get('PATH', '')}:{_SYSTEM_PATH}")
     if path is None:
         return f"{command[0]} is not installed"
@@ -230,7 +230,7 @@ def send(channel: socket.socket, message: object) -> None:
     pickler = _Pickler(file)
     pickler.dump(message)
     body = file.getbuffer()
-    rights = array.array("i", [each.fileno() for each in pickler.sockets])
+    rights = array.array("i", [sock.fileno() for sock in pickler.sockets])
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if rights else []
     channel.sendmsg([_HEADER.pack(len(body), len(rights))], ancillary)
     channel.sendall(body)

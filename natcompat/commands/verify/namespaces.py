@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import socket
@@ -47,19 +48,19 @@ _IFA_F_NODAD: Final = 0x02  # linux/if_addr.h
 
 
 class Namespace:
-    """One network namespace, through the process that is in it. Thread-safe."""
+    """One network namespace, reached through a process inside. Thread-safe."""
 
     def __init__(self, name: str, channel: socket.socket) -> None:
         self.name = name
         self._channel = channel
         self._lock = threading.Lock()
         self.pid = 0
-        """Of the process in it."""
+        """Process ID of the process inside."""
 
     def call(
         self, function: Callable[Parameters, Result], *args: Parameters.args, **kwargs: Parameters.kwargs
     ) -> Result:
-        """Run ``function(*args, **kwargs)`` in the namespace; return what it returns, raise what it raises.
+        """Run ``function(*args, **kwargs)`` in the namespace; return its result, or raise its exception.
 
         The function has to be importable (not of ``__main__``, no lambda); arguments and result are
         pickled, and sockets may be among them: they arrive as duplicates and stay in the namespace
@@ -78,11 +79,11 @@ class Namespace:
         return result
 
     def socket(self, family: int, kind: int = socket.SOCK_DGRAM) -> socket.socket:
-        """Return a new socket that is in the namespace; bind it, use it and close it from here."""
+        """Return a new socket of the namespace, for use in this process."""
         return self.call(socket.socket, family, kind)
 
     def close(self) -> None:
-        """Let the process in it end."""
+        """End the process inside."""
         self._channel.close()
 
 
@@ -98,9 +99,9 @@ class Topology:
     initiator: Namespace
     responder: Namespace
     user_namespace: bool
-    """Whether they are inside a user namespace, since this process is not privileged."""
+    """Whether a user namespace holds the three, since this process is not privileged."""
     nat: str
-    """What masquerades: a name as in the argument."""
+    """The tool that set up the NAT, named as in the argument."""
 
     def __init__(self, nat: str | None = None) -> None:
         if sys.platform != "linux":
@@ -125,7 +126,7 @@ class Topology:
                 start_new_session=True,
             )
         except OSError as error:
-            for channel in (each for pair in pairs for each in pair):
+            for channel in itertools.chain.from_iterable(pairs):
                 channel.close()
             raise NatCompatError(
                 error.errno or errno.EACCES,
@@ -136,8 +137,8 @@ class Topology:
             for _, channel in pairs:
                 channel.close()
             self.user_namespace = self.router.call(_start)
-            for each in (self.router, self.initiator, self.responder):
-                each.pid = each.call(os.getpid)
+            for namespace in (self.router, self.initiator, self.responder):
+                namespace.pid = namespace.call(os.getpid)
             self.router.call(_link, self.initiator.pid, self.responder.pid)
             self.initiator.call(_configure, "uplink", INITIATOR, ROUTER_INSIDE)
             self.responder.call(_configure, "uplink", RESPONDER, None)
@@ -157,9 +158,9 @@ class Topology:
         self.close()
 
     def close(self) -> None:
-        """End the processes, and with them the namespaces. May be repeated."""
-        for each in (self.initiator, self.responder, self.router):
-            each.close()
+        """End the processes and so the namespaces. May be called again."""
+        for namespace in (self.initiator, self.responder, self.router):
+            namespace.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:  # one is busy with a call
@@ -167,7 +168,7 @@ class Topology:
             self._process.wait()
 
     def _settle(self, version: int) -> None:
-        """Wait until datagrams pass, and see that the NAT is one.
+        """Wait until datagrams pass, and check that the NAT translates.
 
         IPv6 takes a second: the kernel tells it of links that came up once a second (linkwatch).
         """
@@ -195,7 +196,7 @@ class Topology:
 
 
 def _start() -> bool:
-    """Stand for the first call, which `populate` answers itself."""
+    """Name the first call, whose answer is the result of `populate`'s set-up."""
     return True
 
 

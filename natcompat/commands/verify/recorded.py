@@ -1,4 +1,4 @@
-"""A recorded conversation through an endpoint: what goes to IKE, what to ESP, and what is dropped."""
+"""Replays a recorded conversation through an endpoint, and counts IKE, ESP and drops."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from natcompat.endpoint import set_nat_t_endpoint
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """How many datagrams of one verdict."""
+    """The number of datagrams of one verdict: recorded, and after the replay."""
 
     what: str
-    """A verdict of the classifier (``ike``, ``esp``, ``keepalive``, ``runt``); ``sent``: IKE of its own."""
+    """A verdict of the classifier (``ike``, ``esp``, ``keepalive``, ``runt``), or ``sent``: outbound IKE."""
     recorded: int
-    """In the recording, by the classifier."""
+    """Datagrams in the recording, by the classifier."""
     arrived: str
-    """What became of them here."""
+    """The result here, in words."""
     performer: str
-    """Who did the duty."""
+    """The performer of the duty."""
     passed: bool
 
 
 @dataclass(slots=True)
 class Replay:
-    """The recording through one backend."""
+    """The result of the replay through one backend."""
 
     backend: str
     mode: str = ""
@@ -51,28 +51,28 @@ class Replay:
 
     @property
     def passed(self) -> bool:
-        """Whether every datagram went where the classifier says."""
-        return bool(self.counts) and all(each.passed for each in self.counts)
+        """Whether every datagram went to the place that the classifier names."""
+        return bool(self.counts) and all(count.passed for count in self.counts)
 
 
 def replay(backend: str, conversation: Conversation) -> Replay:
-    """Send what the responder received, and let it send what it sent, over loopback.
+    """Send the responder's inbound datagrams to an endpoint, and its outbound ones from there, over loopback.
 
     Every datagram is compared, in its order. Runts and keepalives have to be counted as such where
     the process counts them, and may arrive nowhere in any case.
     """
-    received = [each.payload for each in conversation.received()]
+    received = [datagram.payload for datagram in conversation.received()]
     recorded = Counter(map(classify, received))
     collector = Collector() if backends.get(backend).hands_over_esp else None
     with (
         socket.socket(FAMILY[4], socket.SOCK_DGRAM) as sock,
         socket.socket(FAMILY[4], socket.SOCK_DGRAM) as peer,
     ):
-        for each, port in ((sock, port_of(backends.get(backend)) or 0), (peer, 0)):
-            each.bind((LOOPBACK[4], port))
-            each.settimeout(PATIENCE)
+        for bound, port in ((sock, port_of(backends.get(backend)) or 0), (peer, 0)):
+            bound.bind((LOOPBACK[4], port))
+            bound.settimeout(PATIENCE)
         endpoint = set_nat_t_endpoint(sock, backend=backend, esp=collector)
-        found = Replay(backend, endpoint.mode, duty_words(endpoint.duties))
+        result = Replay(backend, endpoint.mode, duty_words(endpoint.duties))
         performers = {verdict: endpoint.duties[DUTY[verdict]].value for verdict in Verdict}
         token = SENTINEL + secrets.token_bytes(8)
         for payload in (*received, SENTINEL_SPI + token, NON_ESP_MARKER + token):
@@ -82,9 +82,11 @@ def replay(backend: str, conversation: Conversation) -> Replay:
         stats = endpoint.stats()
 
         def count(verdict: Verdict, arrived: str, passed: bool) -> None:
-            found.counts.append(Count(verdict.value, recorded[verdict], arrived, performers[verdict], passed))
+            result.counts.append(
+                Count(verdict.value, recorded[verdict], arrived, performers[verdict], passed)
+            )
 
-        expected = [each[MARKER_LENGTH:] for each in received if classify(each) is Verdict.IKE]
+        expected = [payload[MARKER_LENGTH:] for payload in received if classify(payload) is Verdict.IKE]
         messages = None if ike is None else [data for data, _ in ike]
         nothing_else = messages == expected
         count(Verdict.IKE, f"{len(messages or [])} to IKE", nothing_else)
@@ -92,21 +94,23 @@ def replay(backend: str, conversation: Conversation) -> Replay:
             count(Verdict.ESP, "none to IKE, so the kernel has them", nothing_else)
         else:
             packets = None if esp is None else [data for data, _ in esp]
-            wanted = [each for each in received if classify(each) is Verdict.ESP]
-            count(Verdict.ESP, f"{len(packets or [])} to esp=", packets == wanted)
+            expected_esp = [payload for payload in received if classify(payload) is Verdict.ESP]
+            count(Verdict.ESP, f"{len(packets or [])} to esp=", packets == expected_esp)
         for verdict, counted in ((Verdict.KEEPALIVE, stats.keepalives), (Verdict.RUNT, stats.runts)):
             counts_itself = performers[verdict] in (Performer.PROCESS.value, Performer.STEERING.value)
             if counts_itself and collector is not None:  # else the kernel may have taken some with the ESP
                 count(verdict, f"{counted} dropped", counted == recorded[verdict])
             else:
                 count(verdict, "none to IKE, so the kernel dropped them", nothing_else)
-        found.counts.append(_send(sock, peer, conversation, found.duties["insert_marker"]))
-    return found
+        result.counts.append(_send(sock, peer, conversation, result.duties["insert_marker"]))
+    return result
 
 
 def _send(sock: socket.socket, peer: socket.socket, conversation: Conversation, performer: str) -> Count:
-    """Let the endpoint send the IKE of the responder, and compare what is on the wire with the recording."""
-    wires = [each.payload for each in conversation.sent() if classify(each.payload) is Verdict.IKE]
+    """Send the responder's IKE through the endpoint, and compare the datagrams on the wire."""
+    wires = [
+        datagram.payload for datagram in conversation.sent() if classify(datagram.payload) is Verdict.IKE
+    ]
     came = []
     try:
         for wire in wires:

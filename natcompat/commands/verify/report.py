@@ -1,4 +1,4 @@
-"""The report of ``natcompat verify``, for people."""
+"""Prints the report of ``natcompat verify`` for people."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _HEADS: Final = {"loopback": "loop", "from behind NAT": "NAT>", "to behind NAT":
 
 @dataclass(slots=True)
 class Verification:
-    """What was found, and what was not looked at."""
+    """The results of the trials, and the list of those that were left out."""
 
     trials: list[Trial] = field(default_factory=list)
     replays: list[Replay] = field(default_factory=list)
@@ -35,16 +35,16 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether something was verified, and nothing differed."""
-        trials, replays = (all(each.passed for each in found) for found in (self.trials, self.replays))
+        """Whether at least one trial ran, and no result differs from the contract."""
+        trials, replays = (all(part.passed for part in parts) for parts in (self.trials, self.replays))
         return bool(self.trials) and trials and replays
 
-    def skip(self, what: str, reason: str, remedy: str = "") -> None:
-        """Note that something was not looked at."""
-        self.skipped.append({"what": what, "reason": reason, "remedy": remedy})
+    def skip(self, subject: str, reason: str, remedy: str = "") -> None:
+        """Note that a trial was left out."""
+        self.skipped.append({"what": subject, "reason": reason, "remedy": remedy})
 
     def as_json(self) -> dict[str, Any]:
-        """Return the report; see the module."""
+        """Return the report for ``--json``; `natcompat.commands.verify.command` documents its keys."""
         from natcompat import __version__
 
         return {
@@ -52,8 +52,8 @@ class Verification:
             "natcompat": __version__,
             "platform": _platform(),
             "passed": self.passed,
-            "trials": [{**asdict(each), "passed": each.passed} for each in self.trials],
-            "replays": [{**asdict(each), "passed": each.passed} for each in self.replays],
+            "trials": [{**asdict(trial), "passed": trial.passed} for trial in self.trials],
+            "replays": [{**asdict(replay), "passed": replay.passed} for replay in self.replays],
             "nat": self.nat,
             "skipped": self.skipped,
         }
@@ -69,56 +69,62 @@ def _platform() -> dict[str, str | bool | None]:
     }
 
 
-def show(found: Verification) -> None:
+def show(verification: Verification) -> None:
     """Print the report for people."""
     from natcompat.commands.report import Printer, bad, doubtful, good, quiet
 
     out = Printer()
-    for name in dict.fromkeys(each.backend for each in found.trials):
-        trials = [each for each in found.trials if each.backend == name]
+    for name in dict.fromkeys(trial.backend for trial in verification.trials):
+        trials = [trial for trial in verification.trials if trial.backend == name]
         for section, title in _TITLES.items():
             _show_section(out, f"{name}: {title}", section, trials)
-        modes = dict.fromkeys((each.mode, each.reason) for each in trials)
+        modes = dict.fromkeys((trial.mode, trial.reason) for trial in trials)
         for mode, reason in modes:
             out.line(f"  Mode {mode}{f' ({reason})' if reason else ''}; {_duties(trials[0].duties)}.")
-        if any(outcome.woke for each in trials for outcome in each.outcomes):
+        if any(outcome.woke for trial in trials for outcome in trial.outcomes):
             out.line("  select may wake for what the process drops: no kernel helps in this mode.")
-        for each in found.replays:
-            if each.backend == name:
-                _show_replay(out, each)
-    if found.trials:
+        for replay in verification.replays:
+            if replay.backend == name:
+                _show_replay(out, replay)
+    if verification.trials:
         out.heading("Paths")
         out.table(
             ["", ""],
-            [[_HEADS[each], _describe(each)] for each in dict.fromkeys(trial.path for trial in found.trials)],
+            [
+                [_HEADS[path], _describe(path)]
+                for path in dict.fromkeys(trial.path for trial in verification.trials)
+            ],
         )
     limits = list(
         dict.fromkeys(
-            f"{trial.backend}, {each.row}: {each.limit}"
-            for trial in found.trials
-            for each in trial.outcomes
-            if each.limit
+            f"{trial.backend}, {outcome.row}: {outcome.limit}"
+            for trial in verification.trials
+            for outcome in trial.outcomes
+            if outcome.limit
         )
     )
     if limits:
         out.heading("Limits", "what the kernel denies to every socket that is served in this way")
         for line in limits:
             out.line(doubtful("  limit  "), line)
-    differences = list(_differences(found))
+    differences = list(_differences(verification))
     if differences:
         out.heading("Differences")
         for line in differences:
             out.line(bad("  differs  "), line)
-    if found.skipped:
+    if verification.skipped:
         out.heading("Not looked at")
         out.table(
             ["", "", ""],
-            [[each["what"], each["reason"].rstrip(".") + ".", each["remedy"]] for each in found.skipped],
+            [
+                [skipped["what"], skipped["reason"].rstrip(".") + ".", skipped["remedy"]]
+                for skipped in verification.skipped
+            ],
         )
-    checks = [each.passed for trial in found.trials for each in trial.outcomes]
-    checks += [each.passed for replayed in found.replays for each in replayed.counts]
+    checks = [outcome.passed for trial in verification.trials for outcome in trial.outcomes]
+    checks += [count.passed for replay in verification.replays for count in replay.counts]
     out.heading("Result")
-    if found.passed:
+    if verification.passed:
         but = " but what the limits say" if limits else ""
         out.line(good("As on Solaris"), f": {len(checks)} checks, no difference{but}.")
     elif differences:
@@ -131,29 +137,33 @@ def _show_section(out: Any, title: str, section: str, trials: list[Trial]) -> No
     """Print one table: a row for each row of the contract, a column for each path."""
     from natcompat.commands.report import bad, doubtful, good
 
-    outcomes = [[(trial, each) for each in trial.outcomes if each.section == section] for trial in trials]
-    paths = list(dict.fromkeys(each.path for each in trials))
+    outcomes = [
+        [(trial, outcome) for outcome in trial.outcomes if outcome.section == section] for trial in trials
+    ]
+    paths = list(dict.fromkeys(trial.path for trial in trials))
     rows = []
     for same in zip(*outcomes, strict=True):
-        worst = next((each for _, each in same if not each.passed), same[0][1])
+        worst = next((outcome for _, outcome in same if not outcome.passed), same[0][1])
         cells = []
         for path in paths:
-            differ = [f"v{trial.version}" for trial, each in same if trial.path == path and not each.passed]
-            limited = any(each.limit for trial, each in same if trial.path == path)
+            differ = [
+                f"v{trial.version}" for trial, outcome in same if trial.path == path and not outcome.passed
+            ]
+            limited = any(outcome.limit for trial, outcome in same if trial.path == path)
             cells.append(
                 bad(f"DIFFERS {' '.join(differ)}") if differ else doubtful("limit") if limited else good("ok")
             )
         here = worst.arrived if worst.passed else bad(worst.arrived)
         rows.append([worst.row, worst.sent, worst.solaris, here, worst.performer, *cells])
     out.heading(title)
-    out.table(["row", "bytes", "Solaris", "here", "by", *(_HEADS[each] for each in paths)], rows)
+    out.table(["row", "bytes", "Solaris", "here", "by", *(_HEADS[path] for path in paths)], rows)
 
 
-def _show_replay(out: Any, found: Replay) -> None:
+def _show_replay(out: Any, replay: Replay) -> None:
     from natcompat.commands.report import bad, good
 
     out.heading(
-        f"{found.backend}: a recorded conversation",
+        f"{replay.backend}: a recorded conversation",
         "IKEv2, ESP in UDP and keepalives of two strongSwan daemons, replayed over loopback",
     )
     names = {"ike": "IKE", "esp": "ESP", "keepalive": "NAT-keepalives", "runt": "runts", "sent": "IKE sent"}
@@ -161,13 +171,13 @@ def _show_replay(out: Any, found: Replay) -> None:
         ["datagrams", "recorded", "here", "by", ""],
         [
             [
-                names[each.what],
-                str(each.recorded),
-                each.arrived,
-                each.performer,
-                good("ok") if each.passed else bad("DIFFERS"),
+                names[count.what],
+                str(count.recorded),
+                count.arrived,
+                count.performer,
+                good("ok") if count.passed else bad("DIFFERS"),
             ]
-            for each in found.counts
+            for count in replay.counts
         ],
     )
 
@@ -187,27 +197,30 @@ def _duties(duties: dict[str, str]) -> str:
         "strip_marker": "strips the marker",
         "insert_marker": "inserts it",
     }
-    done = {who: [words[duty] for duty, each in duties.items() if each == who] for who in duties.values()}
-    return "; ".join(f"{who} {', '.join(what)}" for who, what in done.items())
+    done = {
+        name: [words[duty] for duty, performer in duties.items() if performer == name]
+        for name in duties.values()
+    }
+    return "; ".join(f"{name} {', '.join(actions)}" for name, actions in done.items())
 
 
-def _differences(found: Verification) -> Iterator[str]:
-    """Yield what differs, a line for each row: the paths on which it does so in the same way are with it."""
-    where: dict[str, list[str]] = {}
-    for trial in found.trials:
-        for each in trial.outcomes:
-            if not each.passed:
-                what = (
-                    f"{trial.backend}, {each.section}, row {each.row!r}: Solaris: {each.solaris}; "
-                    f"here: {each.arrived} (by {each.performer})"
+def _differences(verification: Verification) -> Iterator[str]:
+    """Yield a line for each difference, with all paths that show it."""
+    paths_of: dict[str, list[str]] = {}
+    for trial in verification.trials:
+        for outcome in trial.outcomes:
+            if not outcome.passed:
+                difference = (
+                    f"{trial.backend}, {outcome.section}, row {outcome.row!r}: Solaris: {outcome.solaris}; "
+                    f"here: {outcome.arrived} (by {outcome.performer})"
                 )
-                where.setdefault(what, []).append(f"{trial.path} IPv{trial.version}")
-    for what, paths in where.items():
-        yield f"{what}; {', '.join(paths)}"
-    for replayed in found.replays:
-        for count in replayed.counts:
+                paths_of.setdefault(difference, []).append(f"{trial.path} IPv{trial.version}")
+    for difference, paths in paths_of.items():
+        yield f"{difference}; {', '.join(paths)}"
+    for replay in verification.replays:
+        for count in replay.counts:
             if not count.passed:
                 yield (
-                    f"{replayed.backend}, recorded conversation, {count.what}: {count.recorded} recorded; "
+                    f"{replay.backend}, recorded conversation, {count.what}: {count.recorded} recorded; "
                     f"here: {count.arrived} (by {count.performer})"
                 )

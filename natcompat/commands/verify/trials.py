@@ -1,4 +1,4 @@
-"""The contract, row by row, on real sockets: what ``natcompat verify`` runs.
+"""The trials of ``natcompat verify``: the contract, row by row, on real sockets.
 
 A `Trial` is one backend on one path (loopback, or through a NAT) with one IP version. Evidence needs
 no waiting: behind each row go an ESP packet and an IKE message that nobody else sends, the sentinels;
@@ -68,17 +68,17 @@ DUTY: Final = {
 
 
 class Collector:
-    """A consumer of ESP that keeps what it gets."""
+    """A consumer of ESP that keeps its packets."""
 
     def __init__(self) -> None:
         self.packets: queue.SimpleQueue[tuple[bytes, Address]] = queue.SimpleQueue()
 
     def __call__(self, packet: memoryview, source: Address) -> None:
-        """Take one packet."""
+        """Keep one packet; the endpoint calls this."""
         self.packets.put((bytes(packet), source))
 
     def until(self, sentinel: bytes) -> list[tuple[bytes, Address]] | None:
-        """Return what came before `sentinel`; None if that does not come."""
+        """Return the packets before `sentinel`; None if the sentinel does not arrive in time."""
         return until(sentinel, lambda: self.packets.get(timeout=PATIENCE))
 
 
@@ -99,8 +99,8 @@ def run(backend: str, version: int, path: TrialPath, peer: socket.socket) -> Tri
         witness.bind((path.host, 0))
         if only is None:  # else it would be bound to another port than the only one
             other.bind((path.host, 0))
-        for each in (sock, witness, other):
-            each.settimeout(PATIENCE)
+        for bound in (sock, witness, other):
+            bound.settimeout(PATIENCE)
         peer.settimeout(PATIENCE)
         collector = Collector() if backends.get(backend).hands_over_esp else None
         _Run(trial, path, sock, witness, other, peer, collector).all()
@@ -108,7 +108,7 @@ def run(backend: str, version: int, path: TrialPath, peer: socket.socket) -> Tri
 
 
 class _Run:
-    """The sockets of one trial, and the questions that are put to them."""
+    """The sockets of one trial, and its checks."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class _Run:
         trial.duties = duty_words(self.duties)
 
     def all(self) -> None:
-        """Ask everything."""
+        """Run every check."""
         for step in (*map(self._inbound, TABLE), *map(self._outbound, OUTBOUND_TABLE), self._on_the_socket()):
             for outcome in step:
                 self.trial.outcomes.append(outcome)
@@ -165,7 +165,7 @@ class _Run:
         yield self._outcome("inbound", row.name, row.payload, solaris, words, performer, woke, passed)
 
     def _woke(self) -> bool:
-        """Tell whether `select` finds the endpoint readable once all that was sent has been through."""
+        """Return whether `select` finds the endpoint readable after every datagram has been processed."""
         token = secrets.token_bytes(8)
         self.peer.sendto(token, self.witness_reach)
         try:
@@ -176,7 +176,7 @@ class _Run:
         return bool(select.select([self.sock], [], [], 0)[0])
 
     def _sentinels(self) -> tuple[list[Any] | None, list[Any] | None]:
-        """Send the sentinels; return what came before them as IKE, and as ESP."""
+        """Send the sentinels; return the datagrams before them: IKE and ESP."""
         token = SENTINEL + secrets.token_bytes(8)
         esp = SENTINEL_SPI + token
         if self.collector is not None:
@@ -228,7 +228,7 @@ class _Run:
         yield self._switched_off()
 
     def _to_a_closed_port(self) -> Outcome:
-        """Send to a port that nobody has: the ICMP error has to surface as on any UDP socket.
+        """Send to an unbound port: the ICMP error has to surface as on any UDP socket.
 
         Linux shows such errors to no socket with UDP_ENCAP. Whether this is one, and whether that is
         so, a plain socket with that option tells.
@@ -259,14 +259,14 @@ class _Run:
         limit = ""
         expected = datagrams
         if port_of(backends.get(self.trial.backend)):  # not even this process's any more
-            expected = [each for each in datagrams if each.startswith(NON_ESP_MARKER)]
+            expected = [datagram for datagram in datagrams if datagram.startswith(NON_ESP_MARKER)]
             limit = "The kernel takes ESP from every socket of this port, with the option or without."
         try:
-            for each in datagrams:
-                self.peer.sendto(each, self.reach)
+            for datagram in datagrams:
+                self.peer.sendto(datagram, self.reach)
             came = [self.sock.recv(_ROOM) for _ in expected]
-            for each in datagrams:
-                self.sock.sendto(each, self.seen)
+            for datagram in datagrams:
+                self.sock.sendto(datagram, self.seen)
             went = [self.peer.recv(_ROOM) for _ in datagrams]
         except OSError as error:
             arrived = describe_error(error)
@@ -289,14 +289,14 @@ class _Run:
         woke: bool | None = None,
         passed: bool | None = None,
     ) -> Outcome:
-        """Return the outcome; it has passed if `arrived` and `solaris` are the same, unless `passed` says."""
+        """Return the outcome; `passed` None: it passed if `arrived` and `solaris` are equal."""
         words = "" if sent is None else show_bytes(sent)
         passed = arrived == solaris if passed is None else passed
         return Outcome(section, row, words, solaris, arrived, performer.value, woke, passed)
 
 
 def _refused(sock: socket.socket, address: Address) -> str:
-    """Return the error that `sock` sees when it is connected to `address`, where nobody is."""
+    """Return the error of `sock` after it was connected to the unbound `address`."""
     sock.settimeout(0.3)
     sock.connect(address)
 
@@ -342,7 +342,7 @@ def introduce(
 
 
 def until(sentinel: bytes, receive: Any, *, suffix: bool = False) -> list[Any] | None:
-    """Return what `receive` gives before `sentinel`, earlier sentinels left out; None: it never comes."""
+    """Return the datagrams before `sentinel`, without earlier sentinels; None: it does not arrive."""
     before: list[Any] = []
     try:
         while True:

@@ -1,4 +1,4 @@
-"""The values of a trial: what was tried on which path, what should come, and what came."""
+"""The values of a trial: path, expected result, result."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one row."""
+    """The result of one row."""
 
     section: str
     """``inbound``, ``outbound`` or ``socket``."""
     row: str
     sent: str
-    """What was sent, in words."""
+    """The datagram, in words."""
     solaris: str
-    """What Solaris does with it."""
+    """The behaviour of Solaris."""
     arrived: str
-    """What the application, the consumer of ESP or the peer got."""
+    """The behaviour here: what the application, the consumer of ESP or the peer received."""
     performer: str
-    """Who did the duty: ``kernel``, ``filter``, ``steering``, ``process``."""
+    """The performer of the duty: ``kernel``, ``filter``, ``steering``, ``process``."""
     woke: bool | None
-    """Whether `select` woke for what was dropped; None where it was not asked."""
+    """Whether `select` woke for a dropped datagram; None: not checked."""
     passed: bool
-    """Whether it is as on Solaris, or a `limit`."""
+    """Whether the behaviour is that of Solaris, or a `limit`."""
     limit: str = ""
-    """Why it cannot be as on Solaris here, one sentence; empty where it is, or could be."""
+    """One sentence: why the behaviour of Solaris is impossible here; empty where it is possible."""
 
 
 @dataclass(slots=True)
@@ -35,7 +35,7 @@ class Trial:
     backend: str
     path: str
     version: int
-    """Of IP."""
+    """The IP version, 4 or 6."""
     mode: str = ""
     reason: str = ""
     duties: dict[str, str] = field(default_factory=dict)
@@ -43,15 +43,15 @@ class Trial:
 
     @property
     def passed(self) -> bool:
-        """Whether there was no difference, and there was something to compare."""
-        return bool(self.outcomes) and all(each.passed for each in self.outcomes)
+        """Whether there are outcomes, and all passed."""
+        return bool(self.outcomes) and all(outcome.passed for outcome in self.outcomes)
 
 
 @dataclass(frozen=True, slots=True)
 class TrialPath:
-    """Where the endpoint is and where its peer: the addresses that they bind, and who begins.
+    """The addresses of the endpoint and its peer, and which of the two sends first.
 
-    Who is behind a NAT has to begin, since nobody can reach him before.
+    A host behind a NAT has to send first, since no datagram reaches it before.
     """
 
     name: str

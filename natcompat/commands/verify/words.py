@@ -11,7 +11,7 @@ TIMED_OUT: Final = "nothing"
 
 
 def duty_words(duties: Any) -> dict[str, str]:
-    """Return who does which duty, as words: ``{"drop_runts": "filter", ...}``."""
+    """Return the performers of the duties as words: ``{"drop_runts": "filter", ...}``."""
     return {str(duty.name).lower(): performer.value for duty, performer in duties.items()}
 
 
@@ -22,17 +22,17 @@ def in_words(
     *,
     in_full: bool,
 ) -> str:
-    """Say what came, where, and `in_full` what it was."""
+    """Describe the datagrams that arrived; `in_full`: with their first bytes."""
     pieces = []
     for where, datagrams in (("IKE", arrived), ("esp=", diverted)):
-        for data, who in datagrams:
-            what = show_bytes(data) if in_full else octets(len(data))
-            pieces.append(f"{where}, {what}{from_address(who, source)}")
+        for data, sender in datagrams:
+            words = show_bytes(data) if in_full else octets(len(data))
+            pieces.append(f"{where}, {words}{from_address(sender, source)}")
     return "; ".join(pieces) or "nothing"
 
 
 def from_address(source: Address, expected: Address) -> str:
-    """Return where a datagram came from, if that is not `expected`."""
+    """Return the source of a datagram in words; empty if it is `expected`."""
     return (
         "" if source == expected else f" from {source[0]} port {source[1]}, not {expected[0]} {expected[1]}"
     )

@@ -1,4 +1,4 @@
-"""The conformance suite of `natcompat.ipsec.IPsec`: whether an implementation does what its verbs say.
+"""The conformance suite of `natcompat.ipsec.IPsec`: its verbs, events and traffic, on an implementation.
 
 Who writes one subclasses `IPsecConformance` in a test module, and pytest does the rest::
 

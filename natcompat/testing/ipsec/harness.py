@@ -1,4 +1,4 @@
-"""What the suites of IPsec have in common: the SAs and policies that they install, and their parameters."""
+"""The set-up that the suites of IPsec share: SAs, policies and parameters."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     import pytest
 
 PATIENCE = 10.0
-"""Seconds after which what has not come is lost."""
+"""Seconds to wait for a datagram, a packet or an event before it counts as lost."""
 
 OUTER = {4: ("192.0.2.1", "192.0.2.2"), 6: ("2001:db8::1", "2001:db8::2")}
-"""This end and its peer, by IP version."""
+"""Outer addresses of this end and of its peer, by IP version."""
 
 NETWORKS = {4: ("10.1.0.0/16", "10.2.0.0/16"), 6: ("fd00:1::/64", "fd00:2::/64")}
-"""What is behind this end and behind the peer."""
+"""Networks behind this end and behind the peer, by IP version."""
 
 HOSTS = {4: ("10.1.0.1", "10.2.0.1"), 6: ("fd00:1::1", "fd00:2::1")}
 
@@ -47,7 +47,7 @@ TRANSFORMS: Sequence[tuple[Encr, Integ]] = (
         (Integ.HMAC_SHA1_96, Integ.HMAC_SHA2_256_128, Integ.HMAC_SHA2_384_192, Integ.HMAC_SHA2_512_256),
     ),
 )
-"""What every implementation has."""
+"""Transforms that every implementation has."""
 
 PORTS = UDPEncapsulation(local_port=4500, remote_port=4500)
 SPI = 0xC0DE0001
@@ -84,7 +84,7 @@ def policy(direction: Direction, version: int = 4, inner: int | None = None, **c
 
 
 def wait_for(events: Events, seconds: float = PATIENCE) -> list[Event]:
-    """Return the next events, or nothing when there are none for so long."""
+    """Return the next events; empty after `patience` seconds without one."""
     readable = select.select([events], [], [], seconds)[0]
     return list(events.read()) if readable else []
 
@@ -103,32 +103,32 @@ class IPsecHarness:
     """The parameters of the suites without their tests."""
 
     transforms: ClassVar[Sequence[tuple[Encr, Integ]]] = TRANSFORMS
-    """The combinations of transforms to be tried."""
+    """Combinations of transforms to test."""
     common: ClassVar[Mapping[str, Any]] = keys(Encr.AES_GCM_16, length=20)
-    """What the SAs of the suite have, unless a test is about it."""
+    """Transforms and keys of the suite's SAs, unless a test is about them."""
     sequences: ClassVar[Sequence[bool]] = (False, True)
-    """Whether sequence numbers are extended: what is to be tried."""
+    """Values of `esn` to test."""
     windows: ClassVar[Sequence[int]] = (32, 64, 1024)
-    """Sizes of the replay window that are to be tried."""
+    """Sizes of the replay window to test."""
     versions: ClassVar[Sequence[int]] = (4, 6)
-    """The IP versions that are to be tried."""
+    """IP versions to test."""
     modes: ClassVar[Sequence[Mode]] = tuple(Mode)
-    """The modes that are to be tried."""
+    """Modes to test."""
     moves_ports: ClassVar[bool] = True
-    """The UDP ports of an SA change; False: that is refused."""
+    """Whether `update_sa` changes UDP ports; False: EOPNOTSUPP."""
     moves: ClassVar[bool] = True
-    """An SA goes to other addresses with its sequence numbers; False: that is refused."""
+    """Whether `update_sa` changes addresses and keeps sequence numbers; False: EOPNOTSUPP."""
     cross_family: ClassVar[bool] = True
-    """A tunnel carries another IP version than its own; False: that is refused."""
+    """Whether a tunnel carries the other IP version; False: refused."""
     pads: ClassVar[bool] = True
-    """Packets are padded (TFC); False: that is refused."""
+    """Whether packets can be padded (TFC); False: refused."""
     refuses_a_second_policy: ClassVar[bool] = True
-    """EEXIST for a policy with the selector of another and another action; False: it has both (Solaris)."""
+    """Whether a second policy with the same selector is EEXIST; False: both are installed (Solaris)."""
     counts: ClassVar[bool] = True
-    """`get_sa` knows sequence numbers and drops; False: it says None."""
+    """Whether `get_sa` tells sequence numbers and drops; False: None."""
 
     def association(self, direction: Direction, version: int = 4, **changes: Any) -> SecurityAssociation:
-        """Return an SA of this end, towards the peer or from there."""
+        """Return an SA between this end and the peer."""
         local, remote = OUTER[version]
         arguments: dict[str, Any] = {
             "spi": SPI,
@@ -143,12 +143,12 @@ class IPsecHarness:
         return SecurityAssociation(**arguments)
 
     def open_ipsec(self) -> IPsec:
-        """Open what is tested, with neither SAs nor policies."""
+        """Open the implementation, without SAs and policies."""
         raise NotImplementedError
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[IPsec]:
-        """Open what is tested, and leave nothing behind."""
+        """Open the implementation; remove all SAs and policies at the end."""
         ipsec = self.open_ipsec()
         try:
             yield ipsec
@@ -160,12 +160,12 @@ class IPsecHarness:
                 ipsec.close()
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Called by pytest: every test for all transforms, modes and versions that it names."""
+        """Parametrise a test by the names in its signature; for pytest."""
         for parameter, values, name in (
             (
                 "transforms",
                 self.transforms,
-                lambda pair: "-".join(each.name for each in pair if each is not Integ.NONE),
+                lambda pair: "-".join(transform.name for transform in pair if transform is not Integ.NONE),
             ),
             ("version", self.versions, lambda version: f"IPv{version}"),
             ("mode", self.modes, lambda mode: mode.value),

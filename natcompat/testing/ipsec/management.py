@@ -1,4 +1,4 @@
-"""What the verbs do by which a daemon keeps its own SAs, policies and SPIs in order."""
+"""The suite of the verbs by which a daemon manages its own SAs, policies and SPIs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from natcompat.testing.ipsec.harness import OUTER, REQID, SPI, IPsecHarness, key
 
 
 class IPsecManagement(IPsecHarness):
-    """Replacing and flushing by reqid, releasing SPIs, and what may be proposed."""
+    """Replacing, flushing by reqid, releasing SPIs, and the list of transforms, as tests."""
 
     def test_a_policy_replaces_another(self, direction: Direction) -> None:
         """With replace=True there is one policy before and after, and the new one is in force."""
@@ -63,13 +63,13 @@ class IPsecManagement(IPsecHarness):
             assert ipsec.allocate_spi(remote, local, minimum=SPI, maximum=SPI) == SPI
 
     def test_spis_are_taken_as_bytes(self) -> None:
-        """As IKE has them on the wire."""
+        """SPIs can be given as 4 bytes in network order."""
         with self.opened() as ipsec:
             sa_id = ipsec.add_sa(self.association(Direction.OUT, spi=SPI.to_bytes(4)))
             assert sa_id == SaId(spi=SPI.to_bytes(4), destination=OUTER[4][1])
             assert ipsec.get_sa(sa_id).packets == 0
 
-    def test_what_is_listed_can_be_installed(self) -> None:
+    def test_listed_transforms_can_be_installed(self) -> None:
         """`transforms()` names nothing that `add_sa` refuses, and names AES-GCM."""
         with self.opened() as ipsec:
             listed = ipsec.transforms()

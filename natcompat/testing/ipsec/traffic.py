@@ -1,4 +1,4 @@
-"""What an IPsec does with packets, against the ESP of this process as its peer."""
+"""The traffic suite: packets of an implementation, with the ESP of this process as the peer."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 
 PEER_PORTS = (4500, 1024, 1025)
-"""The ports of the peer, or of the NAT in front of it, in these tests."""
+"""Ports of the peer, or of the NAT in front of the peer."""
 
 
 def udp_packet(source: str, destination: str, payload: bytes, traffic_class: int = 0) -> bytes:
@@ -61,10 +61,10 @@ def udp_packet(source: str, destination: str, payload: bytes, traffic_class: int
 
 
 class IPsecTrafficConformance(IPsecHarness):
-    """What becomes of packets; subclass it and say how packets get in and out."""
+    """Traffic as tests: a subclass says how packets enter and leave the implementation."""
 
     shortest: ClassVar[Mapping[int, int]] = {4: 0, 6: 0}
-    """ESP packets of fewer bytes than that get lost before they reach the SA, by outer IP version."""
+    """Length in bytes below which ESP packets do not reach the SA, by outer IP version."""
 
     def seal(self, ipsec: IPsec, inner: bytes) -> list[bytes]:
         """Send an inner packet; return the UDP payloads that leave for the peer."""
@@ -96,16 +96,20 @@ class IPsecTrafficConformance(IPsecHarness):
                 ends = {"source": sa.source, "destination": sa.destination}
                 peer.add_sa(self.association(opposite, version, spi=spi, **{**key, **ends}))
                 tunnel = {} if mode else ends
-                mine = policy(direction, version, inner, **mode).selector
-                peer.add_policy(Policy(direction=opposite, selector=mine, reqid=REQID, **{**mode, **tunnel}))
+                selector = policy(direction, version, inner, **mode).selector
+                peer.add_policy(
+                    Policy(direction=opposite, selector=selector, reqid=REQID, **{**mode, **tunnel})
+                )
             yield ipsec, peer
 
     def hosts(self, version: int, mode: Mode, inner: int | None = None) -> tuple[str, str]:
-        """Return who talks to whom inside."""
+        """Return the inner source and destination."""
         return OUTER[version] if mode is Mode.TRANSPORT else HOSTS[inner or version]
 
-    def test_both_ways(self, transforms: tuple[Encr, Integ], version: int, mode: Mode, esn: bool) -> None:
-        """What one end seals the other opens, for packets of every length modulo a block."""
+    def test_packets_pass_both_ways(
+        self, transforms: tuple[Encr, Integ], version: int, mode: Mode, esn: bool
+    ) -> None:
+        """Each end opens the packets of the other, for every length modulo a cipher block."""
         from natcompat.esp.engine.results import Dropped, Opened
 
         with self.connected(version, mode=mode, esn=esn, **keys(*transforms)) as (ipsec, peer):
@@ -124,11 +128,11 @@ class IPsecTrafficConformance(IPsecHarness):
                 (inner,) = self.deliver(ipsec, sealed[0][0], (OUTER[version][1], 4500))
                 assert _comparable(inner, mode) == _comparable(answer, mode)
                 delivered += 1
-            usage = {each.sa_id.spi: each.usage.packets for each in ipsec.list_sas()}
+            usage = {installed.sa_id.spi: installed.usage.packets for installed in ipsec.list_sas()}
             assert usage == {SPI: delivered, SPI + 1: len(sizes)}
 
     def test_families_inside(self, version: int) -> None:
-        """IPv4 in IPv6 and IPv6 in IPv4, or a word why not."""
+        """IPv4 in IPv6 and IPv6 in IPv4 pass, or are refused."""
         from natcompat.esp.engine.results import Dropped, Opened
 
         other = 10 - version
@@ -149,7 +153,7 @@ class IPsecTrafficConformance(IPsecHarness):
             ]
 
     def test_replayed_tampered_and_old(self) -> None:
-        """Dropped, and counted for the SA."""
+        """Replayed, forged and old packets are dropped, and counted for the SA."""
         from natcompat.esp.engine.results import Dropped
 
         with self.connected(replay_window=32) as (ipsec, peer):
@@ -173,7 +177,7 @@ class IPsecTrafficConformance(IPsecHarness):
             assert usage.packets == 3
 
     def test_tampered_in_each_byte(self, version: int) -> None:
-        """Nothing comes out and nothing is learnt; the packet itself is taken afterwards."""
+        """A forged packet is dropped and changes nothing; the authentic one is accepted afterwards."""
         from natcompat.esp.engine.results import Dropped
 
         with self.connected(version, esn=max(self.sequences), replay_window=self.windows[0]) as (ipsec, peer):
@@ -190,7 +194,7 @@ class IPsecTrafficConformance(IPsecHarness):
             assert self.deliver(ipsec, packet, source) == [udp_packet(far, near, b"x")]
 
     def test_windows(self, window: int, esn: bool) -> None:
-        """As old as the window is wide is taken, once; what is older is not."""
+        """A late packet inside the window is accepted once; an older one is dropped."""
         from natcompat.esp.engine.results import Dropped
 
         with self.connected(replay_window=window, esn=esn) as (ipsec, peer):
@@ -215,8 +219,8 @@ class IPsecTrafficConformance(IPsecHarness):
             old_drops = (0, 2) if esn else (2, 0)
             assert (usage.replay_drops, usage.window_drops, usage.integrity_drops) == (3, *old_drops)
 
-    def test_from_another_port(self) -> None:
-        """Authentic is enough to be taken, and reported where the implementation can do that."""
+    def test_packets_from_another_port_are_accepted(self) -> None:
+        """An authentic packet from another port is accepted, and reported if the implementation can."""
         from natcompat.esp.engine.results import Dropped
 
         with self.connected() as (ipsec, peer), ipsec.events() as events:
@@ -225,13 +229,13 @@ class IPsecTrafficConformance(IPsecHarness):
             assert not isinstance(sealed, Dropped)
             moved = (OUTER[4][1], PEER_PORTS[1])
             assert self.deliver(ipsec, sealed[0][0], moved) == [udp_packet(far, near, b"x")]
-            found = wait_for(events) if ipsec.features.mapping_events else []
-            assert [(each.old_port, each.new_port) for each in found if isinstance(each, MappingChange)] == [
-                (4500, PEER_PORTS[1])
-            ] * ipsec.features.mapping_events
+            reported = wait_for(events) if ipsec.features.mapping_events else []
+            assert [
+                (event.old_port, event.new_port) for event in reported if isinstance(event, MappingChange)
+            ] == [(4500, PEER_PORTS[1])] * ipsec.features.mapping_events
 
     def test_padded_for_traffic_flow_confidentiality(self) -> None:
-        """The length of a packet does not show, and the packet is what it was. Or it is refused."""
+        """TFC padding hides the length of a packet and keeps its contents, or is refused."""
         from natcompat.esp.engine.results import Opened
 
         if not self.pads:
@@ -251,7 +255,7 @@ class IPsecTrafficConformance(IPsecHarness):
             assert len(lengths) == 1
             assert lengths.pop() > 600
 
-    def test_what_the_sa_is_not_for(self) -> None:
+    def test_inner_addresses_outside_of_the_selectors_are_dropped(self) -> None:
         """An authentic packet with other inner addresses is dropped (RFC 4301, 5.2)."""
         from natcompat.esp.engine.results import Dropped
 
@@ -264,24 +268,24 @@ class IPsecTrafficConformance(IPsecHarness):
             assert self.deliver(ipsec, sealed[0][0], (OUTER[4][1], 4500)) == []
 
     def test_lifetimes_in_packets(self) -> None:
-        """No more than the hard limit is sent, and nothing in the clear afterwards."""
+        """The SA sends up to the hard limit; afterwards packets are dropped, not sent in the clear."""
         lifetime = Lifetime(soft_packets=2, hard_packets=4)
         with self.connected(lifetime=lifetime) as (ipsec, _), ipsec.events() as events:
             near, far = HOSTS[4]
             sent = [len(self.seal(ipsec, udp_packet(near, far, b"x"))) for _ in range(6)]
             assert sent == [1, 1, 1, 1, 0, 0]
-            found: list[Event] = []
+            reported: list[Event] = []
             deadline = time.monotonic() + PATIENCE
             while time.monotonic() < deadline and not any(
-                isinstance(each, Expire) and each.hard for each in found
+                isinstance(event, Expire) and event.hard for event in reported
             ):
-                found += wait_for(events)
+                reported += wait_for(events)
             sa_id = self.association(Direction.OUT, spi=SPI + 1).sa_id
-            expiries = [each for each in found if isinstance(each, Expire)]
+            expiries = [event for event in reported if isinstance(event, Expire)]
             assert expiries == [Expire(sa_id=sa_id, reqid=REQID, hard=hard) for hard in (False, True)]
 
     def test_sequence_numbers_go_on_when_an_sa_moves(self) -> None:
-        """Or the peer would take its packets for replayed ones."""
+        """Sequence numbers continue, so that the peer does not drop packets as replays."""
         with self.connected() as (ipsec, _):
             near, far = HOSTS[4]
             sa_id = self.association(Direction.OUT, spi=SPI + 1).sa_id
@@ -296,7 +300,7 @@ class IPsecTrafficConformance(IPsecHarness):
 
 
 def _comparable(packet: bytes, mode: Mode) -> bytes:
-    """Return what of a UDP packet has to arrive: in transport mode neither IP header nor UDP checksum."""
+    """Return the part of a UDP packet to compare: in transport mode without IP header and UDP checksum."""
     header = 20 if packet[0] >> 4 == 4 else 40
     if mode is Mode.TUNNEL:
         return packet
