@@ -59,7 +59,7 @@ class TestConformance(EndpointConformance):
 def test_a_backend_that_boasts_is_found_out(family: socket.AddressFamily, consumed: bool) -> None:
     suite, service = EndpointConformance(), Service(Boaster(), consumed)
     with pytest.raises(AssertionError):
-        suite.test_select_does_not_wake_for_what_the_kernel_keeps(service, family)
+        suite.test_select_does_not_wake_for_dropped_datagrams(service, family)
 
 
 def ordinary_user(*command: str) -> list[str]:
