@@ -1,8 +1,8 @@
 """The registry of backends, and the choice among them.
 
-Built-in names come first; others through the entry-point group ``natcompat.backends`` (a class or
-function that returns a `natcompat.backends.base.Backend`). A name that is asked for is used or
-refused, never replaced.
+Built-in backends come first. Other packages register theirs in the entry-point group ``natcompat.backends``:
+a class or a function that returns a `natcompat.backends.base.Backend`. A backend that is requested by name is
+used or refused; natcompat never substitutes another one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BUILT_IN: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
     "userspace": ("natcompat.backends.userspace", "UserspaceBackend", {}),
     "userspace:in-line": ("natcompat.backends.userspace", "UserspaceBackend", {"in_line": True}),
 }
-_PLATFORMS: Final = {  # how sys.platform begins
+_PLATFORMS: Final = {  # the first letters of sys.platform
     "linux": "linux",
     "solaris": "sunos",
     "freebsd": "freebsd",
@@ -55,43 +55,43 @@ def names() -> list[str]:
 
 
 def is_for_this_system(name: str) -> bool:
-    """Tell whether the backend called `name` is for this operating system, or for any."""
+    """Return whether the backend `name` is for this operating system, or for every one."""
     return sys.platform.startswith(_PLATFORMS.get(name, ""))
 
 
 def probe() -> list[Viability]:
     """Return the viability of every registered backend, in the order in which ``auto`` prefers them.
 
-    Changes nothing on the system; the kernel may load the modules of ESP. Takes milliseconds, the
-    first time up to two seconds where modules are loaded.
+    Changes nothing on the system, but the kernel may load its modules for ESP. Takes milliseconds; the first
+    call takes up to two seconds where the kernel loads modules.
     """
     return [viability(name) for name in names()]
 
 
 def viability(name: str) -> Viability:
-    """Return whether the backend called `name` works here, and why not if it does not.
+    """Return whether the backend `name` works here, and if not, why.
 
-    Raises `natcompat.errors.BackendUnavailableError` (EINVAL) if nobody registered that name.
+    Raises `natcompat.errors.BackendUnavailableError` (EINVAL) if no backend has that name.
     """
     if not is_for_this_system(name):
         return Viability(name, False, reason=f"it is for {_PLATFORMS[name]}; this is {sys.platform}")
     try:
-        found = get(name).viability()
-        if not isinstance(found, Viability):
-            raise TypeError(f"its viability() gave {type(found).__name__}")
-        return found
+        answer = get(name).viability()
+        if not isinstance(answer, Viability):
+            raise TypeError(f"its viability() returned {type(answer).__name__}")
+        return answer
     except BackendUnavailableError:
         raise
-    except Exception as error:  # noqa: BLE001 - somebody else's backend must not break the others
+    except Exception as error:  # noqa: BLE001 - a third party's backend must not break the others
         return Viability(
             name, False, reason=f"it failed: {error}", remedy="Report this to the backend's authors."
         )
 
 
 def get(name: str) -> Backend:
-    """Return the backend called `name`, viable or not.
+    """Return the backend `name`, viable or not.
 
-    Raises `natcompat.errors.BackendUnavailableError` (EINVAL) if nobody registered that name.
+    Raises `natcompat.errors.BackendUnavailableError` (EINVAL) if no backend has that name.
     """
     backend = _instances.get(name)
     if backend is None:
@@ -113,35 +113,35 @@ def get(name: str) -> Backend:
 
 
 def select(requested: str | Backend | None = None, *, hands_over_esp: bool = False) -> Backend:
-    """Return the backend to use: `requested`, else what the environment variable asks for, else ``auto``.
+    """Return the backend to use: `requested`, else the one that NATCOMPAT_BACKEND names, else ``auto``.
 
-    A comma-separated list is an order of preference. `hands_over_esp`: a consumer in this process
-    wants ESP. Raises `natcompat.errors.BackendUnavailableError` with a reason for every refusal:
-    EINVAL for an unknown name, ENOTSUP if none of those asked for is viable, EPERM if there is one and all
-    it lacks is a privilege.
+    A comma-separated list is an order of preference. `hands_over_esp`: a consumer in this process takes
+    ESP, so the backend must hand ESP over. Raises `natcompat.errors.BackendUnavailableError` with the reason
+    of every refusal: EINVAL for an unknown name, ENOTSUP if no requested backend is viable, EPERM if a single
+    backend was requested and lacks nothing but a privilege.
     """
     refusals: list[str] = []
     code = errno.ENOTSUP
     if requested is not None and not isinstance(requested, str):
-        found = requested.viability()
-        if _viable(found, refusals) and _hands_over(requested, hands_over_esp, refusals):
+        answer = requested.viability()
+        if _is_viable(answer, refusals) and _hands_over(requested, hands_over_esp, refusals):
             return requested
-        raise BackendUnavailableError(errno.ENOTSUP if found.viable else found.code, refusals[0])
-    asked = requested or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
-    for name in filter(None, map(str.strip, asked.split(","))):
+        raise BackendUnavailableError(errno.ENOTSUP if answer.viable else answer.code, refusals[0])
+    wanted = requested or os.environ.get(ENVIRONMENT_VARIABLE) or AUTO
+    for name in filter(None, map(str.strip, wanted.split(","))):
         for candidate in _BUILT_IN if name == AUTO else (name,):
-            found = viability(candidate)
-            if name == AUTO and not found.automatic:
+            answer = viability(candidate)
+            if name == AUTO and not answer.automatic:
                 continue
-            if _viable(found, refusals) and _hands_over(get(candidate), hands_over_esp, refusals):
+            if _is_viable(answer, refusals) and _hands_over(get(candidate), hands_over_esp, refusals):
                 return get(candidate)
-            code = found.code if len(refusals) == 1 else errno.ENOTSUP
-    source = f" ({ENVIRONMENT_VARIABLE}={asked})" if not requested and asked != AUTO else ""
-    viable = ", ".join(found.backend for found in probe() if found.viable)
+            code = answer.code if len(refusals) == 1 else errno.ENOTSUP
+    source = f" ({ENVIRONMENT_VARIABLE}={wanted})" if not requested and wanted != AUTO else ""
+    viable = ", ".join(answer.backend for answer in probe() if answer.viable)
     raise BackendUnavailableError(
         code,
-        f"no backend that was asked for works here{source}: {'; '.join(refusals) or 'no name was given'}",
-        f"Choose among {AUTO}, {viable}; `natcompat doctor` says more",
+        f"no requested backend works here{source}: {'; '.join(refusals) or 'no name was given'}",
+        f"Choose among {AUTO}, {viable}; `natcompat doctor` shows the reasons",
     )
 
 
@@ -198,7 +198,7 @@ def open_ipsec(
         raise NatCompatError(
             errno.ENOTSUP,
             f"the backend {chosen.name} keeps no SAs",
-            "Take ESP yourself, by the argument esp of set_nat_t_endpoint(), or use the backend linux",
+            "Take ESP yourself with the argument esp of set_nat_t_endpoint(), or choose the backend linux",
         )
     options: dict[str, Any] = {
         name: value
@@ -223,16 +223,16 @@ def open_ipsec(
     return cast("IPsecBackend", chosen).open_ipsec(**options)
 
 
-def _viable(found: Viability, refusals: list[str]) -> bool:
-    """Tell whether the backend works here; if not, say why in `refusals`."""
-    if not found.viable:
-        remedy = f" ({found.remedy.rstrip('.')})" if found.remedy else ""
-        refusals.append(f"{found.backend}: {found.reason.rstrip('.')}{remedy}")
-    return found.viable
+def _is_viable(answer: Viability, refusals: list[str]) -> bool:
+    """Return whether the backend works here; if not, add the reason to `refusals`."""
+    if not answer.viable:
+        remedy = f" ({answer.remedy.rstrip('.')})" if answer.remedy else ""
+        refusals.append(f"{answer.backend}: {answer.reason.rstrip('.')}{remedy}")
+    return answer.viable
 
 
 def _hands_over(backend: Backend, wanted: bool, refusals: list[str]) -> bool:
-    """Tell whether `backend` gives ESP to this process, where that is wanted."""
+    """Return whether `backend` gives ESP to this process, or need not; if not, add the reason."""
     if wanted and not backend.hands_over_esp:
         refusals.append(f"{backend.name}: ESP goes to the kernel, so the process cannot have it")
     return backend.hands_over_esp or not wanted

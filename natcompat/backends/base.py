@@ -1,7 +1,7 @@
-"""What a backend is: the seam between the one call and the operating systems.
+"""The interface of a backend: the seam between `natcompat.set_nat_t_endpoint` and an operating system.
 
-A third party implements `Backend` and registers it in the entry-point group ``natcompat.backends``;
-`natcompat.testing.EndpointConformance` tells whether it keeps the contract.
+A third party implements `Backend` and registers it in the entry-point group ``natcompat.backends``.
+`natcompat.testing.EndpointConformance` checks that it keeps the contract.
 """
 
 from __future__ import annotations
@@ -57,106 +57,110 @@ __all__ = [
 
 
 class OwnEsp(Protocol):
-    """The ESP of a backend's own: what takes ESP of endpoints that nobody gave an `esp`."""
+    """The default consumer of a backend's ESP, for endpoints that were given no `esp`."""
 
     @property
     def consumer(self) -> EspConsumer | None:
-        """Who takes it in this process now; None: nobody, and it is counted and dropped."""
+        """The consumer in this process now; None: ESP is counted and dropped."""
         ...
 
     def follow(self, changed: Callable[[], None]) -> object:
-        """Have the method `changed` called, which is held weakly, whenever `consumer` is another."""
+        """Call the method `changed`, which is held weakly, whenever `consumer` changes."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Viability:
-    """Whether a backend works in this process, and if it does not, why and what would help."""
+    """Whether a backend works in this process; if not, the reason and the remedy."""
 
     backend: str
     viable: bool
     duties: Mapping[Duty, Performer] = field(default_factory=dict)
-    """Who would do which duty on a bound, unconnected socket."""
+    """Who would perform each duty on a bound, unconnected socket."""
     reason: str = ""
-    """One sentence: what was found."""
+    """One sentence: what the probe found."""
     remedy: str = ""
-    """One sentence: what to do about it; empty when there is nothing to do."""
+    """One sentence: what the user can do; empty when there is nothing to do."""
     automatic: bool = True
-    """Whether ``auto`` may choose it: False where it works only with the help of another process."""
+    """Whether ``auto`` may choose the backend; False where it needs another process to install the SAs."""
     code: int = errno.ENOTSUP
-    """The errno for who asks for it by name where it is not viable: EPERM where a privilege is missing."""
+    """The errno when a caller requests a backend that is not viable: EPERM where a privilege is missing."""
 
 
 class Attachment(Protocol):
     """A backend's hold on one socket, from `Backend.attach` to `detach`.
 
-    `esp_socket` (optional): a socket of the backend's on the same port, which never waits and from
-    which ESP may leave, or None.
+    `esp_socket` (optional): a non-blocking socket of the backend on the same port, from which ESP may be
+    sent, or None.
+
+    `hand_back` (optional): how IKE that came to a socket of the backend returns to the application:
+    ``loopback``, in an authenticated envelope over the interface lo; ``none``, such IKE is counted and
+    lost, and the backend does nothing that would bring IKE there; empty where the question does not arise.
     """
 
     @property
     def mode(self) -> str:
-        """How this socket is served now: ``kernel``, ``filter``, ``steering``, ``in line``, ``unbound``."""
+        """How the socket is served now: ``kernel``, ``filter``, ``steering``, ``in line``, ``unbound``."""
 
     @property
     def reason(self) -> str:
-        """Why this mode and not a stronger one; empty for the strongest."""
+        """Why the mode is not a stronger one; empty for the strongest."""
 
     @property
     def duties(self) -> Mapping[Duty, Performer]:
-        """Who does what on this socket now; natcompat does in the process what is left to it."""
+        """Who performs each duty on this socket now; natcompat performs those of the process."""
 
     sensitive: frozenset[str | tuple[int, int]]
-    """What the application may do that needs `detach` before it and a new `attach` after it:
+    """Operations of the application that need `detach` before them and a new `attach` after them:
     ``"bind"``, ``"connect"``, and socket options as (level, option)."""
     hidden: dict[tuple[int, int], int]
-    """Options that the backend has set for itself, with the value that the application shall read.
-    What the application sets of these is kept here, and put on the socket by `detach`."""
+    """Options that the backend set for its own use, with the value that the application reads.
+    A value that the application sets is stored here, and `detach` sets it on the socket."""
 
     def counters(self) -> Mapping[str, int]:
-        """Return what only the backend knows, of this as far as it applies.
+        """Return the counters that only the backend has; any of the following.
 
-        ``engine_drops``: datagrams dropped in the kernel on sockets of the backend's own;
-        ``bypassed``: 1 if the kernel's IPsec policies leave the socket alone, 0 if they do not;
-        names with a colon: what the kernel counts under them for the whole system.
+        ``engine_drops``: datagrams that the kernel dropped on the backend's sockets;
+        ``bypassed``: 1 if the kernel's IPsec policies exempt the socket, else 0;
+        names with a colon: the kernel's counters for the whole system.
         """
 
     def detach(self, sock: socket.socket) -> None:
-        """Give `sock` back as it was before `attach`, and free all that was made."""
+        """Restore `sock` as it was before `attach`, and free everything that `attach` made."""
 
     def release(self) -> None:
-        """Free what was made besides the socket, which is about to be closed or is closed.
+        """Free everything that `attach` made; the application's socket is closed or about to be closed.
 
-        Runs in finalizers too: touches no descriptor but the backend's own, and in a forked child
-        only closes.
+        Runs in finalizers, too. Touches no descriptor but those of the backend; a forked child only closes
+        them.
         """
 
     def adopt(self) -> None:
-        """Carry on in a forked child what `attach` began in its parent (threads do not survive)."""
+        """Restart in a forked child what `attach` started in its parent: threads do not survive a fork."""
 
 
 @runtime_checkable
 class LeakingAttachment(Attachment, Protocol):
-    """A hold on a socket whose kernel does not do all of a duty that it has."""
+    """An `Attachment` whose kernel performs a duty incompletely."""
 
     leaks: frozenset[str]
-    """Names of the rows of `natcompat.contract.TABLE` that come to the process all the same, which drops
-    them; `select` wakes for them."""
+    """Names of the rows of `natcompat.contract.TABLE` that reach the process although the kernel has the
+    duty. The process drops them; `select` wakes for them."""
 
 
 @runtime_checkable
 class WholeAttachment(Attachment, Protocol):
-    """A hold on a socket whose kernel has all four duties: its object stays what it is, class and all.
+    """An `Attachment` whose kernel performs all four duties; the socket object keeps its class.
 
-    The process then takes no part, so `sensitive` and `hidden` have no effect, nothing is counted, and what
-    was queued before the option was set is delivered as it came.
+    The process performs nothing, so `sensitive` and `hidden` have no effect, nothing is counted, and
+    datagrams that were queued before the option was set are delivered unchanged.
     """
 
     def is_on(self, sock: socket.socket) -> bool:
-        """Tell whether the kernel still has the option on `sock`: the application may set it as well."""
+        """Return whether the option is still set on `sock`; the application may change it itself."""
 
     def send_keepalive(self, sock: socket.socket, address: Any) -> None:
-        """Send one NAT-keepalive from the port of `sock`, which puts a marker in front of all it sends.
+        """Send one NAT-keepalive without marker from the port of `sock`, whose kernel marks every send.
 
         `address` is a socket address, or None for the connected peer. Raises OSError like a send,
         `natcompat.errors.NatCompatError` where a privilege is missing.
@@ -164,50 +168,52 @@ class WholeAttachment(Attachment, Protocol):
 
 
 class Backend(Protocol):
-    """One way of serving sockets.
+    """Serves UDP sockets with the option on one operating system.
 
-    Where a kernel serves one local port, or one address family alone, attributes ``port`` and ``families``
-    tell who tests the backend; see `port_of` and `families_of`.
+    ``port`` and ``families`` (optional): the only local port, and the only address families, that the kernel
+    serves; see `port_of` and `families_of`.
 
-    `own_esp` (optional): an `OwnEsp`, where ESP comes to this process and has a place to go to there.
+    `own_esp` (optional): an `OwnEsp`, where ESP comes to this process by default.
     """
 
     name: str
     hands_over_esp: bool
-    """Whether diverted ESP comes to this process, so that a consumer can have it."""
+    """Whether diverted ESP comes to this process, where a consumer can take it."""
 
     def viability(self) -> Viability:
-        """Tell whether this works here. Never raises, never changes the system."""
+        """Return whether the backend works here. Never raises, never changes the system."""
 
     def attach(self, sock: socket.socket, diversion: Diversion) -> Attachment:
-        """Make the kernel do what it can on `sock`, now; natcompat does the rest.
+        """Make the kernel perform the duties that it can on `sock`; natcompat performs the others.
 
-        `sock` is open, UDP, AF_INET or AF_INET6, bound or not, connected or not. What is not IKE
-        and reaches a socket of the backend's goes to `diversion`. Raises
-        `natcompat.errors.NatCompatError` and leaves the socket as it was when this cannot be done.
+        `sock` is an open UDP socket of AF_INET or AF_INET6, bound or not, connected or not. Datagrams that
+        reach a socket of the backend and are not IKE go to `diversion`. On failure, raises
+        `natcompat.errors.NatCompatError` and leaves the socket as it was.
         """
 
 
 def port_of(backend: Backend) -> int | None:
-    """Return the one local port at which `backend` can serve sockets (its `port`).
+    """Return the only local port on which `backend` serves sockets (its `port`).
 
-    None: they may have any; 0: any, as long as all have the same.
+    None: every port; 0: any port, but the same for all sockets.
     """
     port: int | None = getattr(backend, "port", None)
     return port
 
 
 def families_of(backend: Backend) -> tuple[int, ...]:
-    """Return the address families that `backend` serves (its `families`); without a word, both."""
+    """Return the address families that `backend` serves (its `families`, by default both)."""
     families: tuple[int, ...] = getattr(backend, "families", (socket.AF_INET, socket.AF_INET6))
     return families
 
 
 class IPsecBackend(Backend, Protocol):
-    """A backend that has a SAD and an SPD, too."""
+    """A `Backend` that also has a SAD and an SPD."""
 
     def open_ipsec(self, **options: Any) -> IPsec:
-        """Open them, with what the backend takes of the options of `natcompat.open_ipsec`.
+        """Open SAD and SPD, with those options of `natcompat.open_ipsec` that differ from their defaults.
+
+        A backend without `own_esp` gets no options.
 
         Raises `natcompat.errors.NatCompatError`: EPERM without the privilege.
         """

@@ -1,9 +1,8 @@
-"""FreeBSD, NetBSD, OpenBSD and macOS: the kernel takes ESP, the process does the rest in line.
+"""FreeBSD, NetBSD, OpenBSD and macOS: the kernel takes ESP, the process performs the other duties in line.
 
-`HALVES` is what the four kernels do on a UDP socket, as data. FreeBSD and NetBSD have an option for one
-socket; OpenBSD and macOS have one port for the whole system, by sysctl. Sources: udpencap.c and
-udp_usrreq.c of FreeBSD, udp_usrreq.c of NetBSD, OpenBSD and XNU, ipsec.c of XNU. Only models of these kernels
-have been run (docs/backends.md).
+FreeBSD and NetBSD have an option per socket; OpenBSD and macOS have one port for the whole system, set by
+sysctl. Sources: udpencap.c and udp_usrreq.c of FreeBSD, udp_usrreq.c of NetBSD, OpenBSD and XNU, ipsec.c of
+XNU. Only models of these kernels have been run (docs/backends.md).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from natcompat.backends import sysctl
 from natcompat.backends.base import Attachment, Viability
-from natcompat.backends.bsd_kernels import HALVES, INET, INET6, SocketHalf
+from natcompat.backends.bsd_kernels import INET, INET6, KERNEL_SUPPORT, KernelSupport
 from natcompat.backends.diversion import Diversion
 from natcompat.backends.sysctl import Sysctl
 from natcompat.contract import NON_ESP_MARKER, Duty, Performer
@@ -33,58 +32,64 @@ _PATIENCE: Final = 1.0  # seconds for a datagram over loopback
 
 
 class BsdBackend:
-    """One of the four; `half` is the kernel's part."""
+    """The backend of one of the four kernels; `support` describes the kernel."""
 
     hands_over_esp = False
 
     def __init__(self, *, name: str) -> None:
         self.name: str = name
-        self.half: SocketHalf = HALVES[name]
+        self.support: KernelSupport = KERNEL_SUPPORT[name]
 
     @property
     def port(self) -> int | None:
-        """The port of the whole system; None where each socket has the option, 0 while it is free."""
-        if self.half.port is None:
+        """The kernel's ESP port for the whole system, 0 while free; None where sockets have the option."""
+        if self.support.port is None:
             return None
-        return self.half.port.read() or 0
+        return self.support.port.read() or 0
 
     def viability(self) -> Viability:
-        """Ask for PF_KEY, and for the option or the sysctl; loopback tells whether an option takes ESP."""
-        half = self.half
-        duties = _duties(half, half.duties)
-        can_install, no_ipsec = _asks_pf_key(self.name)
+        """Try PF_KEY, and the option (over loopback) or the sysctl."""
+        support = self.support
+        duties = _duties(support, support.duties)
+        can_install, no_ipsec = _try_pf_key(self.name)
         if no_ipsec:
             return Viability(
-                self.name, False, duties, f"the kernel has no IPsec: {no_ipsec}", half.without_ipsec
+                self.name, False, duties, f"the kernel has no IPsec: {no_ipsec}", support.without_ipsec
             )
         try:
-            refusal = _try_option(half) if half.option else _try_port(half)
+            refusal = _try_option(support) if support.option else _try_port(support)
         except NatCompatError as error:
             reason = error.strerror or ""
             return Viability(
                 self.name, False, duties, reason, error.remedy, code=error.errno or errno.ENOTSUP
             )
         except OSError as error:
-            return Viability(self.name, False, duties, f"it could not be tried: {error}", "Try again")
+            return Viability(
+                self.name,
+                False,
+                duties,
+                f"it could not be tried: {error}",
+                "Raise the limit that the error names, and try again",
+            )
         if refusal:
-            return Viability(self.name, False, duties, refusal, half.without_ipsec)
-        reason = "; ".join(_limits(half))
+            return Viability(self.name, False, duties, refusal, support.without_ipsec)
+        reason = "; ".join(_limits(support))
         if can_install:
             return Viability(self.name, True, duties, reason)
         return Viability(
             self.name,
             True,
             duties,
-            f"{reason}; this process may install no SA",
-            "Ask for it by name where another process installs the SAs, or run as root.",
+            f"{reason}; this process is not permitted to install SAs",
+            "Request it by name if another process installs the SAs, or run as root.",
             automatic=False,
         )
 
     def attach(self, sock: socket.socket, diversion: Diversion) -> Attachment:
-        """Make the kernel take ESP, and exempt the socket from IPsec policies if that may be done."""
-        if self.half.option:
-            return _OptionAttachment(self.half, sock)
-        return _PortAttachment(self.half, sock)
+        """Make the kernel take ESP, and exempt the socket from IPsec policies where permitted."""
+        if self.support.option:
+            return _OptionAttachment(self.support, sock)
+        return _PortAttachment(self.support, sock)
 
     def open_ipsec(self) -> IPsec:
         """Open the kernel's SAD and SPD over PF_KEY."""
@@ -94,41 +99,41 @@ class BsdBackend:
 
 
 class _Attachment:
-    """What both ways have in common: the exemption from policies."""
+    """The part that both kinds of kernel share: the exemption from IPsec policies."""
 
     sensitive: frozenset[str | tuple[int, int]] = frozenset()
 
-    def __init__(self, half: SocketHalf, sock: socket.socket) -> None:
-        self._half = half
-        self._served = sock.family in half.families
+    def __init__(self, support: KernelSupport, sock: socket.socket) -> None:
+        self._support = support
+        self._served = sock.family in support.families
         self.hidden: dict[tuple[int, int], int] = {}
-        self.leaks: frozenset[str] = half.leaks if self._served else frozenset()
-        self._exemption = _exempt(half, sock)
+        self.leaks: frozenset[str] = support.leaks if self._served else frozenset()
+        self._exemption = _exempt(support, sock)
 
     @property
     def mode(self) -> str:
-        """In line, unless the kernel delivers nothing but IKE."""
-        return "in line" if Performer.PROCESS in self._keepers() else "kernel"
+        """``kernel`` if the kernel delivers nothing but IKE, else ``in line``."""
+        return "in line" if Performer.PROCESS in self._performers_of_drops() else "kernel"
 
     @property
     def reason(self) -> str:
-        """Why it is in line."""
+        """Why the mode is ``in line``."""
         if not self._served:
-            return f"{self._half.system} takes ESP over IPv4 alone"
-        return f"the kernel delivers {self._half.comes}" if self._half.comes else ""
+            return f"{self._support.system} takes ESP over IPv4 alone"
+        return f"the kernel delivers {self._support.comes}" if self._support.comes else ""
 
     @property
     def duties(self) -> Mapping[Duty, Performer]:
-        """Who does what now."""
-        return _duties(self._half, self._half.duties if self._served else frozenset())
+        """Who performs each duty now."""
+        return _duties(self._support, self._support.duties if self._served else frozenset())
 
-    def _keepers(self) -> list[Performer]:
-        """Return who keeps runts and ESP from the application."""
+    def _performers_of_drops(self) -> list[Performer]:
+        """Return who keeps runts and who keeps ESP from the application."""
         duties = self.duties
         return [duties[Duty.DROP_RUNTS], duties[Duty.DIVERT_ESP]]
 
     def counters(self) -> Mapping[str, int]:
-        """Return whether policies leave the socket alone; the kernel counts ESP by SA."""
+        """Return whether IPsec policies exempt the socket; the kernel counts ESP by SA."""
         return {"bypassed": int(self._exemption is not None)}
 
     def _end_exemption(self, sock: socket.socket) -> None:
@@ -137,165 +142,170 @@ class _Attachment:
                 sock.setsockopt(level, option, value)
 
     def adopt(self) -> None:
-        """There is nothing to carry on: the kernel does it."""
+        """Do nothing: the kernel goes on in the child."""
 
 
 class _OptionAttachment(_Attachment):
-    """FreeBSD, NetBSD: UDP_ENCAP on this socket."""
+    """FreeBSD and NetBSD: UDP_ENCAP on this socket."""
 
-    def __init__(self, half: SocketHalf, sock: socket.socket) -> None:
-        self._option = (socket.IPPROTO_UDP, half.option)
+    def __init__(self, support: KernelSupport, sock: socket.socket) -> None:
+        self._option = (socket.IPPROTO_UDP, support.option)
         self.sensitive = frozenset({self._option})
         with contextlib.ExitStack() as undo:
             try:
-                # an application that set it itself shall find it again, where it can be asked
-                self._before = sock.getsockopt(*self._option) if half.readable else 0
-                sock.setsockopt(*self._option, half.value)
+                # restored by detach, where the option is readable: the application may have set it
+                self._before = sock.getsockopt(*self._option) if support.readable else 0
+                sock.setsockopt(*self._option, support.value)
             except OSError as error:
                 raise NatCompatError(
-                    error.errno or 0, f"UDP_ENCAP was refused: {error.strerror}", half.without_ipsec
+                    error.errno or 0, f"UDP_ENCAP was refused: {error.strerror}", support.without_ipsec
                 ) from error
-            undo.callback(sock.setsockopt, socket.IPPROTO_UDP, half.option, self._before)
-            super().__init__(half, sock)
+            undo.callback(sock.setsockopt, socket.IPPROTO_UDP, support.option, self._before)
+            super().__init__(support, sock)
             undo.pop_all()
 
     def detach(self, sock: socket.socket) -> None:
-        """Give UDP_ENCAP back."""
+        """Restore UDP_ENCAP."""
         self._end_exemption(sock)
         sock.setsockopt(*self._option, self._before)
 
     def release(self) -> None:
-        """There is nothing besides the socket."""
+        """Do nothing: the attachment has no resources of its own."""
 
 
 class _PortAttachment(_Attachment):
-    """OpenBSD, macOS: the port of this socket is the one of the system, as long as nobody changes that."""
+    """OpenBSD and macOS: the kernel takes ESP of this socket's port, until the sysctl changes."""
 
-    def __init__(self, half: SocketHalf, sock: socket.socket) -> None:
+    def __init__(self, support: KernelSupport, sock: socket.socket) -> None:
         self._claimed: list[Sysctl] = []
         self._port = sock.getsockname()[1]
         with contextlib.ExitStack() as undo:
             undo.callback(self.release)
             if self._port:
-                self._claim(half, self._port)
+                self._claim(support, self._port)
             else:
                 self.sensitive = frozenset({"bind", "connect"})
-            super().__init__(half, sock)
+            super().__init__(support, sock)
             undo.pop_all()
 
     @property
     def mode(self) -> str:
-        """It may change with the system's settings."""
+        """Like `_Attachment.mode`; it changes with the sysctls. ``unbound`` until the socket is bound."""
         return super().mode if self._port else "unbound"
 
     @property
     def reason(self) -> str:
-        """Why it is not the kernel alone."""
+        """Why the kernel does not perform all duties."""
         return self._asleep() or super().reason
 
     @property
     def duties(self) -> Mapping[Duty, Performer]:
-        """Who does what now: a kernel that sleeps takes nothing."""
+        """Who performs each duty now; the process all of them while the kernel takes nothing."""
         return _IN_PROCESS if self._asleep() else super().duties
 
     def _asleep(self) -> str:
-        """Return why the kernel takes nothing from this socket now."""
-        half = self._half
-        assert half.port is not None, "a kernel has an option or a port"  # noqa: S101
+        """Return why the kernel takes no ESP from this socket now; empty if it does."""
+        support = self._support
+        assert support.port is not None, "a kernel has an option or a port"  # noqa: S101
         if not self._port:
             return "the socket is not bound yet"
-        port = half.port.read()
+        port = support.port.read()
         if port != self._port:
-            return f"{half.port.name} is {port}, and this is port {self._port}"
-        if half.enabled is not None and not half.enabled.read():
-            return f"{half.enabled.name} is 0"
-        if half.asleep is not None and half.asleep.read():
+            return f"{support.port.name} is {port}, and this is port {self._port}"
+        if support.enabled is not None and not support.enabled.read():
+            return f"{support.enabled.name} is 0"
+        if support.asleep is not None and support.asleep.read():
             return "the kernel takes ESP once there is an SA or a policy"
         return ""
 
-    def _claim(self, half: SocketHalf, port: int) -> None:
-        assert half.port is not None, "a kernel has an option or a port"  # noqa: S101
-        if half.enabled is not None and sysctl.claim(half.enabled, 1, free=0, remedy="Run as root"):
-            self._claimed.append(half.enabled)
-        if half.port_is_ours:
-            if sysctl.claim(half.port, port, free=0, remedy="Run as root"):
-                self._claimed.append(half.port)
+    def _claim(self, support: KernelSupport, port: int) -> None:
+        assert support.port is not None, "a kernel has an option or a port"  # noqa: S101
+        if support.enabled is not None and sysctl.claim(support.enabled, 1, free=0, remedy="Run as root"):
+            self._claimed.append(support.enabled)
+        if support.port_is_ours:
+            if sysctl.claim(support.port, port, free=0, remedy="Run as root"):
+                self._claimed.append(support.port)
             return
-        only = half.port.read()
+        only = support.port.read()
         if only != port:
             raise NatCompatError(
                 errno.EADDRNOTAVAIL,
-                f"{half.system} takes ESP of UDP port {only} alone ({half.port.name}), and this is {port}",
+                f"{support.system} takes ESP of UDP port {only} alone ({support.port.name}), not of {port}",
                 f"Bind port {only}, or choose NATCOMPAT_BACKEND=userspace",
             )
 
     def detach(self, sock: socket.socket) -> None:
-        """Give the port of the system back."""
+        """Release the sysctls that this attachment claimed."""
         self._end_exemption(sock)
         self.release()
 
     def release(self) -> None:
-        """Give the port of the system back."""
+        """Release the sysctls that this attachment claimed."""
         while self._claimed:
             sysctl.release(self._claimed.pop())
 
 
-def _duties(half: SocketHalf, kernel: frozenset[Duty]) -> Mapping[Duty, Performer]:
+def _duties(support: KernelSupport, kernel: frozenset[Duty]) -> Mapping[Duty, Performer]:
     return {duty: Performer.KERNEL if duty in kernel else Performer.PROCESS for duty in Duty}
 
 
-def _limits(half: SocketHalf) -> Iterator[str]:
-    """Yield what has to be known of this kernel, each in a few words."""
-    if half.port is not None:
-        which = "one UDP port" if half.port_is_ours else f"UDP port {half.port.read()}"
+def _limits(support: KernelSupport) -> Iterator[str]:
+    """Yield the limits of this kernel, each in a few words."""
+    if support.port is not None:
+        which = "one UDP port" if support.port_is_ours else f"UDP port {support.port.read()}"
         yield f"ESP of {which} goes to the kernel, on every socket of the system"
-    for setting in (half.port if half.port_is_ours else None, half.enabled):
+    for setting in (support.port if support.port_is_ours else None, support.enabled):
         if setting is not None and not setting.read():
-            yield f"endpoints set {setting.name} meanwhile, which takes root"
-    if half.asleep is not None:
-        yield "it takes ESP once there is an SA or a policy"
-    if half.families != {INET, INET6}:
+            yield f"endpoints set {setting.name}, which needs root"
+    if support.asleep is not None:
+        yield "the kernel takes ESP once there is an SA or a policy"
+    if support.families != {INET, INET6}:
         yield "the kernel takes ESP over IPv4 alone"
-    if half.comes:
-        yield f"in line, since the kernel delivers {half.comes}"
+    if support.comes:
+        yield f"in line, since the kernel delivers {support.comes}"
 
 
-def _try_option(half: SocketHalf) -> str:
-    """Set the option on a socket over loopback, and see ESP vanish; return why that is not so."""
+def _try_option(support: KernelSupport) -> str:
+    """Set the option on a private socket, send it ESP; return why ESP still arrives, or ''."""
     with (
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer,
     ):
         sock.settimeout(_PATIENCE)
-        sock.setsockopt(socket.IPPROTO_UDP, half.option, half.value)
+        sock.setsockopt(socket.IPPROTO_UDP, support.option, support.value)
         sock.bind(("127.0.0.1", 0))
         peer.connect(sock.getsockname())
         for payload in (b"\xff" * 16, NON_ESP_MARKER + b"IKE"):
             peer.send(payload)
         came = sock.recv(64)
     return (
-        "" if came.startswith(NON_ESP_MARKER) else "the kernel took UDP_ENCAP, and delivers ESP all the same"
+        ""
+        if came.startswith(NON_ESP_MARKER)
+        else "the kernel accepted UDP_ENCAP, and delivers ESP all the same"
     )
 
 
-def _try_port(half: SocketHalf) -> str:
-    """Look at the sysctls; raise `NatCompatError` (EPERM) where this process may not set what it needs."""
-    assert half.port is not None, "a kernel has an option or a port"  # noqa: S101
-    port = half.port.read()
+def _try_port(support: KernelSupport) -> str:
+    """Read the sysctls; return why they cannot serve, or ''.
+
+    Raises `NatCompatError`: EPERM if one has to be set and this process is not root.
+    """
+    assert support.port is not None, "a kernel has an option or a port"  # noqa: S101
+    port = support.port.read()
     if port is None:
-        return f"the kernel has no {half.port.name}"
-    needed = half.port if half.port_is_ours and not port else half.enabled
+        return f"the kernel has no {support.port.name}"
+    needed = support.port if support.port_is_ours and not port else support.enabled
     if needed is not None and not needed.read() and os.geteuid() != 0:
         raise NatCompatError(
             errno.EPERM,
-            f"{needed.name} is 0, and setting it takes root: it holds for the whole system",
+            f"{needed.name} is 0, and only root may set it, since it holds for the whole system",
             "Run as root",
         )
     return ""
 
 
-def _asks_pf_key(name: str) -> tuple[bool, str]:
-    """Return whether this process may install SAs, and why the kernel has none at all."""
+def _try_pf_key(name: str) -> tuple[bool, str]:
+    """Return (whether this process may install SAs, why the kernel has no IPsec or '')."""
     from natcompat.kernel.pfkey import numbers
 
     try:
@@ -311,11 +321,11 @@ def _dialect(name: str) -> Dialect:
     return DIALECTS[name]
 
 
-def _exempt(half: SocketHalf, sock: socket.socket) -> list[tuple[int, int, bytes]] | None:
-    """Let IPsec policies leave `sock` alone; return what undoes it, None where this process may not."""
+def _exempt(support: KernelSupport, sock: socket.socket) -> list[tuple[int, int, bytes]] | None:
+    """Exempt `sock` from IPsec policies; return the options that undo it, None without the privilege."""
     from natcompat.kernel.pfkey import bypass
 
-    dialect = _dialect(half.name)
+    dialect = _dialect(support.name)
     try:
         before = bypass.ordinary(dialect, sock)
         bypass.bypass(dialect, sock)

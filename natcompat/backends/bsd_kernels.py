@@ -1,61 +1,58 @@
-"""What the kernels of FreeBSD, NetBSD, OpenBSD and macOS do on a UDP socket, as data."""
+"""`KERNEL_SUPPORT`: the duties that each BSD kernel and that of macOS perform on a UDP socket."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from natcompat.backends.sysctl import Sysctl
 from natcompat.contract import TABLE, Duty, Verdict
-
-if TYPE_CHECKING:
-    pass
-
 
 INET, INET6 = int(socket.AF_INET), int(socket.AF_INET6)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SocketHalf:
-    """What one kernel does on a UDP socket, and what makes it."""
+class KernelSupport:
+    """The duties of one kernel on a UDP socket, and the option or sysctl that switches them on."""
 
     name: str
     system: str
     option: int = 0
-    """At level IPPROTO_UDP; 0: there is none, see `port`."""
+    """Socket option at level IPPROTO_UDP; 0: the kernel has none, see `port`."""
     value: int = 0
-    """What switches it on; 0 switches it off."""
+    """Value that switches the option on; 0 switches it off."""
     readable: bool = True
+    """Whether getsockopt answers for the option."""
     port: Sysctl | None = None
-    """The local port of which the kernel takes ESP, for every socket of the system."""
+    """Sysctl with the local port whose ESP the kernel takes, on every socket of the system."""
     port_is_ours: bool = False
-    """Whether that is the port of whoever needs it, and 0 while nobody does; else it is the system's."""
+    """Whether an endpoint may set `port`, which is 0 while it is free; else the system's value stays."""
     enabled: Sysctl | None = None
-    """1 where the kernel looks at that port at all."""
+    """Sysctl that is 1 where the kernel takes ESP of that port."""
     asleep: Sysctl | None = None
-    """1 until the kernel has its first SA or policy; until then it takes nothing."""
+    """Sysctl that is 1 until the kernel has its first SA or policy; until then it takes no ESP."""
     families: frozenset[int] = frozenset({INET, INET6})
-    """Of the sockets that it demultiplexes for."""
+    """Address families of the sockets that the kernel demultiplexes."""
     duties: frozenset[Duty]
-    """That it has on these."""
+    """Duties that the kernel performs on sockets of `families`."""
     leaks: frozenset[str] = frozenset()
-    """Rows of `natcompat.contract.TABLE` that come to the process although it has their duty."""
+    """Rows of `natcompat.contract.TABLE` that reach the process although the kernel has their duty."""
     comes: str
-    """What else it delivers, which the process drops; for `reason`."""
+    """Datagrams besides IKE that the kernel delivers and the process drops; for `reason`."""
     without_ipsec: str
-    """What to do about a kernel without IPsec."""
+    """Remedy for a kernel without IPsec."""
 
 
 def _rows(verdict: Verdict, length: int) -> frozenset[str]:
     return frozenset(row.name for row in TABLE if row.verdict is verdict and len(row.payload) == length)
 
 
-HALVES: Final[Mapping[str, SocketHalf]] = {
-    half.name: half
-    for half in (
-        SocketHalf(
+KERNEL_SUPPORT: Final[Mapping[str, KernelSupport]] = {
+    support.name: support
+    for support in (
+        KernelSupport(
             name="freebsd",
             system="FreeBSD",
             option=1,  # UDP_ENCAP, netinet/udp.h
@@ -65,7 +62,7 @@ HALVES: Final[Mapping[str, SocketHalf]] = {
             comes="payloads under four bytes, NAT-keepalives too",
             without_ipsec="Load IPsec (kldload ipsec), or build a kernel with options IPSEC",
         ),
-        SocketHalf(
+        KernelSupport(
             name="netbsd",
             system="NetBSD",
             option=100,
@@ -77,18 +74,18 @@ HALVES: Final[Mapping[str, SocketHalf]] = {
             comes="payloads up to four bytes, NAT-keepalives excepted",
             without_ipsec="Run a kernel with options IPSEC",
         ),
-        SocketHalf(
+        KernelSupport(
             name="openbsd",
             system="OpenBSD",
             port=Sysctl(
                 "net.inet.esp.udpencap_port", (4, 2, 50, 3)
-            ),  # CTL_NET, PFINET, IPPROTO_ESP; ip_esp.h
+            ),  # CTL_NET, PF_INET, IPPROTO_ESP; ip_esp.h
             enabled=Sysctl("net.inet.esp.udpencap", (4, 2, 50, 2)),
             duties=frozenset({Duty.DROP_RUNTS, Duty.DIVERT_ESP}),
             comes="",
             without_ipsec="Run a kernel with option IPSEC, as GENERIC is",
         ),
-        SocketHalf(
+        KernelSupport(
             name="macos",
             system="macOS",
             port=Sysctl("net.inet.ipsec.esp_port"),
@@ -100,4 +97,4 @@ HALVES: Final[Mapping[str, SocketHalf]] = {
         ),
     )
 }
-"""By the names of the backends."""
+"""By the name of the backend."""

@@ -1,4 +1,4 @@
-"""The seam to a consumer of ESP: what takes diverted ESP packets, and by which socket it sends its own."""
+"""The interface of a consumer of ESP, which takes diverted ESP and sends its own by an endpoint's port."""
 
 from __future__ import annotations
 
@@ -10,71 +10,72 @@ Address: TypeAlias = tuple[Any, ...]
 """A socket address as `socket.recvfrom` returns it."""
 
 EspCallable: TypeAlias = Callable[[memoryview, Address], object]
-"""Takes one diverted ESP packet (SPI first, the UDP header is gone) and where it came from."""
+"""Takes one diverted ESP packet (without UDP header; the SPI is first) and its source address."""
 
 
 @runtime_checkable
 class EspInbound(Protocol):
-    """Takes diverted ESP packets by the burst.
+    """Takes diverted ESP packets in bursts.
 
-    What follows is optional; a consumer has it or not:
+    A consumer may have the following attributes and methods, too:
 
-    `coalesce` (default False) asks for UDP_GRO on the sockets that ESP is steered to: fewer and
-    larger receives, worth it where a burst is handled in one piece.
+    `coalesce` (default False) requests UDP_GRO on the sockets to which ESP is steered: fewer and larger
+    receives, for a consumer that handles a burst as one piece.
 
-    `traffic_classes` (default False) asks for the outer TOS or traffic class of each packet: where
-    they are known `inbound` gets a list of them, one for each packet, as a second argument.
+    `traffic_classes` (default False) requests the outer TOS or traffic class of each packet. Where they are
+    known, `inbound` gets a list of them, one for each packet, as a second argument.
 
-    `shed(count)` is told of packets that were dropped before `inbound`, since more came than it takes.
+    `shed(count)` reports packets that were dropped before `inbound` because more came than it takes.
 
-    `read_sockets(sockets, diversion, take)` is asked who reads the sockets that ESP is steered to: it
-    returns a `SocketReader`, or None for a thread of their own. `take(socket)` takes a burst from one to
-    `inbound`; who does without it has to hand IKE back that is glued to ESP there. `engines` (default 1):
-    how many sockets.
+    `read_sockets(sockets, diversion, take)` decides how the sockets to which ESP is steered are read: it
+    returns a `SocketReader`, or None for a thread of natcompat. `take(socket)` takes one burst from a socket
+    to `inbound`. A reader that does not call `take` has to hand back IKE that is coalesced with ESP
+    (`natcompat.backends.hand_back`). `engines` (default 1): the number of sockets.
 
-    `attached(outlet)` and `detached(outlet)` tell which endpoints hand their ESP to it, for a
-    consumer that sends ESP, too: see `EspOutlet`. `detached` runs in finalizers and takes no lock.
+    `attached(outlet)` and `detached(outlet)` report the endpoints that hand their ESP to the consumer, for a
+    consumer that sends ESP: see `EspOutlet`. `detached` runs in finalizers and takes no lock.
     """
 
     def inbound(self, burst: list[tuple[memoryview, Address]]) -> object:
-        """Take `burst`: (ESP packet, source address) pairs in the order in which they came.
+        """Take `burst`: (ESP packet, source address) pairs in the order of their arrival.
 
-        Runs in the thread that steers, or in the thread that receives where demultiplexing is in
-        line. What it raises is logged and counted, and goes nowhere else. The packets may be kept.
+        Runs in the thread that reads the steered socket, or in the thread that receives where
+        demultiplexing is in line. An exception is logged and counted, and not propagated. The consumer may
+        keep the packets.
         """
 
 
 EspConsumer: TypeAlias = EspCallable | EspInbound
 
 TakeBurst: TypeAlias = Callable[[socket.socket], object]
-"""Takes a bounded burst of what has come to a socket."""
+"""Takes a bounded burst of the datagrams that a socket has queued."""
 
 
 class EspOutlet(Protocol):
-    """Where ESP leaves by the port of an endpoint, without the marker. Any thread may use it."""
+    """Sends ESP, without the marker, from the port of an endpoint. Any thread may use it."""
 
     own: bool
-    """Whether `sock` is there for ESP alone, so that its options may be set; else it is the application's."""
+    """Whether `sock` is for ESP alone, so that its options may be set; else the application's socket."""
 
     @property
     def address(self) -> Address:
-        """Of the endpoint's socket, as `socket.socket.getsockname` tells it; port 0 while it is not bound."""
+        """Address of the endpoint's socket, as `getsockname` returns it; port 0 until it is bound."""
         ...
 
     @property
     def sock(self) -> socket.socket:
-        """What it sends from, as it would without the option. Raises EBADF once that is closed."""
+        """The socket that sends, as it is without the option. Raises EBADF once it is closed."""
         ...
 
     @property
     def application(self) -> socket.socket:
-        """The application's socket, likewise."""
+        """The application's socket, as it is without the option. Raises EBADF once it is closed."""
         ...
 
     def sendmsg(
         self, buffers: Sequence[bytes], ancillary: Sequence[tuple[int, int, bytes]], address: Address
     ) -> int:
-        """Send one datagram, which `buffers` are put together to. Never waits: EAGAIN if there is no room."""
+        """Send the concatenated `buffers` as one datagram. Never waits: EAGAIN if there is no room."""
         ...
 
 
@@ -86,9 +87,9 @@ class SocketReader(Protocol):
         ...
 
     def close(self) -> None:
-        """Read no more. When it returns no thread touches the sockets, which stay open."""
+        """Stop reading. On return no thread touches the sockets, which stay open."""
         ...
 
     def abandon(self) -> None:
-        """Likewise, and close them. Runs in finalizers, and in forked children, which have no threads."""
+        """Stop reading and close the sockets. Runs in finalizers, and in children, which have no threads."""
         ...

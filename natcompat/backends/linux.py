@@ -1,4 +1,4 @@
-"""Linux: UDP_ENCAP_ESPINUDP gives ESP to XFRM, a socket filter drops what the kernel would deliver."""
+"""Linux: UDP_ENCAP_ESPINUDP gives ESP to XFRM; a socket filter drops everything else that is not IKE."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _UNFILTERED: Final[Mapping[Duty, Performer]] = {
     Duty.INSERT_MARKER: Performer.PROCESS,
 }
 _RESIDUE: Final = frozenset(row.name for row in TABLE if row.verdict is Verdict.ESP and len(row.payload) <= 8)
-"""What is not longer than struct ip_esp_hdr the kernel takes for no ESP (__xfrm4_udp_encap_rcv())."""
+"""The kernel does not take payloads up to the size of struct ip_esp_hdr for ESP (__xfrm4_udp_encap_rcv())."""
 _FILTERED: Final[Mapping[Duty, Performer]] = {**_UNFILTERED, Duty.DROP_RUNTS: Performer.FILTER}
 
 _SENSITIVE: Final[frozenset[str | tuple[int, int]]] = frozenset(
@@ -40,30 +40,31 @@ _SENSITIVE: Final[frozenset[str | tuple[int, int]]] = frozenset(
 
 
 class LinuxBackend:
-    """ESP is the kernel's: its SAs are installed by XFRM, by this process or another.
+    """ESP in the kernel: this process or another installs the SAs by XFRM.
 
-    The kernel shows the ICMP errors of a socket with UDP_ENCAP to nobody, neither as ECONNREFUSED nor
-    in the error queue: it takes the socket for a tunnel's (``__udp4_lib_err()``, since Linux 5.0).
+    The kernel does not report ICMP errors on a socket with UDP_ENCAP, neither as ECONNREFUSED nor in the
+    error queue, because it treats the socket as a tunnel's (``__udp4_lib_err()``, since Linux 5.0).
     """
 
     name = "linux"
     hands_over_esp = False
 
     def viability(self) -> Viability:
-        """Ask XFRM by a dry run; without CAP_NET_ADMIN, ask loopback."""
+        """Ask XFRM by a dry run; without CAP_NET_ADMIN, send ESP over loopback."""
         return _viability()
 
     def attach(self, sock: socket.socket, diversion: Diversion) -> Attachment:
-        """Set UDP_ENCAP, put the filter on and exempt the socket from IPsec policies if that may be done."""
+        """Set UDP_ENCAP, attach the filter, and exempt the socket from IPsec policies where permitted."""
         return _Attachment(sock)
 
     def open_ipsec(self) -> IPsec:
-        """Open the kernel's SAD and SPD: over XFRM, or as NATCOMPAT_IPSEC says.
+        """Open the kernel's SAD and SPD by XFRM, or by PF_KEY if NATCOMPAT_IPSEC is ``pfkey``.
 
-        Its values are ``auto`` and ``xfrm``, and ``pfkey`` for af_key, which can do less (see
-        `natcompat.kernel.pfkey.dialects`) and hands keys to every PF_KEY socket. EINVAL for another one.
+        The values of NATCOMPAT_IPSEC are ``auto``, ``xfrm`` and ``pfkey``; any other one is EINVAL. PF_KEY
+        (af_key) has fewer features (see `natcompat.kernel.pfkey.dialects`), and shows keys to every PF_KEY
+        socket.
         """
-        if asked_mapping() == "pfkey":
+        if requested_mapping() == "pfkey":
             from natcompat.kernel.pfkey import open_ipsec
 
             return open_ipsec("linux")
@@ -72,8 +73,8 @@ class LinuxBackend:
         return XfrmIPsec()
 
 
-def asked_mapping() -> str:
-    """Return what NATCOMPAT_IPSEC asks for. EINVAL: nobody knows it."""
+def requested_mapping() -> str:
+    """Return the value of NATCOMPAT_IPSEC. Raises EINVAL if it is unknown."""
     mapping = os.environ.get(MAPPING_VARIABLE) or _MAPPINGS[0]
     if mapping not in _MAPPINGS:
         raise NatCompatError(
@@ -90,7 +91,7 @@ class _Attachment:
         self._filtered = False
         with contextlib.ExitStack() as undo:
             try:
-                # 2 unless it is off: an application that set it itself shall find it again
+                # restored by detach: the application may have set UDP_ENCAP itself
                 self._encapsulation = sock.getsockopt(socket.IPPROTO_UDP, UDP_ENCAP)
                 sock.setsockopt(socket.IPPROTO_UDP, UDP_ENCAP, UDP_ENCAP_ESPINUDP)
             except OSError as error:
@@ -107,7 +108,7 @@ class _Attachment:
             if not self.reason:
                 self._filtered = True
                 undo.callback(features.take_filter_off, sock)
-            # kernels that do not know of ESP in GRO would glue IKE and ESP to one
+            # kernels whose GRO does not know ESP would coalesce IKE with ESP
             self.hidden = features.switch_gro_off(sock)
             self.mode = "filter" if self._filtered else "in line"
             self.duties = _FILTERED if self._filtered else _UNFILTERED
@@ -115,30 +116,30 @@ class _Attachment:
             undo.pop_all()
 
     def counters(self) -> Mapping[str, int]:
-        """Return whether policies leave the socket alone; the kernel counts ESP by SA."""
+        """Return whether IPsec policies exempt the socket; the kernel counts ESP by SA."""
         return {"bypassed": int(self._bypassed)}
 
     def detach(self, sock: socket.socket) -> None:
-        """Give UDP_ENCAP and UDP_GRO back and take the filter off."""
-        with contextlib.ExitStack() as each:
-            each.callback(features.restore_gro, sock, self.hidden)
+        """Restore UDP_ENCAP and UDP_GRO, and detach the filter."""
+        with contextlib.ExitStack() as steps:
+            steps.callback(features.restore_gro, sock, self.hidden)
             if self._filtered:
-                each.callback(features.take_filter_off, sock)
+                steps.callback(features.take_filter_off, sock)
             if self._bypassed:
-                each.callback(undo_bypass, sock)
-            each.callback(sock.setsockopt, socket.IPPROTO_UDP, UDP_ENCAP, self._encapsulation)
+                steps.callback(undo_bypass, sock)
+            steps.callback(sock.setsockopt, socket.IPPROTO_UDP, UDP_ENCAP, self._encapsulation)
 
     def release(self) -> None:
-        """There is nothing besides the socket."""
+        """Do nothing: the attachment has no resources of its own."""
 
     def adopt(self) -> None:
-        """There is nothing to carry on: the kernel does it."""
+        """Do nothing: the kernel goes on in the child."""
 
 
 def _bypass(sock: socket.socket) -> bool:
     try:
         bypass(sock)
-    except NatCompatError:  # without privilege; where policies block nothing it works all the same
+    except NatCompatError:  # no privilege; without policies that cover the socket it is not needed
         return False
     return True
 
@@ -163,6 +164,6 @@ def _viability() -> Viability:
         True,
         duties,
         f"{found.reason} {unprivileged.reason}{weaker}",
-        "Ask for it by name where another process installs the SAs, or grant CAP_NET_ADMIN.",
+        "Request it by name if another process installs the SAs, or grant CAP_NET_ADMIN.",
         automatic=False,
     )

@@ -1,4 +1,4 @@
-"""The ESP of this process: who takes what comes to endpoints that nobody gave an `esp`."""
+"""`PROCESS_ESP`: the default consumer of ESP in this process, for endpoints that were given no `esp`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _log = get_logger()
 
 
 class ProcessEsp:
-    """The consumer there is now, if there is one, and the endpoints that want to know of another."""
+    """Holds the default consumer of ESP, and tells endpoints when it changes."""
 
     def __init__(self) -> None:
         self._consumer: EspConsumer | None = None
@@ -25,22 +25,22 @@ class ProcessEsp:
 
     @property
     def consumer(self) -> EspConsumer | None:
-        """Who takes ESP in this process; a forked child has none, since two must not use one nonce."""
+        """The default consumer; a forked child has none, since two processes must not use one nonce."""
         return self._consumer if self._pid == os.getpid() else None
 
     @property
     def inherited(self) -> EspConsumer | None:
-        """What the parent of this forked child had for one."""
+        """The default consumer of the parent, in a forked child that has not set its own."""
         return self._consumer if self._pid != os.getpid() else None
 
     def follow(self, changed: Callable[[], None]) -> None:
-        """Call the method `changed` whenever there is another consumer, as long as its object lives."""
+        """Call the method `changed` whenever the consumer changes, as long as its object lives."""
         with self._lock:
-            self._followers = {each for each in self._followers if each() is not None}
+            self._followers = {method for method in self._followers if method() is not None}
             self._followers.add(weakref.WeakMethod(changed))
 
     def change(self, consumer: EspConsumer | None) -> None:
-        """Let `consumer` take ESP from now on; returns when all endpoints have taken note."""
+        """Make `consumer` the default consumer; returns when all endpoints use it."""
         with self._lock:
             self._consumer, self._pid = consumer, os.getpid()
             followers = list(self._followers)
@@ -49,8 +49,8 @@ class ProcessEsp:
             try:
                 if changed is not None:
                     changed()
-            except OSError as error:  # one endpoint in trouble must not keep the others from it
-                _log.warning("an endpoint goes on as it was: %s", error)
+            except OSError as error:  # the failure of one endpoint must not affect the others
+                _log.warning("an endpoint keeps its consumer of ESP, since the change failed: %s", error)
 
     def after_fork(self) -> None:
         """Make a new lock in a forked child, where no thread holds it."""
@@ -58,7 +58,7 @@ class ProcessEsp:
 
 
 PROCESS_ESP: Final = ProcessEsp()
-"""One per process, since a port gives its ESP to one."""
+"""One per process, since a port hands its ESP to one consumer."""
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=PROCESS_ESP.after_fork)

@@ -1,6 +1,6 @@
-"""Solaris and illumos: the kernel has the option, and does all of it.
+"""Solaris and illumos: the kernel has the option and performs all four duties.
 
-A setsockopt, and nothing else: the socket object stays what it is. Sources: udp(4P), ip(4P) and
+`attach` is a setsockopt and nothing else; the socket object keeps its class. Sources: udp(4P), ip(4P) and
 ipsec(4P); udp.c, ip.c and sadb.c of illumos. Only models of this kernel have been run (docs/backends.md).
 """
 
@@ -42,14 +42,14 @@ _REMEDIES: Final = {
 
 
 class SolarisBackend:
-    """All four duties are the kernel's; the errors are the kernel's as well: EPERM, then EAFNOSUPPORT."""
+    """All four duties in the kernel. Errors are the kernel's: EPERM first, then EAFNOSUPPORT."""
 
     name = "solaris"
     hands_over_esp = False
     families: tuple[int, ...] = (socket.AF_INET,)
 
     def viability(self) -> Viability:
-        """Set the option on a socket of its own, and read it back."""
+        """Set the option on a private socket, and read it back."""
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
                 _switch_on(sock)
@@ -59,19 +59,25 @@ class SolarisBackend:
                 self.name, False, DUTIES, reason, error.remedy, code=error.errno or errno.ENOTSUP
             )
         except OSError as error:
-            return Viability(self.name, False, DUTIES, f"no socket can be had: {error}", "Try again.")
+            return Viability(
+                self.name,
+                False,
+                DUTIES,
+                f"a socket could not be made: {error}",
+                "Raise the limit that the error names, and try again.",
+            )
         if sunos.in_effect(sunos.NET_RAWACCESS) is False:
             return Viability(
                 self.name,
                 True,
                 DUTIES,
-                "the kernel does all of it; NAT-keepalives come from ESP alone, without PRIV_NET_RAWACCESS",
+                "the kernel performs all duties; without PRIV_NET_RAWACCESS only ESP sends NAT-keepalives",
                 RAW_REMEDY,
             )
-        return Viability(self.name, True, DUTIES, "the kernel does all of it")
+        return Viability(self.name, True, DUTIES, "the kernel performs all duties")
 
     def attach(self, sock: socket.socket, diversion: Diversion) -> Attachment:
-        """Set the option, and exempt the socket from IPsec policies if that can still be done."""
+        """Set the option, and exempt the socket from IPsec policies unless it is connected already."""
         return _Attachment(sock)
 
     def open_ipsec(self) -> IPsec:
@@ -93,18 +99,18 @@ class _Attachment:
         self._exempted = _exempt(sock)
 
     def is_on(self, sock: socket.socket) -> bool:
-        """Read the option back; that takes no privilege."""
+        """Read the option; reading needs no privilege."""
         try:
             return bool(sock.getsockopt(socket.IPPROTO_UDP, sunos.numbers().udp_nat_t_endpoint))
         except OSError:
             return False
 
     def counters(self) -> Mapping[str, int]:
-        """Return whether policies leave the socket alone, and the kernel's statistics."""
+        """Return whether IPsec policies exempt the socket, and the kernel's statistics."""
         return {"bypassed": int(self._exempted), **sunos.statistics()}
 
     def detach(self, sock: socket.socket) -> None:
-        """Clear the option; take the exemption back unless a peer has made it final."""
+        """Clear the option, and end the exemption unless a connect() has made it final."""
         try:
             sock.setsockopt(socket.IPPROTO_UDP, sunos.numbers().udp_nat_t_endpoint, 0)
         except OSError as error:
@@ -114,13 +120,13 @@ class _Attachment:
                 sock.setsockopt(*_security_option(sock), sunos.security_request(0))
 
     def release(self) -> None:
-        """There is nothing besides the socket."""
+        """Do nothing: the attachment has no resources of its own."""
 
     def adopt(self) -> None:
-        """There is nothing to carry on: the kernel does it."""
+        """Do nothing: the kernel goes on in the child."""
 
     def send_keepalive(self, sock: socket.socket, address: Any) -> None:
-        """Send it through a raw socket: what the endpoint sends has a marker."""
+        """Send by a raw socket, since the kernel puts a marker in front of every send of the endpoint."""
         host = (sock.getpeername() if address is None else address)[:2]
         if not sock.getsockname()[1]:
             sock.bind(("", 0))
@@ -128,10 +134,10 @@ class _Attachment:
 
 
 def send_raw_keepalive(source: tuple[str, int], destination: tuple[str, int]) -> None:
-    """Send one NAT-keepalive over IPv4 from a port that another socket has, without a UDP checksum.
+    """Send one NAT-keepalive over IPv4 from the port of another socket, with UDP checksum 0 (RFC 3948, 2.3).
 
-    RFC 3948, 2.3 wants the checksum to be zero. Raises `NatCompatError`: EPERM without the privilege
-    for raw sockets.
+    `source` and `destination` are (host, port). Raises `NatCompatError`: EPERM without the privilege for raw
+    sockets.
     """
     try:
         raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_UDP)
@@ -139,7 +145,9 @@ def send_raw_keepalive(source: tuple[str, int], destination: tuple[str, int]) ->
         if error.errno not in (errno.EPERM, errno.EACCES):
             raise
         raise NatCompatError(
-            errno.EPERM, "a NAT-keepalive takes a raw socket here, which was refused", RAW_REMEDY
+            errno.EPERM,
+            "a NAT-keepalive needs a raw socket on Solaris, and the kernel refused it",
+            RAW_REMEDY,
         ) from error
     with raw:
         if source[0] not in ("", "0.0.0.0"):  # noqa: S104
@@ -149,7 +157,7 @@ def send_raw_keepalive(source: tuple[str, int], destination: tuple[str, int]) ->
 
 
 def _switch_on(sock: socket.socket) -> None:
-    """Set the option if it is not set, and read it back. Raises `NatCompatError` with the kernel's errno."""
+    """Set the option unless it is set, and read it back. Raises `NatCompatError` with the kernel's errno."""
     option = sunos.numbers().udp_nat_t_endpoint
     try:
         if sock.getsockopt(socket.IPPROTO_UDP, option):
@@ -161,13 +169,13 @@ def _switch_on(sock: socket.socket) -> None:
     if not on:
         raise NatCompatError(
             errno.EOPNOTSUPP,
-            "the kernel took UDP_NAT_T_ENDPOINT and does not have it",
+            "the kernel accepted UDP_NAT_T_ENDPOINT and does not have it",
             "Choose NATCOMPAT_BACKEND=userspace",
         )
 
 
 def _refused(error: OSError) -> NatCompatError:
-    """Return the error for the option that the kernel does not let this process set or clear."""
+    """Return the `NatCompatError` for a kernel that does not let this process set or clear the option."""
     code = error.errno or errno.ENOPROTOOPT
     missing = code in (errno.EPERM, errno.EACCES)
     to_whom = " to a process without PRIV_SYS_IP_CONFIG" if missing and _privileged() is False else ""
@@ -179,20 +187,20 @@ def _refused(error: OSError) -> NatCompatError:
 
 
 def _privileged() -> bool | None:
-    """Tell whether this process has the privilege for the option; None: it cannot be asked."""
-    answers = [sunos.in_effect(each) for each in (sunos.SYS_IP_CONFIG, sunos.SYS_NET_CONFIG)]
+    """Return whether this process has the privilege for the option; None if that is unknown."""
+    answers = [sunos.in_effect(privilege) for privilege in (sunos.SYS_IP_CONFIG, sunos.SYS_NET_CONFIG)]
     return None if None in answers else any(answers)
 
 
 def _exempt(sock: socket.socket) -> bool:
-    """Let IPsec policies leave `sock` alone; False where it cannot be: it has a peer, or no IPsec is there.
+    """Exempt `sock` from IPsec policies; return False where that is impossible: connected, or no IPsec.
 
-    What the application has asked of IPsec for this socket stays.
+    A request of the application to IPsec for this socket is left as it is.
     """
     option, size = _security_option(sock), sunos.numbers().ipsec_request_size
     request = sunos.security_request(sunos.numbers().ipsec_pref_never)
     before = b""
-    with contextlib.suppress(OSError):  # if it does not say, there is nothing
+    with contextlib.suppress(OSError):  # no answer: no request is set
         before = sock.getsockopt(*option, size)
     if any(before):
         return before == request
@@ -204,7 +212,7 @@ def _exempt(sock: socket.socket) -> bool:
 
 
 def _security_option(sock: socket.socket) -> tuple[int, int]:
-    found = sunos.numbers()
+    numbers = sunos.numbers()
     if sock.family == socket.AF_INET6:
-        return socket.IPPROTO_IPV6, found.ipv6_sec_opt
-    return socket.IPPROTO_IP, found.ip_sec_opt
+        return socket.IPPROTO_IPV6, numbers.ipv6_sec_opt
+    return socket.IPPROTO_IP, numbers.ip_sec_opt

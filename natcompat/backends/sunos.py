@@ -1,8 +1,9 @@
-"""What Solaris and illumos offer besides sockets: their numbers, privileges and kernel statistics.
+"""Option numbers, privileges and kernel statistics of Solaris and illumos.
 
-Through the extension `natcompat.backends._solaris` (ffi/solaris/build_solaris.py), which takes every number
-and layout from the headers of the system that it is built on; without it by ctypes, with the numbers that
-those headers have had since 2008. Nothing here has run on the system itself: see docs/backends.md.
+They come through the extension `natcompat.backends._solaris` (ffi/solaris/build_solaris.py), which takes
+numbers and layouts from the headers of the system on which it is built. Without the extension they come
+through ctypes, with the numbers of those headers since 2008. This module has not run on Solaris: see
+docs/backends.md.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from typing import Any, Final, NamedTuple
 from natcompat.contract import UDP_NAT_T_ENDPOINT
 
 SYS_IP_CONFIG: Final = "sys_ip_config"
-"""The privilege that the option and PF_KEY take (secpolicy_ip_config() in policy.c)."""
+"""The privilege for the option and for PF_KEY (secpolicy_ip_config() in policy.c)."""
 SYS_NET_CONFIG: Final = "sys_net_config"
-"""Implies it, in a zone that shares the IP stack of the global one."""
+"""Implies SYS_IP_CONFIG, in a zone that shares the IP stack of the global zone."""
 NET_RAWACCESS: Final = "net_rawaccess"
-"""The privilege that a raw socket takes."""
+"""The privilege for raw sockets."""
 
 STATISTICS: Final = (
     ("ip", "ipdrop", "esp_nat_t_ka"),  # payloads under four bytes, NAT-keepalives among them
@@ -30,14 +31,14 @@ STATISTICS: Final = (
     ("ip", "ipdrop", "esp_no_sa"),  # ESP whose SA is not one for ESP-in-UDP, or the other way round
     ("ipsecesp", "esp_stat", "sa_port_renumbers"),  # SAs whose peer's port has changed
 )
-"""Module, name and statistic of each kstat that tells of ESP-in-UDP (ip_drop.c, ipsecesp.c)."""
+"""Module, name and statistic of the kstats about ESP-in-UDP (ip_drop.c, ipsecesp.c)."""
 
 _KSTAT_NAMED: Final = struct.Struct("=31sB8s")  # kstat_named_t: name, type, the value's first 8 bytes
 _KSTAT_TYPES: Final = {1: "=i", 2: "=I", 3: "=q", 4: "=Q"}  # KSTAT_DATA_INT32 and on
 
 
 class Numbers(NamedTuple):
-    """What the headers of the system define."""
+    """Numbers that the headers of the system define."""
 
     udp_nat_t_endpoint: int = UDP_NAT_T_ENDPOINT  # netinet/udp.h
     ip_sec_opt: int = 0x22  # netinet/in.h
@@ -48,7 +49,7 @@ class Numbers(NamedTuple):
 
 @functools.cache
 def extension() -> Any:
-    """Return the extension, or None where it was not built."""
+    """Return the extension, None if it was not built."""
     try:
         return importlib.import_module("natcompat.backends._solaris")
     except ImportError:
@@ -56,7 +57,7 @@ def extension() -> Any:
 
 
 def numbers() -> Numbers:
-    """Return the system's own numbers, or those that it has had since 2008."""
+    """Return the numbers of the system's headers, or those that have held since 2008."""
     module = extension()
     if module is None:
         return Numbers()
@@ -71,7 +72,7 @@ def numbers() -> Numbers:
 
 
 def security_request(preference: int) -> bytes:
-    """Return an ``ipsec_req_t`` that asks the same for AH, ESP and self-encapsulation; 0: nothing."""
+    """Return an ``ipsec_req_t`` with `preference` for AH, ESP and self-encapsulation; 0 requests nothing."""
     module = extension()
     if module is None:
         return struct.pack("=III4x", preference, preference, preference)
@@ -81,7 +82,7 @@ def security_request(preference: int) -> bytes:
 
 
 def in_effect(privilege: str) -> bool | None:
-    """Tell whether this process has `privilege` in its effective set; None: it cannot be asked."""
+    """Return whether `privilege` is in this process's effective set; None if that is unknown."""
     name = privilege.encode()
     module = extension()
     if module is not None:
@@ -93,7 +94,7 @@ def in_effect(privilege: str) -> bool | None:
 
 
 def statistics() -> Mapping[str, int]:
-    """Return the kstats of ESP-in-UDP by their full names, as far as the kernel has them.
+    """Return the kstats about ESP-in-UDP that the kernel has, by their full names.
 
     They count for all sockets of the IP stack, since it was started.
     """
@@ -102,31 +103,31 @@ def statistics() -> Mapping[str, int]:
 
 
 def _statistics_by_extension(module: Any) -> Mapping[str, int]:
-    found = {}
+    values = {}
     value = module.ffi.new("uint64_t *")
     for names in STATISTICS:
         if module.lib.natcompat_kstat(*(name.encode() for name in names), value) == 0:
-            found[_full_name(*names)] = int(value[0])
-    return found
+            values[_full_name(*names)] = int(value[0])
+    return values
 
 
 def _statistics_by_ctypes() -> Mapping[str, int]:
-    found: dict[str, int] = {}
+    values: dict[str, int] = {}
     with contextlib.suppress(AttributeError, OSError):
         library = ctypes.CDLL("libkstat.so.1", use_errno=True)
         for function in ("kstat_open", "kstat_lookup", "kstat_data_lookup"):
             getattr(library, function).restype = ctypes.c_void_p
         control = library.kstat_open()
         if not control:
-            return found
+            return values
         try:
             for module, name, statistic in STATISTICS:
                 value = _kstat(library, ctypes.c_void_p(control), module, name, statistic)
                 if value is not None:
-                    found[_full_name(module, name, statistic)] = value
+                    values[_full_name(module, name, statistic)] = value
         finally:
             library.kstat_close(ctypes.c_void_p(control))
-    return found
+    return values
 
 
 def _kstat(

@@ -1,7 +1,7 @@
-"""Settings that hold for the whole system, sysctls of OpenBSD and macOS, and what this process changed.
+"""Sysctls of OpenBSD and macOS, which hold for the whole system, and the values that this process set.
 
-An endpoint claims the value that it needs. What this process has changed it changes back when the last of
-its endpoints lets go, and when it exits; after SIGKILL it stays.
+An endpoint claims the value that it needs. This process restores the former value when the last of its
+endpoints releases it, and at exit; after SIGKILL the value stays.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from natcompat.errors import NatCompatError
 
 
 class Sysctl(NamedTuple):
-    """One integer of the kernel's."""
+    """An integer setting of the kernel."""
 
     name: str
     mib: tuple[int, ...] = ()
-    """Its number, on systems where the kernel knows no names."""
+    """Its number, for kernels that know no names."""
 
     def read(self) -> int | None:
-        """Return its value; None where the kernel does not have it."""
+        """Return its value; None if the kernel does not have it."""
         value, size = ctypes.c_int(), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
         try:
             self._call(ctypes.byref(value), ctypes.byref(size), None, 0)
@@ -35,7 +35,7 @@ class Sysctl(NamedTuple):
         return value.value
 
     def write(self, value: int) -> None:
-        """Set it. Raises OSError: EPERM without the privilege."""
+        """Set its value. Raises OSError: EPERM without the privilege."""
         self._call(None, None, ctypes.byref(ctypes.c_int(value)), ctypes.sizeof(ctypes.c_int))
 
     def _call(self, old: Any, old_size: Any, new: Any, new_size: int) -> None:
@@ -43,13 +43,13 @@ class Sysctl(NamedTuple):
             library = ctypes.CDLL(None, use_errno=True)
             if self.mib:
                 numbers = (ctypes.c_int * len(self.mib))(*self.mib)
-                which: tuple[Any, ...] = numbers, ctypes.c_uint(len(self.mib))
+                name: tuple[Any, ...] = numbers, ctypes.c_uint(len(self.mib))
                 function = library.sysctl
             else:
-                which, function = (self.name.encode(),), library.sysctlbyname
+                name, function = (self.name.encode(),), library.sysctlbyname
         except (AttributeError, TypeError):
             raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)) from None
-        if function(*which, old, old_size, new, ctypes.c_size_t(new_size)) != 0:
+        if function(*name, old, old_size, new, ctypes.c_size_t(new_size)) != 0:
             code = ctypes.get_errno()
             raise OSError(code, f"{self.name}: {os.strerror(code)}")
 
@@ -62,14 +62,14 @@ class _Claim:
 
 
 _claims: Final[dict[Sysctl, _Claim]] = {}
-_lock = threading.RLock()  # for a finalizer may release while its thread claims
+_lock = threading.RLock()  # reentrant: a finalizer may release while its thread claims
 
 
 def claim(sysctl: Sysctl, value: int, *, free: int, remedy: str) -> bool:
-    """Make `sysctl` have `value`; return whether this process has changed it, so that it is to be released.
+    """Set `sysctl` to `value`; return whether this process holds it and has to `release` it.
 
-    `free` is the value that nobody minds. Raises `NatCompatError`: EBUSY where it has a third value, which
-    somebody needs; EPERM without the privilege, with `remedy`.
+    `free` is the value that the setting has while nobody uses it. Raises `NatCompatError`: EBUSY if it has a
+    third value, which another program needs; EPERM without the privilege, with `remedy`.
     """
     with _lock:
         held, now = _claims.get(sysctl), sysctl.read()
@@ -80,8 +80,8 @@ def claim(sysctl: Sysctl, value: int, *, free: int, remedy: str) -> bool:
         if now != free:
             raise NatCompatError(
                 errno.EBUSY,
-                f"{sysctl.name} is {now}, which holds for the whole system, and {value} is needed",
-                f"End who needs it ({'this process' if held else 'another daemon'}), or set it to {value}",
+                f"{sysctl.name} is {now} for the whole system, and this endpoint needs {value}",
+                f"End {'the endpoint' if held else 'the other daemon'} that needs it, or set it to {value}",
             )
         try:
             sysctl.write(value)
@@ -95,7 +95,7 @@ def claim(sysctl: Sysctl, value: int, *, free: int, remedy: str) -> bool:
 
 
 def release(sysctl: Sysctl) -> None:
-    """Take one claim back; the last one restores the value, unless somebody else has changed it since."""
+    """Release one claim; the last one restores the value, unless another program has changed it since."""
     with _lock:
         held = _claims.get(sysctl)
         if held is None:  # a forked child has none

@@ -1,4 +1,4 @@
-"""System calls on sockets of the library's classes, and what Python does not offer of them."""
+"""Receives, sends and waits on a socket by the methods of its library class, never by overridden ones."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _MSG_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 
 
 def root_class(cls: type) -> type[socket.socket] | None:
-    """Return the library's socket class that `cls` is or derives from: the stdlib's or gevent's."""
+    """Return the library's socket class from which `cls` derives: the stdlib's or gevent's."""
     for ancestor in cls.__mro__:
         if "_nat_t" in vars(ancestor):
-            continue  # the class of an endpoint's socket has the names of the one that it replaces
+            continue  # the class of an endpoint's socket has the name of the class that it replaces
         if ancestor.__name__ == "socket" and ancestor.__module__ in ("socket", "gevent._socket3"):
             return ancestor
     return None
 
 
 def option_value(value: Any, *length: Any) -> bool:
-    """Return the boolean that a setsockopt call means; an int, or the bytes of one in native order.
+    """Return the boolean that a setsockopt call passes: an int, or 4 bytes in native order.
 
     Raises OSError: EINVAL for any other length, as udp_opt_set() of Solaris does.
     """
@@ -51,7 +51,7 @@ def option_value(value: Any, *length: Any) -> bool:
 
 
 def option_answer(value: int, *length: int) -> int | bytes:
-    """Return what getsockopt gives for an int option: the int, or up to `length` of its bytes."""
+    """Return the result of getsockopt for an int option: the int, or up to `length` of its bytes."""
     if not length or not length[0]:
         return value
     if not 0 < length[0] <= 1024:
@@ -70,7 +70,7 @@ def cut(message: Message, start: int, size: int, flags: int) -> Message:
 
 
 def receive(root: type[socket.socket], sock: Any, size: int, ancillary_size: int, flags: int) -> Message:
-    """Receive as the mode of `sock` says."""
+    """Receive one message, waiting as the timeout of `sock` says."""
     if hasattr(root, "recvmsg"):
         return root.recvmsg(sock, size, ancillary_size, flags)
     data, source = root.recvfrom(sock, size, flags)
@@ -78,7 +78,7 @@ def receive(root: type[socket.socket], sock: Any, size: int, ancillary_size: int
 
 
 def receive_now(root: type[socket.socket], sock: Any, size: int, ancillary_size: int, flags: int) -> Message:
-    """Receive without waiting, whatever the timeout of `sock` is; BlockingIOError: there is nothing."""
+    """Receive one message without waiting. Raises BlockingIOError if the queue is empty."""
     if _of_gevent(root):  # its sockets wrap one that never waits
         inner = sock._sock
         return receive(type(inner), inner, size, ancillary_size, flags)
@@ -97,9 +97,9 @@ def send_now(
     ancillary: Sequence[tuple[int, int, bytes]],
     address: Any,
 ) -> int:
-    """Send one datagram without waiting, whatever the timeout of `sock` is; BlockingIOError: no room.
+    """Send one datagram without waiting. Raises BlockingIOError if the buffer is full.
 
-    Where the system has no ancillary data (Windows) it goes without.
+    Systems without ancillary data (Windows) send without it.
     """
     if _of_gevent(root):  # its sockets wrap one that never waits
         sock = sock._sock
@@ -131,7 +131,7 @@ def _send(
 
 @contextlib.contextmanager
 def _never_waiting(sock: Any) -> Iterator[socket.socket]:
-    """Give another object of the descriptor: a timeout of `sock` would wait in spite of MSG_DONTWAIT."""
+    """Give a non-blocking object for the descriptor, since a timeout outweighs MSG_DONTWAIT."""
     import _socket
 
     alias: Any = _socket.socket(sock.family, sock.type, sock.proto, _descriptor(sock))
@@ -154,7 +154,7 @@ def _descriptor(sock: Any) -> int:
 
 
 def wait_readable(root: type, sock: Any, seconds: float) -> bool:
-    """Wait until `sock` may be read, `seconds` at most; True if it may."""
+    """Wait until `sock` is readable, at most `seconds`; return whether it is."""
     if _of_gevent(root) and seconds > 0:
         from gevent.socket import wait_read
 
@@ -170,7 +170,7 @@ def wait_readable(root: type, sock: Any, seconds: float) -> bool:
 
 
 def let_greenlets_run(root: type) -> None:
-    """Give others a turn where a receive that finds something would give them none."""
+    """Let other greenlets run; a receive that returns at once does not."""
     if _of_gevent(root):
         import gevent
 
@@ -178,13 +178,13 @@ def let_greenlets_run(root: type) -> None:
 
 
 def on_event_loop() -> bool:
-    """Tell whether a callback or a task of asyncio's or trio's calls."""
+    """Return whether the caller runs on an event loop of asyncio or trio."""
     asyncio = sys.modules.get("asyncio")
     return (asyncio is not None and asyncio._get_running_loop() is not None) or in_trio_task()
 
 
 def in_trio_task() -> bool:
-    """Tell whether a task of trio's calls; trio itself tells from 0.31 on."""
+    """Return whether the caller is a task of trio; trio has a function for that since 0.31."""
     trio = sys.modules.get("trio")
     if trio is None:
         return False
@@ -196,7 +196,7 @@ def in_trio_task() -> bool:
 
 
 def is_connected(sock: Any) -> bool:
-    """Tell whether `sock` has a peer."""
+    """Return whether `sock` is connected."""
     try:
         sock.getpeername()
     except OSError as error:
@@ -205,17 +205,17 @@ def is_connected(sock: Any) -> bool:
 
 
 def own_address(sock: Any) -> Any:
-    """Return the address at which `sock` reaches itself."""
+    """Return the address at which `sock` can send to itself."""
     host, *rest = sock.getsockname()
     return ({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), *rest)  # noqa: S104
 
 
 class SystemCalls(_Socket):
-    """An endpoint's socket as backends see it: the library's methods, whatever class it has now."""
+    """An endpoint's socket with the methods of its library class, as backends use it."""
 
     def __init__(self, sock: socket.socket, root: type[socket.socket]) -> None:
         self._sock, self._root = sock, root
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._root, name)
-        return found.__get__(self._sock) if hasattr(found, "__get__") else found
+        attribute = getattr(self._root, name)
+        return attribute.__get__(self._sock) if hasattr(attribute, "__get__") else attribute

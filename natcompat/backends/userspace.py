@@ -1,4 +1,4 @@
-"""The process does it: everywhere, without privilege, with the kernel's help where it can be had."""
+"""Demultiplexing and ESP in this process: on every system, without privilege, with help of Linux kernels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _STEERING: Final[Mapping[Duty, Performer]] = {
 
 
 class InLineAttachment:
-    """Nothing is asked of the kernel: the process classifies as it receives."""
+    """Demultiplexing in line: the process classifies datagrams as it receives them."""
 
     def __init__(self, reason: str, mode: str = "in line") -> None:
         self.mode = mode
@@ -43,24 +43,24 @@ class InLineAttachment:
         self.hidden: dict[tuple[int, int], int] = {}
 
     def counters(self) -> Mapping[str, int]:
-        """Return nothing: all is counted in the process."""
+        """Return nothing: the process counts everything."""
         return {}
 
     def detach(self, sock: socket.socket) -> None:
-        """There is nothing to take off."""
+        """Do nothing: `attach` changed nothing."""
 
     def release(self) -> None:
-        """There is nothing to free."""
+        """Do nothing: the attachment has no resources."""
 
     def adopt(self) -> None:
-        """There is nothing to carry on."""
+        """Do nothing: there is no thread."""
 
 
 class UserspaceBackend:
-    """Demultiplexing in this process, and ESP in it once `open_ipsec` was called.
+    """Demultiplexing in this process, and ESP in this process after `open_ipsec`.
 
-    On Linux ESP is steered to a socket of natcompat's; with `in_line` (and wherever steering cannot
-    be had) the process classifies what the application's own receive calls return.
+    On Linux, ESP is steered to a socket of natcompat. With `in_line`, and wherever steering is impossible,
+    the process classifies the datagrams that the application's receive calls return.
     """
 
     hands_over_esp = True
@@ -71,25 +71,23 @@ class UserspaceBackend:
         self._in_line = in_line
 
     def viability(self) -> Viability:
-        """Tell what the kernel will do; the rest always works."""
+        """Return the duties that the kernel will perform; the process performs the others on every system."""
         if self._in_line:
             return Viability(
                 self.name,
                 True,
                 _PROCESS,
-                "chosen by name: the kernel is not asked for anything",
+                "requested by name: the kernel performs nothing",
                 automatic=False,
             )
         if sys.platform != "linux":
-            return Viability(
-                self.name, True, _PROCESS, "demultiplexing in line: steering is a feature of Linux"
-            )
+            return Viability(self.name, True, _PROCESS, "demultiplexing in line: only Linux has steering")
         from natcompat.backends.linux_sockets import features
 
         steering, filtering = features.steering_refused(), features.filter_refused()
         no_filter = f"; no filter: {filtering}" if filtering else ""
         if not steering:
-            reason = f"the kernel steers ESP to a socket of its own{no_filter}"
+            reason = f"the kernel steers ESP to a socket of natcompat{no_filter}"
             return Viability(self.name, True, _STEERING, reason, features.SANDBOX_REMEDY if filtering else "")
         return Viability(
             self.name,
@@ -100,11 +98,11 @@ class UserspaceBackend:
         )
 
     def attach(self, sock: socket.socket, diversion: Diversion) -> Attachment:
-        """Steer if it can be done, filter if it cannot, else demultiplex in line."""
+        """Steer where possible, else filter, else demultiplex in line."""
         if self._in_line:
-            return InLineAttachment("chosen by name")
+            return InLineAttachment("requested by name")
         if sys.platform != "linux":
-            return InLineAttachment("steering is a feature of Linux")
+            return InLineAttachment("only Linux has steering")
         return _LinuxAttachment(sock, diversion)
 
     def open_ipsec(
@@ -124,7 +122,7 @@ class UserspaceBackend:
 
 
 class _LinuxAttachment(InLineAttachment):
-    """Steering, filter and UDP_GRO on one socket of Linux, as far as each can be had."""
+    """Steering, filter and UDP_GRO of one socket on Linux, as far as each is possible."""
 
     def __init__(self, sock: socket.socket, diversion: Diversion) -> None:
         from natcompat.backends.linux_sockets import features, filters, steering
@@ -154,7 +152,7 @@ class _LinuxAttachment(InLineAttachment):
             elif diversion.wanted:
                 self.reason = self._steer(sock, diversion, undo)
             self._filter(sock, diversion, undo)
-            # the kernel would show a program several datagrams as one
+            # a filter would see several coalesced datagrams as one
             self.hidden |= features.switch_gro_off(sock)
             undo.pop_all()
 
@@ -177,7 +175,7 @@ class _LinuxAttachment(InLineAttachment):
         return ""
 
     def _filter(self, sock: socket.socket, diversion: Diversion, undo: contextlib.ExitStack) -> None:
-        """Put a filter on: against what may only be ESP for nobody, or at least against runts."""
+        """Attach a filter that passes IKE alone; one that drops runts where ESP comes in line."""
         from natcompat.backends.linux_sockets import filters
         from natcompat.backends.linux_sockets.features import put_filter, take_filter_off
 
@@ -195,33 +193,33 @@ class _LinuxAttachment(InLineAttachment):
 
     @property
     def esp_socket(self) -> socket.socket | None:
-        """The engine's socket, if there is one."""
+        """The socket to which ESP is steered; None without steering."""
         return self._steering.esp_socket if self._steering is not None else None
 
     def counters(self) -> Mapping[str, int]:
-        """Return the drops of the engine's queues."""
+        """Return the number of datagrams that the kernel dropped on the ESP sockets."""
         if self._steering is None:
             return {}
         self._steering.count()
         return {"engine_drops": self._steering.drops()}
 
     def detach(self, sock: socket.socket) -> None:
-        """Leave the group, take the filter off, give UDP_GRO back."""
+        """Leave the SO_REUSEPORT group, detach the filter, restore UDP_GRO."""
         from natcompat.backends.linux_sockets.features import restore_gro, take_filter_off
 
-        with contextlib.ExitStack() as each:  # all of them, whatever one of them raises
-            each.callback(restore_gro, sock, self.hidden)
+        with contextlib.ExitStack() as steps:  # runs every step, even if one raises
+            steps.callback(restore_gro, sock, self.hidden)
             if self._filtered:
-                each.callback(take_filter_off, sock)
+                steps.callback(take_filter_off, sock)
             if self._steering is not None:
-                each.callback(self._steering.detach, sock)
+                steps.callback(self._steering.detach, sock)
 
     def release(self) -> None:
-        """Close the sockets of the engine and end its thread."""
+        """Close the ESP sockets and end their thread."""
         if self._steering is not None:
             self._steering.release()
 
     def adopt(self) -> None:
-        """Start the thread again in a forked child."""
+        """Start the reading thread again in a forked child."""
         if self._steering is not None:
             self._steering.adopt()

@@ -308,7 +308,7 @@ BROKEN = pytest.mark.parametrize(
     [
         ("absent", "No module named 'natcompat_no_such_module'"),
         ("nothing", "'object' object has no attribute 'viability'"),
-        ("liar", "its viability() gave NoneType"),
+        ("liar", "its viability() returned NoneType"),
         ("raising", "its library is too old"),
     ],
 )

@@ -32,7 +32,7 @@ from tests.support.linux import (
     state,
     udp,
 )
-from tests.support.pairs import SocketHalfOfLinux
+from tests.support.pairs import LinuxSocketsOnly
 
 ENV = backends.ENVIRONMENT_VARIABLE
 PROCESS = dict.fromkeys(Duty, Performer.PROCESS)
@@ -55,7 +55,7 @@ def test_userspace_is_in_line_where_there_is_no_steering(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "platform", "openbsd7")
     with udp() as sock, udp() as peer:
         endpoint = set_nat_t_endpoint(sock, backend=UserspaceBackend(), esp=(consumer := Collector()))
-        assert (endpoint.mode, endpoint.reason) == ("in line", "steering is a feature of Linux")
+        assert (endpoint.mode, endpoint.reason) == ("in line", "only Linux has steering")
         assert endpoint.stats().dropped_in_kernel is None
         for payload in (b"", ESP):
             peer.sendto(payload, at(sock))
@@ -210,7 +210,7 @@ def test_linux_sets_udp_encap_and_gives_it_back(encapsulating: int) -> None:
     with udp() as sock:
         sock.setsockopt(*udp_encap, encapsulating)
         before = state(sock)
-        endpoint = set_nat_t_endpoint(sock, backend=SocketHalfOfLinux())
+        endpoint = set_nat_t_endpoint(sock, backend=LinuxSocketsOnly())
         assert endpoint.mode == "filter"
         assert sock.getsockopt(*udp_encap) == 2
         assert endpoint.duties[Duty.DIVERT_ESP] is Performer.KERNEL
@@ -231,7 +231,7 @@ def test_linux_without_xfrm_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> 
         before = state(sock)
         monkeypatch.setattr(socket.socket, "setsockopt", setsockopt)
         with pytest.raises(OSError, match=r"UDP_ENCAP was refused.*CONFIG_XFRM.*userspace") as raised:
-            set_nat_t_endpoint(sock, backend=SocketHalfOfLinux())
+            set_nat_t_endpoint(sock, backend=LinuxSocketsOnly())
         assert raised.value.errno == errno.ENOPROTOOPT
         monkeypatch.undo()
         assert state(sock) == before

@@ -17,8 +17,8 @@ from tests.otheros.running import free_port
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the models run on Linux")
 
-SYSTEMS = list(bsd_kernels.HALVES)
-WITH_OPTION = [name for name, half in bsd_kernels.HALVES.items() if half.option]
+SYSTEMS = list(bsd_kernels.KERNEL_SUPPORT)
+WITH_OPTION = [name for name, support in bsd_kernels.KERNEL_SUPPORT.items() if support.option]
 
 START = """
 import atexit, errno, gc, logging, os, select, socket
@@ -29,10 +29,10 @@ PRINTED = []
 atexit.register(at_exit)  # before natcompat's own, so that it runs behind it
 import natcompat
 from natcompat import backends, get_nat_t_endpoint, set_nat_t_endpoint
-from natcompat.backends.bsd_kernels import HALVES
+from natcompat.backends.bsd_kernels import KERNEL_SUPPORT
 from natcompat.contract import Duty, Performer
 NAME = os.environ["NATCOMPAT_MODEL"]
-HALF = HALVES[NAME]
+SUPPORT = KERNEL_SUPPORT[NAME]
 PORT = int(os.environ["NATCOMPAT_MODEL_PORT"])
 LOOPBACK = {socket.AF_INET: "127.0.0.1", socket.AF_INET6: "::1"}
 def udp(family=socket.AF_INET, port=0, bound=True):
@@ -71,7 +71,7 @@ def run(make_model: MakeModel) -> Callable[..., str]:
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_the_data_fit_the_table_of_the_kernel(system: str) -> None:
     """What a backend says that its kernel does is what the table of verdicts says, row by row."""
-    half, kernel = bsd_kernels.HALVES[system], KERNELS[system]
+    support, kernel = bsd_kernels.KERNEL_SUPPORT[system], KERNELS[system]
     for version in kernel.versions:
         for row in TABLE:
             gone = kernel.fate(row.payload, version) in (Fate.DROP, Fate.ESP)
@@ -79,17 +79,17 @@ def test_the_data_fit_the_table_of_the_kernel(system: str) -> None:
                 assert not gone
                 continue
             duty = Duty.DIVERT_ESP if len(row.payload) >= 4 else Duty.DROP_RUNTS
-            if duty in half.duties:
-                assert gone == (row.name not in half.leaks)
+            if duty in support.duties:
+                assert gone == (row.name not in support.leaks)
     for duty, rows in (
         (Duty.DROP_RUNTS, [row for row in TABLE if len(row.payload) < 4]),
         (Duty.DIVERT_ESP, [row for row in TABLE if row.delivered is None and len(row.payload) >= 4]),
     ):
         fates = {kernel.fate(row.payload, 4) for row in rows}
         if fates <= {Fate.DROP, Fate.ESP}:
-            assert duty in half.duties
-    assert (half.option, half.value) == ((kernel.option, kernel.value) if kernel.option else (0, 0))
-    assert half.readable == kernel.readable
+            assert duty in support.duties
+    assert (support.option, support.value) == ((kernel.option, kernel.value) if kernel.option else (0, 0))
+    assert support.readable == kernel.readable
 
 
 # --- every one of them ------------------------------------------------------------------------------
@@ -116,7 +116,7 @@ with udp(port=PORT) as sock:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_who_may_install_no_sa_asks_by_name(run: Callable[..., str], system: str) -> None:
-    port = 0 if bsd_kernels.HALVES[system].option else free_port()  # as another daemon has set it
+    port = 0 if bsd_kernels.KERNEL_SUPPORT[system].option else free_port()  # as another daemon has set it
     run(
         system,
         """
@@ -141,12 +141,12 @@ def test_a_kernel_without_ipsec(run: Callable[..., str], system: str) -> None:
         system,
         """
 found = backends.viability(NAME)
-assert not found.viable and "no IPsec" in found.reason and found.remedy == HALF.without_ipsec
+assert not found.viable and "no IPsec" in found.reason and found.remedy == SUPPORT.without_ipsec
 assert backends.select().name == "userspace"
-if HALF.option:
+if SUPPORT.option:
     with udp() as sock:
         raised = error(backends.get(NAME).attach, sock, None)
-        assert raised.errno == errno.ENOPROTOOPT and raised.remedy == HALF.without_ipsec
+        assert raised.errno == errno.ENOPROTOOPT and raised.remedy == SUPPORT.without_ipsec
 """,
         kernel="no-ipsec",
         port=4500,
@@ -179,7 +179,7 @@ def test_doctor_and_verify(make_model: MakeModel, system: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         if arguments == ["doctor"]:
             assert f"auto takes {system} here" in done.stdout
-            if not bsd_kernels.HALVES[system].option:
+            if not bsd_kernels.KERNEL_SUPPORT[system].option:
                 assert "on every socket of the system" in " ".join(done.stdout.split())
                 assert ("endpoints set net.inet.ipsec.esp_port" in done.stdout) == (system == "macos")
 
@@ -192,17 +192,17 @@ def test_the_option_is_set_and_given_back(run: Callable[..., str], system: str) 
     run(
         system,
         """
-option = socket.IPPROTO_UDP, HALF.option
-for before in (0, HALF.value):
+option = socket.IPPROTO_UDP, SUPPORT.option
+for before in (0, SUPPORT.value):
     with udp() as sock:
         sock.setsockopt(*option, before)
         endpoint = set_nat_t_endpoint(sock)
-        if HALF.readable:
-            assert sock.getsockopt(*option) == HALF.value
+        if SUPPORT.readable:
+            assert sock.getsockopt(*option) == SUPPORT.value
         sock.setsockopt(*option, 0)  # of the application's, and it stays switched on meanwhile
         assert get_nat_t_endpoint(sock) is endpoint and endpoint.duties[Duty.DIVERT_ESP] is KERNEL
         endpoint.close()
-        if HALF.readable:
+        if SUPPORT.readable:
             assert sock.getsockopt(*option) == 0
 """,
     )
@@ -259,42 +259,42 @@ def test_macos_sets_the_port_while_it_is_needed(run: Callable[..., str]) -> None
     said = run(
         "macos",
         """
-assert HALF.port.read() == 0
+assert SUPPORT.port.read() == 0
 with udp() as sock:
     endpoint = set_nat_t_endpoint(sock)
     port = sock.getsockname()[1]
-    assert HALF.port.read() == port == backends.get(NAME).port
+    assert SUPPORT.port.read() == port == backends.get(NAME).port
     with udp(socket.AF_INET6, port) as other:
         second = set_nat_t_endpoint(other)  # of the same port
         endpoint.close()
-        assert HALF.port.read() == port
-    assert HALF.port.read() == 0
+        assert SUPPORT.port.read() == port
+    assert SUPPORT.port.read() == 0
     endpoint = set_nat_t_endpoint(sock)
     with udp() as other:
         raised = error(set_nat_t_endpoint, other)
         assert raised.errno == errno.EBUSY and str(port) in str(raised) and "this process" in raised.remedy
         assert get_nat_t_endpoint(other) is None and type(other) is socket.socket
-    assert HALF.port.read() == port
+    assert SUPPORT.port.read() == port
     child = os.fork()
     if not child:
         get_nat_t_endpoint(sock).close()
-        assert HALF.port.read() == port  # in the model, the child's own copy
+        assert SUPPORT.port.read() == port  # in the model, the child's own copy
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
-    HALF.port.write(1)  # another daemon
+    SUPPORT.port.write(1)  # another daemon
     assert endpoint.duties[Duty.DIVERT_ESP] is PROCESS and "esp_port is 1" in endpoint.reason
     endpoint.close()
-    assert HALF.port.read() == 1
-    HALF.port.write(0)
+    assert SUPPORT.port.read() == 1
+    SUPPORT.port.write(0)
 sock = udp()
 endpoint = set_nat_t_endpoint(sock)
-assert HALF.port.read()
+assert SUPPORT.port.read()
 sock.close()
-assert HALF.port.read() == 0
+assert SUPPORT.port.read() == 0
 sock = udp()
 endpoint = set_nat_t_endpoint(sock)
-assert HALF.port.read()
-PRINTED.append(HALF.port)  # it stays open, until the process exits
+assert SUPPORT.port.read()
+PRINTED.append(SUPPORT.port)  # it stays open, until the process exits
 """,
     )
     assert said == "net.inet.ipsec.esp_port 0\n"
@@ -309,7 +309,7 @@ with udp(port=PORT) as sock:
     endpoint = set_nat_t_endpoint(sock)
     assert endpoint.duties[Duty.DIVERT_ESP] is KERNEL
     endpoint.close()
-assert HALF.port.read() == PORT
+assert SUPPORT.port.read() == PORT
 with udp() as sock:
     raised = error(set_nat_t_endpoint, sock)
     assert raised.errno == errno.EBUSY and "another daemon" in raised.remedy
@@ -320,7 +320,7 @@ with udp(bound=False) as sock:
     sock.bind(("127.0.0.1", 0))
     assert endpoint.mode == "in line" and "whole system" in endpoint.reason
     assert endpoint.stats().errors == 1
-PRINTED.append(HALF.port)
+PRINTED.append(SUPPORT.port)
 """,
         port=port,
     )
@@ -384,23 +384,23 @@ def test_openbsd_switched_off_by_the_administrator(run: Callable[..., str]) -> N
     said = run(
         "openbsd",
         """
-assert HALF.enabled.read() == 0
+assert SUPPORT.enabled.read() == 0
 with udp(port=PORT) as sock:
     endpoint = set_nat_t_endpoint(sock)
-    assert HALF.enabled.read() == 1 and endpoint.mode == "kernel"
-    HALF.enabled.write(0)  # the administrator again
+    assert SUPPORT.enabled.read() == 1 and endpoint.mode == "kernel"
+    SUPPORT.enabled.write(0)  # the administrator again
     assert endpoint.mode == "in line" and "udpencap is 0" in endpoint.reason
-    HALF.enabled.write(1)
+    SUPPORT.enabled.write(1)
     endpoint.close()
-    assert HALF.enabled.read() == 0
+    assert SUPPORT.enabled.read() == 0
     endpoint = set_nat_t_endpoint(sock)
 with udp() as sock:
     error(set_nat_t_endpoint, sock)  # of another port: nothing is left of it
-    assert HALF.enabled.read() == 0
+    assert SUPPORT.enabled.read() == 0
 os.environ["NATCOMPAT_MODEL_PRIVILEGES"] = ""
 found = backends.viability(NAME)
 assert not found.viable and found.code == errno.EPERM and "udpencap" in found.reason
-PRINTED.append(HALF.enabled)
+PRINTED.append(SUPPORT.enabled)
 """,
         kernel="no-udpencap",
         port=free_port(),

@@ -43,7 +43,7 @@ RECEIVES: dict[str, Operation] = {
 each_receive = pytest.mark.parametrize("receive", RECEIVES.values(), ids=RECEIVES.keys())
 
 
-class SocketHalfOfLinux(LinuxBackend):
+class LinuxSocketsOnly(LinuxBackend):
     """The backend where this kernel may have no ESP: its socket half alone is under test."""
 
     def viability(self) -> Viability:
@@ -62,7 +62,7 @@ class Kind:
 
     def take(self) -> Backend:
         """Return the backend."""
-        return SocketHalfOfLinux() if self.backend == "linux" else backends.get(self.backend)
+        return LinuxSocketsOnly() if self.backend == "linux" else backends.get(self.backend)
 
 
 KINDS = (

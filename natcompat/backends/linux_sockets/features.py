@@ -1,4 +1,4 @@
-"""What Linux will do on a socket: filter, steering, UDP_GRO; asked by trying, put on and taken off."""
+"""Socket features of Linux: filter, steering and UDP_GRO, proven on private sockets before use."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ FILTER_OPTIONS: Final[frozenset[tuple[int, int]]] = frozenset(
         filters.SO_ATTACH_BPF,
     )
 )
-"""What an application may do with filters, so that one of ours has to get out of its way."""
+"""Options with which an application handles filters, before which ours has to be detached."""
 
 SANDBOX_REMEDY: Final = (
     "Allow setsockopt of SO_ATTACH_FILTER and SO_ATTACH_REUSEPORT_CBPF in the sandbox's policy"
 )
 
 _GRO: Final = (socket.IPPROTO_UDP, UDP_GRO)
-# what a machine without a loopback interface, or with one that is down, answers
+# the errors of a machine whose loopback interface is missing or down
 _NO_LOOPBACK: Final = (errno.ENETUNREACH, errno.EADDRNOTAVAIL, errno.ENETDOWN)
 
 
 def put_filter(sock: socket.socket, program: filters.Program) -> str:
-    """Put `program` on `sock` unless the application has a filter there; return why it was not done."""
+    """Attach `program` to `sock` unless the application has a filter there; return why not, or ''."""
     refused = filter_refused()
     if refused:
         return refused
@@ -48,16 +48,16 @@ def put_filter(sock: socket.socket, program: filters.Program) -> str:
 
 
 def take_filter_off(sock: socket.socket) -> None:
-    """Take off what `put_filter` put on. Raises OSError: EPERM if somebody locked it (SO_LOCK_FILTER)."""
+    """Detach the filter of `put_filter`. Raises OSError: EPERM after SO_LOCK_FILTER."""
     try:
         filters.detach_filter(sock)
     except OSError as error:
-        if error.errno != errno.ENOENT:  # another object of this socket took it off already
+        if error.errno != errno.ENOENT:  # another object of this socket has detached it already
             raise
 
 
 def switch_gro_off(sock: socket.socket) -> dict[tuple[int, int], int]:
-    """Switch UDP_GRO off on `sock`; return what the application shall read of it."""
+    """Switch UDP_GRO off on `sock`; return the value that the application reads, by option."""
     try:
         wanted = sock.getsockopt(*_GRO)
     except OSError:  # before Linux 5.0
@@ -68,18 +68,18 @@ def switch_gro_off(sock: socket.socket) -> dict[tuple[int, int], int]:
 
 
 def restore_gro(sock: socket.socket, hidden: Mapping[tuple[int, int], int]) -> None:
-    """Put UDP_GRO on `sock` as the application wants it."""
+    """Set UDP_GRO on `sock` as the application set it."""
     if hidden.get(_GRO):
         sock.setsockopt(*_GRO, 1)
 
 
 def filter_refused() -> str:
-    """Return why no socket filter works here; empty if one has been seen to work."""
+    """Return why no socket filter works here; empty after a filter was proven to work."""
     return _answer(_filter_proof)
 
 
 def steering_refused() -> str:
-    """Return why steering does not work here; empty if it has been seen to work."""
+    """Return why steering does not work here; empty after it was proven to work."""
     return _answer(_steering_proof)
 
 
@@ -87,11 +87,11 @@ def _answer(proof: Callable[[], str]) -> str:
     try:
         return proof()
     except OSError as error:
-        # nothing can be proven without loopback; that the kernel accepted it has to do
+        # without loopback nothing can be proven, and the kernel's acceptance has to do
         return "" if error.errno in _NO_LOOPBACK else f"it could not be tried: {error}"
 
 
-# An exception is not cached: a want of descriptors or memory, or of a loopback interface, may pass.
+# Exceptions are not cached: a lack of descriptors, memory or a loopback interface may pass.
 
 
 @functools.cache
@@ -125,7 +125,7 @@ def _steering_proof() -> str:
 
 
 def _only_ike_arrives(sock: socket.socket) -> str:
-    """Send a runt, ESP and IKE to `sock` by loopback; return what was wrong with what arrived."""
+    """Send a runt, ESP and IKE to `sock` over loopback; return what was wrong, or ''."""
     ike = NON_ESP_MARKER + b"IKE"
     sock.settimeout(1)
     with socket.socket(type=socket.SOCK_DGRAM) as peer:

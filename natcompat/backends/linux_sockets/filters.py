@@ -1,6 +1,6 @@
-"""Classic BPF: the programs that make Linux keep the contract, and how they get on a socket.
+"""Classic BPF programs for socket filters and SO_REUSEPORT groups, and functions that attach them.
 
-No privilege is needed for any of this (socket(7), SO_ATTACH_FILTER and SO_ATTACH_REUSEPORT_CBPF).
+None of this needs a privilege (socket(7), SO_ATTACH_FILTER and SO_ATTACH_REUSEPORT_CBPF).
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ Instruction: TypeAlias = tuple[int, int, int, int]
 Program: TypeAlias = tuple[Instruction, ...]
 
 IKE_ONLY: Final[Program] = (
-    (_LD_W_ABS, 0, 0, _UDP_HEADER),  # a load behind the end drops: runts go here
+    (_LD_W_ABS, 0, 0, _UDP_HEADER),  # a load beyond the end drops the datagram: runts
     (_JEQ_K, 0, 1, 0),
     (_RET_K, 0, 0, _PASS),
     (_RET_K, 0, 0, _DROP),
 )
-"""Socket filter: passes what the non-ESP marker leads, drops the rest.
+"""Socket filter: passes datagrams that begin with the non-ESP marker, drops the others.
 
-It runs after decapsulation (UDP_ENCAP), so it takes nothing from XFRM.
+It runs after decapsulation (UDP_ENCAP), so XFRM still gets its ESP.
 """
 
 NO_RUNTS: Final[Program] = (
@@ -62,10 +62,10 @@ NO_RUNTS: Final[Program] = (
 
 
 def steering(engines: int) -> Program:
-    """Return the reuseport program: IKE to socket 0 of the group, everything else to 1..`engines`.
+    """Return the SO_REUSEPORT program: IKE to socket 0 of the group, everything else to 1..`engines`.
 
-    Among several engines the SPI decides, so that an SA stays on one. The program sees the UDP
-    payload alone (``reuseport_select_sock()`` pulls the header).
+    The SPI selects among several ESP sockets, so that an SA stays on one socket. The program sees the UDP
+    payload without the header (``reuseport_select_sock()`` pulls it).
     """
     return (
         (_LD_W_LEN, 0, 0, 0),
@@ -91,7 +91,7 @@ def other_than(length: int) -> Program:
 
 
 def attach_filter(sock: socket.socket, program: Program) -> None:
-    """Put `program` on `sock`, over whatever filter is there: ask `has_filter` first.
+    """Attach `program` to `sock`, replacing any filter there; call `has_filter` first.
 
     Raises OSError: EPERM after SO_LOCK_FILTER or by a seccomp profile, ENOPROTOOPT in a sandbox
     that has no filters.
@@ -100,12 +100,12 @@ def attach_filter(sock: socket.socket, program: Program) -> None:
 
 
 def detach_filter(sock: socket.socket) -> None:
-    """Take the filter off `sock`. Raises OSError: ENOENT if there is none, EPERM if it is locked."""
+    """Detach the filter of `sock`. Raises OSError: ENOENT if there is none, EPERM if it is locked."""
     sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
 
 
 def attach_steering(sock: socket.socket, engines: int) -> None:
-    """Give the SO_REUSEPORT group of `sock` the program of `steering`.
+    """Attach the program of `steering` to the SO_REUSEPORT group of `sock`.
 
     Raises OSError: EINVAL if a bound `sock` is in no group yet, EPERM by a seccomp profile.
     """
@@ -113,7 +113,7 @@ def attach_steering(sock: socket.socket, engines: int) -> None:
 
 
 def detach_steering(sock: socket.socket) -> None:
-    """Take the program off the group of `sock` (Linux 5.3).
+    """Detach the program from the group of `sock` (Linux 5.3).
 
     Raises OSError: ENOENT if there is none, EINVAL if there is no group.
     """
@@ -121,10 +121,10 @@ def detach_steering(sock: socket.socket) -> None:
 
 
 def has_filter(sock: socket.socket) -> bool:
-    """Tell whether a filter, of whatever kind, is on `sock`.
+    """Return whether `sock` has a filter of any kind.
 
-    Not by `socket.getsockopt`: the option's length counts instructions, and the kernel writes eight
-    bytes for each of them behind a buffer of that many bytes (``sk_get_filter()``). Length 0 only asks.
+    `socket.getsockopt` must not be used: the length of the option counts instructions, and the kernel
+    writes eight bytes for each of them beyond the buffer (``sk_get_filter()``). Length 0 only asks.
     """
     import ctypes
 
@@ -137,22 +137,22 @@ def has_filter(sock: socket.socket) -> bool:
 
 
 def drops(sock: socket.socket) -> int | None:
-    """Return how many datagrams the kernel dropped on `sock`; None: it does not say.
+    """Return the number of datagrams that the kernel dropped on `sock`; None if it does not say.
 
-    By a filter, for a full queue or a bad checksum; the kernel does not tell them apart.
+    It counts drops by a filter, a full queue and a bad checksum together.
     """
     info = _meminfo(sock)
     return info[8] if info else None  # SK_MEMINFO_DROPS
 
 
 def queue(sock: socket.socket) -> tuple[int, int] | None:
-    """Return how much is in the receive queue of `sock`, and its size, in bytes; None: nothing tells."""
+    """Return (bytes in the receive queue of `sock`, its size in bytes); None if the kernel does not say."""
     info = _meminfo(sock)
     return (info[0], info[1]) if info else None  # SK_MEMINFO_RMEM_ALLOC, SK_MEMINFO_RCVBUF
 
 
 def _meminfo(sock: socket.socket) -> tuple[int, ...] | None:
-    """Return what SO_MEMINFO (Linux 4.12) tells, by the numbers of include/uapi/linux/sock_diag.h."""
+    """Return the values of SO_MEMINFO (Linux 4.12) in the order of include/uapi/linux/sock_diag.h."""
     try:
         return _MEMINFO.unpack(sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, _MEMINFO.size))
     except (OSError, struct.error):

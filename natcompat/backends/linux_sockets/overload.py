@@ -1,10 +1,9 @@
-"""The queue of a socket that ESP is steered to, when more comes than is taken (Linux).
+"""`QueueWatch`: keeps the queue of an ESP socket from overflowing when more ESP comes than is opened.
 
-Where the kernel coalesces datagrams (UDP_GRO), it glues IKE to the ESP around it, and one that finds the
-queue full is dropped as a whole. So while they come coalesced the queue is kept from getting full: ESP is
-dropped as it is read, which is quick; and since datagrams that come by themselves take long to be read, a
-filter drops those of the length that they had last. The data path in C sheds likewise
-(`ffi/loop/receive.c`), without the filter.
+UDP_GRO coalesces IKE with the ESP around it, and a coalesced datagram that finds the queue full is dropped
+whole, with the IKE in it. So while datagrams come coalesced, ESP is dropped as soon as it is read, which is
+quick. Reading datagrams that came alone takes longer, so a filter drops those of the length that they last
+had. The data path in C does the same without the filter (`ffi/loop/receive.c`).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _WATCHED: Final = 256  # bursts after one with coalesced datagrams
 
 
 class QueueWatch:
-    """Tells when ESP of a socket is to be dropped unopened. One thread reads the socket, and calls this."""
+    """Decides when ESP of a socket is dropped unopened. Only the thread that reads the socket may call it."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
@@ -32,7 +31,7 @@ class QueueWatch:
         self._single = 0
 
     def shedding(self) -> bool:
-        """Tell whether the next burst's ESP is too much. To be asked before and after a burst."""
+        """Return whether to drop the ESP of the next burst. Call it before and after each burst."""
         if self._watched:
             queue = filters.queue(self._sock)
             if queue is None:
@@ -44,10 +43,13 @@ class QueueWatch:
         return self._shedding
 
     def note(self, single: int, coalesced: bool) -> None:
-        """Note a burst: bytes of a datagram that came by itself, 0: none; whether some came as one."""
+        """Note a burst.
+
+        `single`: length in bytes of a datagram that came alone, 0 if none; `coalesced`: some did not.
+        """
         self._single = single or self._single
         if coalesced and not self._watched:
-            # larger, for what comes while others have the processor; else the kernel drops for less
+            # a larger queue holds what comes while other threads have the processor
             self._usual = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
             if self._usual < _LARGE_QUEUE:
                 self._resize(_LARGE_QUEUE)
@@ -67,5 +69,5 @@ class QueueWatch:
                 filters.attach_filter(self._sock, filters.other_than(self._single))
 
     def _resize(self, size: int) -> None:
-        with contextlib.suppress(OSError):  # without CAP_NET_ADMIN it stays what it is
-            self._sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size // 2)  # which the kernel doubles
+        with contextlib.suppress(OSError):  # without CAP_NET_ADMIN the size stays
+            self._sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, size // 2)  # the kernel doubles it

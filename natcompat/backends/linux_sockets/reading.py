@@ -1,4 +1,4 @@
-"""Threads that wait for descriptors, and the reading of sockets that ESP is steered to by one of them."""
+"""`ReadingThread`, which waits for descriptors, and `SocketsOfThread`: ESP sockets that it reads."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from natcompat.errors import get_logger
 _log = get_logger()
 
 Take: TypeAlias = Callable[[int], object]
-"""Takes a bounded burst from a descriptor; the argument is what `select.poll` said of it."""
+"""Takes a bounded burst from a descriptor; the argument is its event mask from `select.poll`."""
 
 POLLIN, POLLERR, POLLHUP, POLLNVAL = 0x01, 0x08, 0x10, 0x20  # poll.h; Windows has no poll, and needs one
-_ABANDONING: Final = 1.0  # seconds that a finalizer waits for whoever takes the bursts
-_LOOK: Final = 0.05  # seconds after which who waits for a pass looks whether the thread is still there
+_ABANDONING: Final = 1.0  # seconds that a finalizer waits for the consumer of ESP
+_LOOK: Final = 0.05  # seconds between two looks whether the thread still lives
 
 
 _reading: set[int] = set()
@@ -30,16 +30,16 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_reading_thread() -> bool:
-    """Tell whether this thread is one for whose pass others wait, so that it may not wait for them."""
+    """Return whether the caller is a `ReadingThread`: other threads wait for it, so it must not wait."""
     return threading.get_ident() in _reading
 
 
 class ReadingThread:
-    """Waits for descriptors, and has a burst taken from each that is readable, in turn.
+    """A thread that waits for descriptors and takes a burst from each readable one, in turn.
 
-    One thread for all that one process moves: two would take the interpreter's lock from each other at
-    every system call. Any thread may call the methods; the one that reads may, too. What a `Take` raises is
-    logged, and the thread goes on.
+    One thread reads all descriptors of a consumer: two would take the interpreter's lock from each other at
+    every system call. Any thread may call the methods, the reading thread included. An exception of a `Take`
+    is logged, and the thread goes on.
     """
 
     def __init__(self, name: str) -> None:
@@ -54,7 +54,7 @@ class ReadingThread:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Begin. RuntimeError: there can be no more threads; nothing is left of this one."""
+        """Start the thread. Raises RuntimeError if no thread can be made; its descriptors are closed then."""
         try:
             self._thread.start()
         except BaseException:
@@ -62,7 +62,7 @@ class ReadingThread:
             raise
 
     def add(self, descriptor: int, take: Take) -> None:
-        """Have `take` called whenever `descriptor` is readable."""
+        """Call `take` whenever `descriptor` is readable."""
         self._takes[descriptor] = take
         self._interrupt()
 
@@ -72,20 +72,20 @@ class ReadingThread:
         then: Callable[[], object] | None = None,
         patience: float | None = None,
     ) -> None:
-        """Wait for `descriptors` no more. When this returns no thread touches them; then `then` is called.
+        """Stop waiting for `descriptors`; call `then` once no thread touches them, and return.
 
-        With `patience`, in seconds, it returns after that in any case, and `then` is called when it may
-        be; so it is where the reading thread itself calls, once that has come through what it is doing. A
-        socket in which a thread still waits would stay in its SO_REUSEPORT group.
+        With `patience`, in seconds, it returns after that time in any case, and the reading thread calls
+        `then` as soon as it can. The same holds where the reading thread itself is the caller. A socket in
+        which a thread still waits would stay in its SO_REUSEPORT group.
         """
-        for each in descriptors:
-            self._takes.pop(each, None)
+        for descriptor in descriptors:
+            self._takes.pop(descriptor, None)
         passed = threading.Event()
         if os.getpid() == self._pid and self._thread.is_alive():
             self._left.append((passed, then))
             self._interrupt()
             if self._thread is threading.current_thread():
-                return  # when it has come through what it is doing
+                return  # _report_pass() calls `then`
             until = None if patience is None else time.monotonic() + patience
             while not passed.wait(_LOOK) and self._thread.is_alive():
                 if until is not None and time.monotonic() > until:
@@ -94,9 +94,9 @@ class ReadingThread:
             then()
 
     def end(self, patience: float | None = None) -> None:
-        """End the thread and wait for it, for so many seconds; in a forked child there is none.
+        """End the thread and wait for it, at most `patience` seconds; a forked child has no thread.
 
-        It may be the one that calls, and then ends when it has come through what it is doing.
+        If the thread itself is the caller, it ends after its current pass.
         """
         self._ended = True
         if os.getpid() == self._pid and self._thread.ident is not None:
@@ -108,7 +108,7 @@ class ReadingThread:
 
     def _interrupt(self) -> None:
         self._changed = True
-        with contextlib.suppress(OSError):  # full: it is awake; closed: it has ended
+        with contextlib.suppress(OSError):  # a full socket: the thread is awake; a closed one: it has ended
             self._wake.send(b"x")
 
     def _close(self) -> None:
@@ -117,7 +117,7 @@ class ReadingThread:
 
     @property
     def alive(self) -> bool:
-        """Whether it reads, or is about to."""
+        """Whether the thread runs or has not started yet."""
         return not self._ended and (self._thread.ident is None or self._thread.is_alive())
 
     def _run(self) -> None:
@@ -138,7 +138,7 @@ class ReadingThread:
                 waiting = _poll([self._awake.fileno(), *self._takes])
             for descriptor, events in waiting():
                 take = self._takes.get(descriptor)
-                if events & POLLNVAL:  # somebody closed it behind our back
+                if events & POLLNVAL:  # the application closed the descriptor
                     self._takes.pop(descriptor, None)
                     self._changed = True
                 elif take is not None:
@@ -160,22 +160,22 @@ class ReadingThread:
     def _call(function: Callable[..., object], *arguments: object) -> None:
         try:
             function(*arguments)
-        except BaseException:  # noqa: BLE001 - SystemExit, too, would end what others rely on
-            _log.exception("what reads ESP failed")
+        except BaseException:  # noqa: BLE001 - even SystemExit must not end the thread
+            _log.exception("a callback of the thread that reads ESP failed")
 
 
 def _poll(descriptors: Sequence[int]) -> Callable[[], list[tuple[int, int]]]:
-    """Return what waits until one of `descriptors` is readable, and tells which."""
-    if not hasattr(select, "poll"):  # looked up each time, since gevent exchanges it
-        return lambda: [(each, POLLIN) for each in select.select(descriptors, [], [])[0]]
+    """Return a function that waits until some of `descriptors` are readable and returns them with events."""
+    if not hasattr(select, "poll"):  # looked up at each call, since gevent replaces the module's functions
+        return lambda: [(descriptor, POLLIN) for descriptor in select.select(descriptors, [], [])[0]]
     poller = select.poll()
-    for each in descriptors:
-        poller.register(each, POLLIN)
+    for descriptor in descriptors:
+        poller.register(descriptor, POLLIN)
     return poller.poll
 
 
 class SocketsOfThread:
-    """Sockets that a `ReadingThread` reads; a `natcompat.backends.base.SocketReader`."""
+    """ESP sockets that a `ReadingThread` reads; a `natcompat.backends.base.SocketReader`."""
 
     def __init__(
         self,
@@ -183,8 +183,8 @@ class SocketsOfThread:
         take: TakeBurst,
         thread: ReadingThread | None = None,
     ) -> None:
-        """`take` takes a burst from one of `sockets`. `thread` None: one of their own."""
-        self._sockets = {each.fileno(): each for each in sockets}
+        """`take` takes a burst from one of `sockets`. `thread`: None for a new one."""
+        self._sockets = {sock.fileno(): sock for sock in sockets}
         self._take = take
         self._lock = threading.RLock()
         self._closed = False
@@ -199,16 +199,16 @@ class SocketsOfThread:
             self._thread.start()
 
     def leave(self) -> None:
-        """The thread has ended: go on with one of their own, if these are still to be read."""
+        """The thread has ended: go on with a new one, unless the sockets are closed."""
         with self._lock:
             if not self._closed:
                 self._join(None)
 
     def count(self) -> None:
-        """They are: who takes bursts counts."""
+        """Do nothing: `take` counts."""
 
     def close(self) -> None:
-        """Read no more. When it returns no thread touches the sockets, which stay open."""
+        """Stop reading. On return no thread touches the sockets, which stay open."""
         with self._lock:
             self._closed = True
         self._thread.remove(self._sockets)
@@ -216,10 +216,10 @@ class SocketsOfThread:
             self._thread.end()
 
     def abandon(self) -> None:
-        """Likewise, and close them, whatever the consumer of ESP is doing.
+        """Stop reading and close the sockets, even while the consumer of ESP is busy.
 
-        A finalizer may run while its thread holds a lock that the consumer waits for, so it waits
-        for a while only; the reading thread closes the sockets when it is through.
+        A finalizer may run in a thread that holds a lock for which the consumer waits, so this waits a
+        limited time; after that the reading thread closes the sockets at the end of its pass.
         """
         with self._lock:
             self._closed = True
@@ -228,5 +228,5 @@ class SocketsOfThread:
             self._thread.end(_ABANDONING)
 
     def _close_all(self) -> None:
-        for each in self._sockets.values():
-            each.close()
+        for sock in self._sockets.values():
+            sock.close()

@@ -202,11 +202,11 @@ def _pfkey() -> dict[str, Any]:
 
     section = {"asked": None, "error": None, **examine_pfkey()}
     if sys.platform == "linux":  # the variable means nothing elsewhere
-        from natcompat.backends.linux import MAPPING_VARIABLE, asked_mapping
+        from natcompat.backends.linux import MAPPING_VARIABLE, requested_mapping
 
         section["asked"] = os.environ.get(MAPPING_VARIABLE) or None
         try:
-            asked_mapping()
+            requested_mapping()
         except NatCompatError as error:
             section["error"] = f"{_sentence(error.strerror or '')} {_sentence(error.remedy)}"
     return section

@@ -280,10 +280,10 @@ class TestTheEspOfTheProcess:
         assert device.outbound.closed
 
     def test_the_kernels_takes_no_device(self) -> None:
-        from tests.support.pairs import SocketHalfOfLinux
+        from tests.support.pairs import LinuxSocketsOnly
 
         with pytest.raises(NatCompatError) as caught:
-            open_ipsec(SocketHalfOfLinux(), device=QueueDevice())
+            open_ipsec(LinuxSocketsOnly(), device=QueueDevice())
         assert caught.value.errno == errno.EINVAL
         assert "userspace" in caught.value.remedy
 
