@@ -81,7 +81,7 @@ def claim(sysctl: Sysctl, value: int, *, free: int, remedy: str) -> bool:
             raise NatCompatError(
                 errno.EBUSY,
                 f"{sysctl.name} is {now} for the whole system, and this endpoint needs {value}",
-                f"End {'the endpoint' if held else 'the other daemon'} that needs it, or set it to {value}",
+                f"Let {'this process' if held else 'another daemon'} release it, or set it to {value}",
             )
         try:
             sysctl.write(value)
