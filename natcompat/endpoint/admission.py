@@ -24,7 +24,7 @@ def unwrap(sock: Any) -> Any:
     """Return the socket inside asyncio's ``TransportSocket`` (``get_extra_info("socket")``), else `sock`."""
     cls = type(sock)
     if cls.__name__ == "TransportSocket" and cls.__module__ == "asyncio.trsock":
-        return sock._sock
+        return sock._sock  # noqa: SLF001 - asyncio has no public way
     return sock
 
 

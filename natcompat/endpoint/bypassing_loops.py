@@ -31,7 +31,7 @@ def object_to_bypassing_loop(sock: socket.socket, *, has_option: bool) -> bool:
     have made the socket non-blocking, it gives a RuntimeWarning.
     """
     asyncio = sys.modules.get("asyncio")
-    loop = asyncio._get_running_loop() if asyncio is not None else None
+    loop = asyncio._get_running_loop() if asyncio is not None else None  # noqa: SLF001 - never raises
     if loop is None or _reads_through_object.get():
         return False
     problem = (
@@ -63,7 +63,7 @@ def reading_through_object() -> Iterator[None]:
 
 def _stacklevel_of_application() -> int:
     """Return the stacklevel at which a warning of the caller names a line of the application."""
-    level, frame = 1, sys._getframe(1)
+    level, frame = 1, sys._getframe(1)  # noqa: SLF001 - as warnings.py does
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
         "natcompat",
         "asyncio",

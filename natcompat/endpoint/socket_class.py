@@ -252,10 +252,10 @@ class NatTSocket(_Socket):
     def _real_close(self, *arguments: Any) -> None:
         state = state_of(self)
         if state is None:
-            root_of(self)._real_close(self, *arguments)  # type: ignore[attr-defined]
+            root_of(self)._real_close(self, *arguments)  # type: ignore[attr-defined]  # noqa: SLF001
             return
         state.remove_alias(self)  # first, since the endpoint's own sockets would hold the port
-        state.root._real_close(self, *arguments)  # type: ignore[attr-defined]
+        state.root._real_close(self, *arguments)  # type: ignore[attr-defined]  # noqa: SLF001
 
     def setblocking(self, flag: bool, /) -> None:
         """Set the blocking mode. False refuses, or warns of, an event loop that would bypass this object."""

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from natcompat.kernel.pfkey.kernel import PfKeyIPsec
 from natcompat.kernel.xfrm.kernel import XfrmIPsec
+from tests.lab.making import emptied, open_pfkey
 from tests.lab.topology import Network
 
 
@@ -32,4 +34,11 @@ def ipsec() -> Iterator[XfrmIPsec]:
     with XfrmIPsec() as opened:
         opened.flush_policies()
         opened.flush_sas()
+        yield opened
+
+
+@pytest.fixture
+def pfkey() -> Iterator[PfKeyIPsec]:
+    """IPsec over af_key, in the lab's own namespace; empty before and after."""
+    with emptied(open_pfkey()) as opened:
         yield opened

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from natcompat.ipsec import (
 from natcompat.kernel.pfkey import open_ipsec
 from natcompat.kernel.pfkey.kernel import PfKeyIPsec
 from natcompat.kernel.xfrm.kernel import XfrmIPsec
+from tests.lab.topology import wait_for
 
 Opened = TypeVar("Opened", bound=XfrmIPsec | PfKeyIPsec)
 
@@ -95,3 +97,15 @@ def emptied(ipsec: Opened) -> Iterator[Opened]:
         finally:
             ipsec.flush_policies()
             ipsec.flush_sas()
+
+
+def next_event(events: Any, kind: type) -> Any:
+    """Return the next event of a kind, among those of others."""
+    found: list[Any] = []
+
+    def one() -> Any:
+        select.select([events], [], [], 10)
+        found.extend(each for each in events.read() if isinstance(each, kind))
+        return found
+
+    return wait_for(f"a {kind.__name__}", one)[0]

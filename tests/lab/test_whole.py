@@ -9,7 +9,7 @@ import pytest
 
 from natcompat import set_nat_t_endpoint
 from natcompat.ipsec import Mode
-from tests.lab.test_traffic import Connection
+from tests.lab.connection import Connection
 from tests.lab.topology import Host, Network, inside
 
 pytestmark = pytest.mark.kernel_esp

@@ -26,6 +26,7 @@ from natcompat.ipsec.selectors import refuse_ranges
 from natcompat.kernel.events import RECEIVE_BUFFER, Known
 from natcompat.kernel.verbs import KernelIPsec, words
 from natcompat.kernel.xfrm import messages
+from natcompat.kernel.xfrm.algorithms import modules_of, supported_transforms
 from natcompat.kernel.xfrm.bypass import bypass
 from natcompat.kernel.xfrm.events import XfrmEvents
 from natcompat.kernel.xfrm.keepalive import KeepaliveSender
@@ -39,9 +40,7 @@ from natcompat.kernel.xfrm.translate import (
     encode_allocate,
     encode_sa,
     encode_sa_id,
-    modules_of,
     put_sequence,
-    supported_transforms,
 )
 from natcompat.kernel.xfrm.translate_policy import (
     encode_policy,

@@ -24,16 +24,9 @@ from natcompat.ipsec import (
 )
 from natcompat.ipsec.associations import encapsulation_of
 from natcompat.kernel.xfrm import layouts, messages
+from natcompat.kernel.xfrm.algorithms import ENCRYPTION_NAMES, INTEGRITY_NAMES
 from natcompat.kernel.xfrm.netlink import LocalAddresses, attributes
-from natcompat.kernel.xfrm.translate import (
-    BODY,
-    ENCRYPTION_NAMES,
-    INFO_END,
-    INTEGRITY_NAMES,
-    address_of,
-    lifetime_of,
-    selector_of,
-)
+from natcompat.kernel.xfrm.translate import BODY, INFO_END, address_of, lifetime_of, selector_of
 
 XFRMA = {
     name.removeprefix("XFRMA_"): number for number, (name, _) in enumerate(messages.xfrm_attributes.nla_map)

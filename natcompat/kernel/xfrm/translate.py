@@ -24,37 +24,13 @@ from natcompat.ipsec import (
     SaId,
     SecurityAssociation,
     TrafficSelector,
-    Transforms,
     UDPEncapsulation,
 )
 from natcompat.ipsec.associations import wire_ports
 from natcompat.kernel.xfrm import layouts, messages
+from natcompat.kernel.xfrm.algorithms import ENCRYPTION_NAMES, INTEGRITY_NAMES
 from natcompat.kernel.xfrm.netlink import HEADER, attributes
-from natcompat.kernel.xfrm.probe import MODULES, UDP_ENCAP_ESPINUDP, probe_esp
-
-ENCRYPTION_NAMES = {
-    Encr.NULL: "ecb(cipher_null)",
-    Encr.AES_CBC: "cbc(aes)",
-    Encr.AES_CTR: "rfc3686(ctr(aes))",
-    Encr.AES_CCM_8: "rfc4309(ccm(aes))",
-    Encr.AES_CCM_12: "rfc4309(ccm(aes))",
-    Encr.AES_CCM_16: "rfc4309(ccm(aes))",
-    Encr.AES_GCM_8: "rfc4106(gcm(aes))",
-    Encr.AES_GCM_12: "rfc4106(gcm(aes))",
-    Encr.AES_GCM_16: "rfc4106(gcm(aes))",
-    Encr.NULL_AUTH_AES_GMAC: "rfc4543(gcm(aes))",
-    Encr.CHACHA20_POLY1305: "rfc7539esp(chacha20,poly1305)",
-}
-"""The names of net/xfrm/xfrm_algo.c."""
-
-INTEGRITY_NAMES = {
-    Integ.HMAC_SHA1_96: "hmac(sha1)",
-    Integ.AES_XCBC_96: "xcbc(aes)",
-    Integ.AES_CMAC_96: "cmac(aes)",
-    Integ.HMAC_SHA2_256_128: "hmac(sha256)",
-    Integ.HMAC_SHA2_384_192: "hmac(sha384)",
-    Integ.HMAC_SHA2_512_256: "hmac(sha512)",
-}
+from natcompat.kernel.xfrm.probe import UDP_ENCAP_ESPINUDP
 
 MAPPING_INTERVAL = 5
 """Seconds between two reports of the same new NAT mapping (XFRMA_MTIMER_THRESH)."""
@@ -261,34 +237,6 @@ def _algorithms(shape: _Shape) -> list[tuple[str, Any]]:
         "alg_key": bytes(shape.integrity.key_length),
     }
     return [("XFRMA_ALG_CRYPT", blank), ("XFRMA_ALG_AUTH_TRUNC", integrity)]
-
-
-def supported_transforms() -> Transforms:
-    """Ask the kernel by a dry run for each transform; see `natcompat.kernel.xfrm.probe.probe_esp`."""
-    encryption = {}
-    for transform, name in ENCRYPTION_NAMES.items():
-        integrity = "" if transform.is_aead else "hmac(sha256)"
-        icv_bits = transform.icv_length * 8 if transform.is_aead else None
-        lengths = tuple(
-            (length - transform.salt_length) * 8
-            for length in transform.key_lengths
-            if probe_esp(name, integrity, key_bits=length * 8, icv_bits=icv_bits)
-        )
-        if lengths:
-            encryption[transform] = lengths
-    integrities = (
-        transform for transform, name in INTEGRITY_NAMES.items() if probe_esp("ecb(cipher_null)", name)
-    )
-    return Transforms(encryption=encryption, integrity=frozenset(integrities), esn=True)
-
-
-def modules_of(sa: SecurityAssociation) -> str:
-    """Return the sentence that says which modules bring the algorithms of `sa`."""
-    names = [ENCRYPTION_NAMES[sa.encryption]]
-    if sa.integrity is not Integ.NONE:
-        names.append(INTEGRITY_NAMES[sa.integrity])
-    wanted = " and ".join(MODULES[name] for name in names)
-    return f"Load the modules {wanted} (and drbg, seqiv and echainiv), or negotiate another transform"
 
 
 def _lifetime_fields(lifetime: Lifetime | None) -> dict[str, int]:

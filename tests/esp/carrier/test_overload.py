@@ -22,12 +22,12 @@ from natcompat.esp.device.tun import TunDevice
 from natcompat.esp.engine.results import Reason
 from natcompat.esp.userspace import UserspaceIPsec
 from natcompat.ipsec import Direction, Encr, Integ
-from tests.esp.carrier.test_tunnel_carriers import elsewhere
 from tests.support import flooder
 from tests.support.esp import INNER, OUTER, SPI, ip_packet, keys, native_providers, sa, udp
 from tests.support.linux import LINUX, ike, ip, isolated, set_up
 from tests.support.pairs import in_thread, until
 from tests.support.tunnel_ends import question, two_ends
+from tests.support.tunnels import elsewhere
 
 pytestmark = LINUX
 

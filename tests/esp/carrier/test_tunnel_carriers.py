@@ -3,199 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import gc
 import os
 import select
 import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
-from natcompat import NatCompatError, set_nat_t_endpoint
+from natcompat import set_nat_t_endpoint
 from natcompat.esp import choice as datapaths
-from natcompat.esp.device.tun import TunDevice
-from natcompat.esp.userspace import UserspaceIPsec
 from natcompat.ipsec import (
     Direction,
-    Encr,
     Expire,
     Lifetime,
     MappingChange,
-    Policy,
-    SaId,
-    SecurityAssociation,
-    TrafficSelector,
-    UDPEncapsulation,
 )
 from tests.support.linux import LINUX, ip, isolated, readable, set_up, wait_until
+from tests.support.tunnels import OUTER, PATHS, datagrams, elsewhere, example, transfer, tunnel
 
 pytestmark = LINUX
-
-PATHS = pytest.mark.parametrize("path", [each.name for each in datapaths.probe() if each.viable])
-IN_C = pytest.mark.skipif(
-    not any(each.name == "c" and each.viable for each in datapaths.probe()), reason="no data path in C here"
-)
-KEYS = os.urandom(20), os.urandom(20)
-OUTER = "127.0.0.1", "127.0.0.2"
-_CLONE_NEWNET = 0x40000000  # linux/sched.h
-
-Result = TypeVar("Result")
-
-
-def _enter(namespace: int | None) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNET) if namespace is None else libc.setns(namespace, _CLONE_NEWNET):
-        raise OSError(ctypes.get_errno(), "network namespace")
-
-
-def elsewhere(namespace: int | None, function: Callable[[], Result]) -> Result:
-    """Run `function` in a thread that is in `namespace`; None: a new one."""
-    results: list[Result] = []
-
-    def run() -> None:
-        _enter(namespace)
-        results.append(function())
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return results[0]
-
-
-class End:
-    """A socket with the option on loopback, ESP in this process, and a TUN in a namespace of its own."""
-
-    def __init__(
-        self, number: int, path: str, backend: str = "userspace", host: str | None = None, **options: Any
-    ) -> None:
-        self.inner = {4: f"10.9.0.{number + 1}", 6: f"fd09::{number + 1}"}
-        self.number = number
-        self.ids: dict[int, SaId] = {}
-        self.tun = elsewhere(None, lambda: self._make_tun(path))
-        self.ipsec = UserspaceIPsec(self.tun, datapath=path, **options)
-        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self.sock.settimeout(20)
-        self.sock.bind((OUTER[number] if host is None else host, 0))
-        self.endpoint = set_nat_t_endpoint(self.sock, backend=backend, esp=self.ipsec)
-        self.port: int = self.sock.getsockname()[1]
-
-    def _make_tun(self, path: str) -> TunDevice:
-        self.namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-        tun = TunDevice("inner", mtu=1400, vnet_header=path == "c")
-        for address in (f"{self.inner[4]}/24", f"{self.inner[6]}/64"):
-            subprocess.run(
-                ["ip", "address", "add", address, "dev", "inner", *(["nodad"] if ":" in address else [])],
-                check=True,
-            )
-        return tun
-
-    def install(self, peer: End, **changes: Any) -> None:
-        """Install SAs and policies with the other end."""
-        for direction in Direction:
-            order = 1 if direction is Direction.OUT else -1
-            source, destination = (OUTER[self.number], OUTER[peer.number])[::order]
-            for inside in ("10.9.0.0/24", "fd09::/64"):
-                self.ipsec.add_policy(
-                    Policy(
-                        direction=direction,
-                        selector=TrafficSelector(source=inside, destination=inside),
-                        source=source,
-                        destination=destination,
-                        reqid=7,
-                    )
-                )
-            self.add_sa(peer, direction, **changes)
-
-    def add_sa(self, peer: End, direction: Direction, spi: int = 0xC0DE0000, **changes: Any) -> None:
-        order = 1 if direction is Direction.OUT else -1
-        source, destination = (OUTER[self.number], OUTER[peer.number])[::order]
-        sender = self.number if direction is Direction.OUT else peer.number
-        arguments: dict[str, Any] = {
-            "spi": spi + sender,
-            "source": source,
-            "destination": destination,
-            "direction": direction,
-            "encryption": Encr.AES_GCM_16,
-            "encryption_key": KEYS[sender] if spi == 0xC0DE0000 else bytes((spi + sender & 0xFF,)) * 20,
-            "replay_window": 1024,
-            "reqid": 7,
-            "encapsulation": UDPEncapsulation(local_port=self.port, remote_port=peer.port),
-            **changes,
-        }
-        self.ids[spi + sender] = self.ipsec.add_sa(SecurityAssociation(**arguments))
-
-    def socket(self, kind: int, version: int = 4) -> socket.socket:
-        """Return a socket at the inner address."""
-
-        def make() -> socket.socket:
-            made = socket.socket(socket.AF_INET if version == 4 else socket.AF_INET6, kind)
-            made.settimeout(20)
-            made.bind((self.inner[version], 0))
-            return made
-
-        return elsewhere(self.namespace, make)
-
-    def close(self) -> None:
-        self.endpoint.close()
-        self.ipsec.close()
-        self.sock.close()
-        os.close(self.namespace)
-
-
-@contextlib.contextmanager
-def tunnel(path: str, *, install: bool = True, **options: Any) -> Iterator[tuple[End, End]]:
-    set_up("lo")
-    with contextlib.ExitStack() as stack:
-        near = End(0, path, **options)
-        stack.callback(near.close)
-        far = End(1, path)
-        stack.callback(far.close)
-        if install:
-            near.install(far)
-            far.install(near)
-        yield near, far
-
-
-def transfer(sender: End, receiver: End, data: bytes, version: int = 4) -> None:
-    """Send `data` by TCP, and see that it arrives."""
-    with receiver.socket(socket.SOCK_STREAM, version) as listener:
-        listener.listen()
-        with sender.socket(socket.SOCK_STREAM, version) as client:
-            client.connect(listener.getsockname()[:2])
-            accepted, _ = listener.accept()
-            with accepted:
-                accepted.settimeout(20)
-
-                def send() -> None:
-                    client.sendall(data)
-                    client.shutdown(socket.SHUT_WR)
-
-                thread = threading.Thread(target=send)
-                thread.start()
-                got = b"".join(iter(lambda: accepted.recv(1 << 20), b""))
-                thread.join()
-                assert got == data
-
-
-@contextlib.contextmanager
-def datagrams(sender: End, receiver: End) -> Iterator[tuple[Callable[[], bool], socket.socket]]:
-    """What sends a datagram and tells whether one arrived."""
-    with sender.socket(socket.SOCK_DGRAM) as source, receiver.socket(socket.SOCK_DGRAM) as target:
-        source.connect(target.getsockname())
-
-        def passes() -> bool:
-            source.send(b"natcompat")
-            if not readable(target, 0.02):
-                return False
-            return target.recv(2048) == b"natcompat"
-
-        yield passes, source
 
 
 @PATHS
@@ -292,109 +121,6 @@ def test_a_peer_that_moves_is_reported(path: str) -> None:
                 (change,) = events.read()
                 assert isinstance(change, MappingChange)
                 assert change.new_port == moved.getsockname()[1]
-
-
-def example(near: End, far: End) -> bytes:
-    """Return an inner packet."""
-    from scapy.layers.inet import IP, UDP
-
-    return bytes(IP(src=near.inner[4], dst=far.inner[4]) / UDP(sport=1, dport=2) / b"natcompat")
-
-
-class Interrupted:
-    """The module in C, in which something happens before, or after, one of its functions."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from natcompat.esp.carrier import native as native_carrier
-        from natcompat.esp.datapath import compiled as _datapath
-
-        self.module: Any = _datapath.lib
-        monkeypatch.setattr(native_carrier, "lib", self)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
-
-
-@IN_C
-@isolated(network=True)
-def test_what_becomes_due_while_events_are_taken_is_told() -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch, tunnel("c") as (near, _):
-        elsewhere(near.namespace, lambda: ip("link", "set", "inner", "down"))  # nothing else wakes it
-        module: Any = Interrupted(monkeypatch)
-        association = near.ipsec._find(near.ids[0xC0DE0000])
-        carrier: Any = near.ipsec.carrier
-        descriptor = module.loop_event_descriptor(carrier.loop)
-        pending = [association]
-
-        def next_event(*arguments: Any) -> int:
-            if pending:  # a packet in another thread reaches a limit, and the loop wakes Python
-                pending.pop().expire(hard=False)
-                os.eventfd_write(descriptor, 1)
-            return int(module.module.loop_next_event(*arguments))
-
-        module.loop_next_event = next_event
-        with near.ipsec.events() as events:
-            os.eventfd_write(descriptor, 1)
-            assert select.select([events], [], [], 10)[0], "nobody was told"
-            assert isinstance(events.read()[0], Expire)
-
-
-@IN_C
-@isolated(network=True)
-def test_counters_are_read_while_the_loop_is_there() -> None:
-    with pytest.MonkeyPatch.context() as monkeypatch, tunnel("c") as (near, _):
-        module: Any = Interrupted(monkeypatch)
-        inside, freed = threading.Event(), threading.Event()
-        early: list[bool] = []
-
-        def read_counters(*arguments: Any) -> None:
-            if not inside.is_set():
-                inside.set()
-                early.append(freed.wait(0.3))
-            if not freed.is_set():
-                module.module.loop_read_counters(*arguments)
-
-        def free(loop: Any) -> None:
-            freed.set()
-            module.module.loop_free(loop)
-
-        module.loop_read_counters, module.loop_free = read_counters, free
-        reader = threading.Thread(target=near.ipsec.counters)
-        reader.start()
-        assert inside.wait(10)
-        near.ipsec.close()
-        reader.join()
-        assert freed.is_set()
-        assert early == [False]
-
-
-@IN_C
-@isolated(network=True)
-def test_nothing_is_left_of_a_loop_that_does_not_start() -> None:
-    with TunDevice(vnet_header=True) as device, pytest.MonkeyPatch.context() as monkeypatch:
-        module: Any = Interrupted(monkeypatch)
-        module.loop_start = lambda _: errno.EAGAIN
-        before = os.listdir("/proc/self/fd")
-        with pytest.raises(NatCompatError, match="cannot be started"):
-            UserspaceIPsec(device, datapath="c")
-        gc.collect()
-        assert os.listdir("/proc/self/fd") == before
-
-
-@IN_C
-@isolated(network=True)
-def test_it_may_be_closed_by_several_threads_at_once() -> None:
-    for _ in range(10):
-        with tunnel("c") as (near, far):
-            near.sock.sendto(b"IKE", far.sock.getsockname())
-            closers = [
-                threading.Thread(target=end.ipsec.carrier.close) for end in (near, far) for _ in range(3)
-            ]
-            closers += [threading.Thread(target=end.endpoint.close) for end in (near, far)]
-            for closer in closers:
-                closer.start()
-            for closer in closers:
-                closer.join()
 
 
 @PATHS

@@ -26,7 +26,8 @@ from natcompat.kernel.pfkey.messages import (
 )
 from natcompat.kernel.pfkey.readback import installed_sa, record_of, usage_of
 from natcompat.kernel.pfkey.translate import encode_sa
-from tests.kernel.pfkey.test_golden import CBC, PORTS, association, policy
+from tests.kernel.pfkey.golden import CBC, PORTS, association
+from tests.kernel.pfkey.test_golden_policies import policy
 
 TRIED = settings(max_examples=60, deadline=None, database=None)
 EVERY = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import socket
 import sys
-import threading
-from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from typing import Any
 
 import pytest
 
-from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
-    Acquire,
     Action,
     Direction,
-    EventsLost,
-    Expire,
     Mark,
     Mode,
     Policy,
@@ -29,49 +22,18 @@ from natcompat.ipsec import (
     UDPEncapsulation,
 )
 from natcompat.ipsec.transforms import Encr, Integ
-from natcompat.kernel import pfkey
 from natcompat.kernel.pfkey import bypass, transport
 from natcompat.kernel.pfkey.dialects import DIALECTS, FREEBSD, LINUX, OPENBSD
-from natcompat.kernel.pfkey.kernel import PfKeyIPsec
-from natcompat.kernel.pfkey.messages import Message
 from tests.kernel.pfkey import layouts
+from tests.kernel.pfkey.golden import CBC, GCM, OURS, PEER, PORTS, SPI, association
 from tests.kernel.pfkey.layouts import extension
 from tests.kernel.pfkey.model import ModelKernel
-from tests.kernel.pfkey.test_golden import CBC, GCM, OURS, PEER, PORTS, SPI, association, policy
+from tests.kernel.pfkey.models import EVERY, SELECTOR, Opener, pfkey_of, refused
+from tests.kernel.pfkey.test_golden_policies import policy
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="the models' sockets are Linux's (SOCK_SEQPACKET)"
 )
-
-SELECTOR = TrafficSelector(source="10.2.0.0/24", destination="10.1.0.0/16")
-SYSTEMS = (layouts.FREEBSD, layouts.NETBSD, layouts.OPENBSD, layouts.MACOS, layouts.SOLARIS)
-EVERY = pytest.mark.parametrize("system", SYSTEMS, ids=lambda each: each.name)
-Opener = Callable[[layouts.System], tuple[ModelKernel, PfKeyIPsec]]
-
-
-@pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Opener]:
-    """Start a model; return it, and IPsec on it."""
-    closing: list[Any] = []
-
-    def begin(system: layouts.System) -> tuple[ModelKernel, PfKeyIPsec]:
-        kernel = ModelKernel(system)
-        closing.append(kernel)
-        monkeypatch.setattr(transport, "open_socket", kernel.open)
-        ipsec = pfkey.open_ipsec(system.name)
-        assert isinstance(ipsec, PfKeyIPsec)
-        closing.append(ipsec)
-        return kernel, ipsec
-
-    yield begin
-    for each in reversed(closing):
-        each.close()
-
-
-def refused(what: Any, *arguments: Any, **options: Any) -> NatCompatError:
-    with pytest.raises(NatCompatError) as caught:
-        what(*arguments, **options)
-    return caught.value
 
 
 # -- SAs
@@ -118,12 +80,6 @@ def test_a_name_without_a_source(system: layouts.System, start: Opener) -> None:
             assert other.get_sa(bare).octets == 0
     ipsec.delete_sa(bare)
     assert refused(ipsec.delete_sa, bare).errno == errno.ESRCH
-
-
-def pfkey_of(system: layouts.System) -> PfKeyIPsec:
-    ipsec = pfkey.open_ipsec(system.name)
-    assert isinstance(ipsec, PfKeyIPsec)
-    return ipsec
 
 
 @EVERY
@@ -292,154 +248,7 @@ def test_flows_between_hosts(start: Opener) -> None:
 # -- events
 
 
-def read(events: Any) -> list[Any]:
-    assert select.select([events], [], [], 10)[0]
-    return list(events.read())
-
-
-@EVERY
-def test_acquires(system: layouts.System, start: Opener) -> None:
-    kernel, ipsec = start(system)
-    changes = {"interface_id": 3} if system is layouts.SOLARIS else {}
-    ipsec.add_policy(policy(Direction.OUT, **changes))
-    number = extension(layouts.sadb_x_policy(0, 18, 2, 2, 0, 0))
-    more: tuple[bytes, ...] = () if system is layouts.OPENBSD else (number,)
-    if system is layouts.SOLARIS:  # says the selector itself
-        more = (
-            system.address(7, "10.2.0.0", port=1000, proto=17, prefix=24),
-            system.address(22, "10.1.0.0", port=2000, proto=17, prefix=16),
-        )
-    with ipsec.events() as events:
-        kernel.tell(6, system.address(5, OURS), system.address(6, PEER), *more, seq=77)
-        (found,) = read(events)
-    assert isinstance(found, Acquire)
-    assert (str(found.source), str(found.destination), found.sequence) == (OURS, PEER, 77)
-    assert found.selector == policy(Direction.OUT).selector
-    assert found.reqid == (0 if system in (layouts.OPENBSD, layouts.SOLARIS) else 7)
-
-
-@EVERY
-def test_acquires_of_policies_that_are_gone(system: layouts.System, start: Opener) -> None:
-    kernel, ipsec = start(system)
-    number = extension(layouts.sadb_x_policy(0, 18, 2, 2, 0, 5))
-    more = () if system in (layouts.OPENBSD, layouts.SOLARIS) else (number,)
-    with ipsec.events() as events:
-        ends = [system.address(kind, each, port=80, proto=6) for kind, each in ((5, OURS), (6, PEER))]
-        kernel.tell(6, *ends, *more, seq=77)
-        (found,) = read(events)
-    assert found.reqid == 0
-    assert (str(found.selector.source), str(found.selector.destination)) == (f"{OURS}/32", f"{PEER}/32")
-    if system is not layouts.OPENBSD:  # whose addresses have no protocol
-        assert (found.selector.protocol, found.selector.source_port) == (6, 80)
-
-
-@EVERY
-def test_what_is_no_event(system: layouts.System, start: Opener) -> None:
-    kernel, ipsec = start(system)
-    ends = system.address(5, OURS, prefix=32), system.address(6, PEER, prefix=32)
-    current = extension(layouts.sadb_lifetime(0, 2))
-    hard = extension(layouts.sadb_lifetime(0, 3))
-    with ipsec.events() as events:
-        kernel.tell_raw(b"rubbish")
-        kernel.tell(8, layouts.sa(SPI), current)  # lacks addresses
-        kernel.tell(8, layouts.sa(SPI), current, *ends)  # neither hard nor soft: idle
-        kernel.tell(8, layouts.sa(0), hard, *ends)  # what waited for an acquire
-        kernel.tell(8, layouts.sa(SPI), hard, *ends, satype=9)  # IPComp
-        kernel.tell(23, layouts.sa(SPI), *ends)
-        kernel.tell_raw(layouts.message(6, kernel.esp, *ends, pid=os.getpid()))
-        kernel.tell_raw(layouts.message(6, kernel.esp, *ends, errno=1))
-        kernel.tell(8, layouts.sa(SPI), hard, *ends)
-        found: list[Any] = []
-        while not found:
-            found += read(events)
-    assert found == [Expire(sa_id=association(Direction.OUT, **GCM).sa_id, reqid=0, hard=True)]
-
-
-def test_events_that_may_have_been_lost(start: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, ipsec = start(layouts.FREEBSD)
-    with ipsec.events() as events:
-        events._room = 1
-        sa_id = ipsec.add_sa(association(Direction.OUT, **GCM))
-        kernel.sas.clear()
-        kernel.tell(9)
-        assert read(events) == [EventsLost(), Expire(sa_id=sa_id, reqid=7, hard=True)]
-        monkeypatch.setattr(ipsec, "list_sas", lambda: refused_list())
-        kernel.tell(9)
-        assert read(events) == [EventsLost()], "nothing could be found out"
-
-
-def refused_list() -> list[Any]:
-    raise NatCompatError(errno.ENOBUFS, "no")
-
-
 # -- sockets
-
-
-def test_a_kernel_that_does_not_answer(start: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, ipsec = start(layouts.NETBSD)
-    kernel.silent = True
-    ipsec._socket._patience = 0.05
-    error = refused(ipsec.flush_sas)
-    assert error.errno == errno.ETIMEDOUT
-    assert "Look whether" in error.remedy
-
-
-def test_answers_to_others_are_passed_over(start: Opener) -> None:
-    kernel, ipsec = start(layouts.FREEBSD)
-    answer = kernel._answer
-
-    def among_others(client: socket.socket, data: bytes) -> None:
-        client.send(b"rubbish")
-        client.send(layouts.message(data[1], 3, errno=errno.EPERM, seq=1, pid=os.getpid()))
-        client.send(layouts.message(data[1], 3, errno=errno.EPERM, pid=1) + bytes(8))
-        client.send(layouts.message(11, 3, pid=os.getpid()))
-        answer(client, data)
-
-    kernel._answer = among_others  # type: ignore[method-assign]
-    sa_id = ipsec.add_sa(association(Direction.OUT, **GCM))
-    assert ipsec.get_sa(sa_id).octets == 0
-
-
-def test_a_socket_that_breaks(start: Opener) -> None:
-    _, ipsec = start(layouts.FREEBSD)
-    ipsec._socket.socket.close()
-    assert refused(ipsec.flush_sas).errno == errno.EBADF
-
-
-def test_threads_take_turns(start: Opener) -> None:
-    _, ipsec = start(layouts.FREEBSD)
-    errors: list[BaseException] = []
-
-    def work(first: int) -> None:
-        try:
-            for number in range(first, first + 50):
-                ipsec.delete_sa(ipsec.add_sa(association(Direction.OUT, **GCM, spi=number)))
-        except BaseException as error:  # noqa: BLE001
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(1000 * number,)) for number in range(1, 5)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    assert errors == []
-
-
-def test_malformed_answers_are_said(start: Opener, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, ipsec = start(layouts.FREEBSD)
-    sa_id = ipsec.add_sa(association(Direction.OUT, **GCM))
-    short = Message(5, 3, [extension_of(1, 4), extension_of(2, 4)])
-    monkeypatch.setattr(ipsec._socket, "request", lambda *_, **__: short)
-    assert refused(ipsec.get_sa, sa_id).errno == errno.EBADMSG
-    assert refused(ipsec.update_sa, sa_id, source="192.0.2.9").errno == errno.EBADMSG
-    monkeypatch.setattr(ipsec._socket, "dump", lambda *_, **__: [short])
-    assert ipsec.list_sas() == []
-
-
-def extension_of(kind: int, size: int) -> Any:
-    from natcompat.kernel.pfkey.messages import extension as made
-
-    return made(kind, bytes(size))
 
 
 class Recorded:

@@ -30,6 +30,7 @@ from natcompat.kernel.pfkey.messages import Message, decode
 from natcompat.kernel.pfkey.readback import installed_sa, usage_of
 from natcompat.kernel.pfkey.translate import check_sa, encode_sa
 from tests.kernel.pfkey import layouts
+from tests.kernel.pfkey.golden import CBC, OURS, PEER, PORTS, SPI, association, ends, sa2
 from tests.kernel.pfkey.layouts import (
     FREEBSD,
     LINUX,
@@ -42,7 +43,6 @@ from tests.kernel.pfkey.layouts import (
     key,
     port,
 )
-from tests.kernel.pfkey.test_golden import CBC, OURS, PEER, PORTS, SPI, association, ends, sa2
 
 TRIED = settings(max_examples=60, deadline=None, database=None)
 EVERY = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=DIALECTS)
