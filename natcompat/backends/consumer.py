@@ -34,6 +34,10 @@ class EspInbound(Protocol):
 
     `attached(outlet)` and `detached(outlet)` report the endpoints that hand their ESP to the consumer, for a
     consumer that sends ESP: see `EspOutlet`. `detached` runs in finalizers and takes no lock.
+
+    `exempt(sock)` keeps what an endpoint's socket sends out of the consumer's IPsec policies. An endpoint
+    calls it before its socket can send, bound or not, and calls the function that it returns with the
+    socket when the option is cleared. What it raises fails the call that set the option.
     """
 
     def inbound(self, burst: list[tuple[memoryview, Address]]) -> object:

@@ -24,6 +24,7 @@ from natcompat.backends.linux_sockets.reading import is_reading_thread
 from natcompat.backends.system_calls import SystemCalls
 from natcompat.contract import Duty, Performer
 from natcompat.endpoint.aliases import Aliases
+from natcompat.endpoint.exemption import Exemption
 from natcompat.endpoint.outlet import Outlet
 from natcompat.endpoint.socket_class import change_class, make_class
 from natcompat.endpoint.state import LARGEST_DATAGRAM, EndpointState
@@ -53,6 +54,7 @@ class Switch:
         """Whether the option is off again; see `attachment` for a kernel that has all duties."""
         self._esp = esp
         self._outlet: Outlet | None = None
+        self._exemption = Exemption(state)
         self._pid = self._served_in = os.getpid()
         self._lock = threading.RLock()
         self._attachment: Attachment | None = None  # None also while it is being exchanged
@@ -76,6 +78,7 @@ class Switch:
                 try:
                     self._detach(sock)
                 finally:
+                    self._exemption.end(sock, owned=self._owned())
                     self.aliases.forget(sock)
                 raise
         _switches.add(self)
@@ -164,6 +167,7 @@ class Switch:
             try:
                 self._detach(sock)
             finally:  # whatever the kernel refuses to undo, the process ends its part
+                self._exemption.end(sock, owned=self._owned())
                 for alias in self.aliases.living():
                     self.aliases.forget(alias)
 
@@ -200,6 +204,7 @@ class Switch:
 
     def _attach(self, sock: socket.socket) -> None:
         state = self.state
+        self._exempt(sock)
         state.diversion.consumer = self._consumer()  # the backend asks whether there is one
         attachment = self.backend.attach(SystemCalls(sock, state.root), state.diversion)
         self._attachment = attachment
@@ -270,6 +275,11 @@ class Switch:
             self._outlet = Outlet(state, self.aliases.any, esp_socket, consumer)
             self._outlet.begin()
 
+    def _exempt(self, sock: socket.socket) -> None:
+        own_esp = _own_esp(self.backend)
+        consumers = self._esp, own_esp.consumer if own_esp is not None else None
+        self._exemption.renew(sock, consumers, owned=self._owned())
+
     def _end_outlet(self) -> None:
         outlet, self._outlet = self._outlet, None
         if outlet is not None:
@@ -279,7 +289,10 @@ class Switch:
         """Attach anew since the backend's own ESP was opened or closed."""
         with self._locked():
             sock = self.aliases.any()
-            if sock is None or self.closed or self._consumer() is self.state.diversion.consumer:
+            if sock is None or self.closed:
+                return
+            self._exempt(sock)  # the socket of an endpoint with a consumer of its own, too
+            if self._consumer() is self.state.diversion.consumer:
                 return
             steering = self._attachment is not None and self._attachment.mode == "steering"
             if not self._owned() and steering:  # the parent goes on; each gets a part of the ESP

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace as with_changes
 from typing import TYPE_CHECKING, Final
 
@@ -33,7 +33,7 @@ from natcompat.esp.device.queue import QueueDevice
 from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.portable import Sealed
 from natcompat.esp.engine.results import Reason
-from natcompat.ipsec import Direction, Features, Policy, SaId, SecurityAssociation
+from natcompat.ipsec import Action, Direction, Features, Policy, SaId, SecurityAssociation
 from natcompat.ipsec.device import PacketDevice
 
 if TYPE_CHECKING:
@@ -102,18 +102,35 @@ class UserspaceIPsec(EspEngine):
 
     def attached(self, outlet: EspOutlet) -> None:
         """Let ESP leave by an endpoint that hands its own to this object."""
-        if self._routes is not None:
-            with contextlib.suppress(OSError):  # a socket of before privileges were given up
-                self._routes.exempt(outlet.sock)
-                self._routes.exempt(outlet.application)
+        if outlet.own:
+            self.exempt(outlet.sock)
         self.carrier.attached(outlet)
 
     def detached(self, outlet: EspOutlet) -> None:
         """Let it leave there no longer."""
         self.carrier.detached(outlet)
-        if self._routes is not None:
-            with contextlib.suppress(OSError):  # it is closed
-                self._routes.exempt(outlet.application, False)
+
+    def exempt(self, sock: socket.socket) -> Callable[[socket.socket], object] | None:
+        """Keep what an endpoint's socket sends out of the device; return the function that undoes it.
+
+        None: there are no routes. An error (EPERM once CAP_NET_ADMIN is gone) is raised where a policy may
+        take the socket's packets into the device, and logged where there is no such policy.
+        """
+        if self._routes is None:
+            return None
+        try:
+            self._routes.exempt(sock)
+        except NatCompatError as error:
+            if any(_takes_outbound(entry.policy) for entry in self.list_policies()):
+                raise NatCompatError(
+                    error.errno or errno.EPERM,
+                    "the socket cannot be exempted from the policies, which would take its IKE and ESP into "
+                    f"{getattr(self.device, 'name', 'the device')}: {error.strerror}",
+                    "Set the option before the process gives up CAP_NET_ADMIN",
+                ) from error
+            _log.warning("an endpoint's socket is not exempt from later policies: %s", error)
+            return None
+        return self._routes.end_exemption
 
     def bypass(self, sock: socket.socket) -> None:
         """Keep what `sock` sends out of the device: for sockets of IKE that are no endpoints (port 500).
@@ -224,6 +241,10 @@ class UserspaceIPsec(EspEngine):
 
     def _transmit_keepalives(self, packets: list[Sealed]) -> None:
         self.carrier.transmit(packets)
+
+
+def _takes_outbound(policy: Policy) -> bool:
+    return policy.direction is Direction.OUT and policy.action is not Action.BYPASS
 
 
 _opening: threading.Lock = threading.Lock()

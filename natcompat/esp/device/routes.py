@@ -120,10 +120,19 @@ class DeviceRoutes:
         if self.refusal:
             return
         mark = sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK)
+        if bool(mark & MARK) is on:  # marked before the process gave up its privileges
+            return
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark | MARK if on else mark & ~MARK)
         except OSError as error:
             raise _refused("The socket cannot be marked", error) from None
+
+    @staticmethod
+    def end_exemption(sock: socket.socket) -> None:
+        """Undo `exempt`, which may have been that of another object: they share the mark."""
+        mark = sock.getsockopt(socket.SOL_SOCKET, socket.SO_MARK)
+        if mark & MARK:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark & ~MARK)
 
     def add(
         self,
