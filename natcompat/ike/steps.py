@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 from collections.abc import Callable
 from functools import partial
 
-from natcompat.errors import NatCompatError, printable
+from natcompat.errors import NatCompatError, get_logger, printable
 from natcompat.ipsec import IPsec, Policy
 
-_log = logging.getLogger("natcompat")
+_log = get_logger()
 
 
 def add_policy(ipsec: IPsec, policy: Policy, may_replace: bool, undo: contextlib.ExitStack) -> None:
