@@ -10,11 +10,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv4Interface, IPv6Interface
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 from natcompat.commands.tunnel import form
+from natcompat.commands.tunnel.files import expand, open_file, read_all, refuse_if_shared
 from natcompat.commands.tunnel.form import Place, Table, hide_keys
-from natcompat.commands.tunnel.keys import KeyReader, open_file, read_all, refuse_if_shared
+from natcompat.commands.tunnel.keys import KeyReader
 from natcompat.commands.tunnel.state import COUNTING
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
@@ -33,9 +34,6 @@ from natcompat.ipsec import (
 )
 
 IPInterface: TypeAlias = IPv4Interface | IPv6Interface
-
-
-_LARGEST: Final = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +82,7 @@ def read_tunnel(path: Path, *, backend: str | None = None) -> Tunnel:
     """
     descriptor = open_file(path, "the file")
     try:
-        content = read_all(descriptor)
+        content = read_all(descriptor, path, "the file")
         refuse_if_shared(descriptor, path, "the file", readable=True)
         tunnel, holds_keys = _read(path, content, backend)
         if holds_keys:
@@ -113,7 +111,7 @@ def _read(path: Path, content: bytes, backend: str | None) -> tuple[Tunnel, bool
         _policy(Place(path, text, "policy", number), table, endpoint)
         for number, table in enumerate(values["policy"], 1)
     ]
-    state = values["state"] and path.parent / values["state"].expanduser()
+    state = values["state"] and path.parent / expand(values["state"], "the state file")
     _check_associations(place, associations)
     _check_policies(place, policies, associations)
     _check_nonces(place, endpoint.backend, associations, state)
@@ -133,8 +131,6 @@ def _read(path: Path, content: bytes, backend: str | None) -> tuple[Tunnel, bool
 
 def _parse(path: Path, content: bytes) -> tuple[str, Table]:
     place = Place(path, "")
-    if len(content) > _LARGEST:
-        raise place.error("", f"the file is larger than {_LARGEST} bytes", "Name a tunnel's file")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:

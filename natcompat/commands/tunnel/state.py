@@ -19,6 +19,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
+from natcompat.commands.tunnel.files import open_directory_of
 from natcompat.commands.tunnel.form import hide_keys
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import Direction, SecurityAssociation
@@ -41,6 +42,7 @@ _REMEDIES: Final = {
     errno.ELOOP: "Name the file itself, and no link to it",
     errno.ENOSPC: "Make space on its disk",
 }
+_OTHER_REMEDY: Final = "Choose another path, or another disk"
 _LAST: Final = (1 << 64) - 1
 
 
@@ -55,8 +57,8 @@ class StateFile:
     """The state file at `path`, locked against every other process until `close`.
 
     With `create` it is made, and must not be there; else it must be. Raises `NatCompatError`: ENOENT,
-    EEXIST, EACCES (others may touch it), EBUSY (another tunnel has it), EINVAL (it is no such file), or
-    what the disk says.
+    EEXIST, EACCES (others may touch it, or make files in its directory), EBUSY (another tunnel has it),
+    EMLINK (it has several names), EINVAL (it is no state file), or the error of the disk.
     """
 
     def __init__(self, path: Path, *, create: bool = False) -> None:
@@ -70,7 +72,7 @@ class StateFile:
         self._salt = b""
         self._numbers: dict[Identity, int] = {}
         try:
-            self._open_directory()
+            self._directory = open_directory_of(path, "the state file")
             if create:
                 self._create()
             else:
@@ -134,18 +136,7 @@ class StateFile:
 
     def _disk_error(self, error: OSError) -> NatCompatError:
         number = error.errno or errno.EIO
-        return self._error(number, os.strerror(number), _REMEDIES.get(number, ""))
-
-    def _open_directory(self) -> None:
-        self._directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        status = os.fstat(self._directory)
-        replaceable = status.st_mode & 0o022 and not status.st_mode & stat.S_ISVTX
-        if status.st_uid not in (0, os.geteuid()) or replaceable:
-            raise self._error(
-                errno.EACCES,
-                "others may put another in its place, since they may write to its directory",
-                "Choose a directory of this user's that others may not write to",
-            )
+        return self._error(number, os.strerror(number), _REMEDIES.get(number, _OTHER_REMEDY))
 
     def _create(self) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -168,6 +159,8 @@ class StateFile:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         for _ in range(_ATTEMPTS):
             try:
+                mode = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False).st_mode
+                self._refuse_unless_regular(mode)  # before it is opened, which a device may notice
                 self._file = os.open(self._name, flags, dir_fd=self._directory)
             except FileNotFoundError:
                 raise self._error(
@@ -187,8 +180,7 @@ class StateFile:
     def _refuse_if_shared(self) -> None:
         status = os.fstat(self._file)
         mode = stat.S_IMODE(status.st_mode)
-        if not stat.S_ISREG(status.st_mode):
-            raise self._error(errno.EINVAL, "it is no regular file", "Name one that --create-state has made")
+        self._refuse_unless_regular(status.st_mode)
         if status.st_uid not in (0, os.geteuid()) or mode & 0o077:
             raise self._error(
                 errno.EACCES,
@@ -196,6 +188,16 @@ class StateFile:
                 "relied on",
                 "Replace the keys, and make a new one; if nobody has touched it, chmod 600 will do",
             )
+        if status.st_nlink > 1:
+            raise self._error(
+                errno.EMLINK,
+                f"it has {status.st_nlink} names (hard links), and only one of them would go on",
+                "Remove the other names; if an older copy may have been put back, replace the keys",
+            )
+
+    def _refuse_unless_regular(self, mode: int) -> None:
+        if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):  # a link is refused when it is opened
+            raise self._error(errno.EINVAL, "it is no regular file", "Name one that --create-state has made")
 
     def _lock(self) -> None:
         import fcntl

@@ -141,13 +141,16 @@ def test_others_may_not_touch_it(path: Path, state: StateFile, mode: int) -> Non
     assert refused(path).errno == errno.EACCES
 
 
-def test_others_may_not_replace_it(path: Path, state: StateFile) -> None:
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o702, 0o1777, 0o3770], ids=oct)
+def test_others_may_write_to_no_part_of_its_path(path: Path, state: StateFile, mode: int) -> None:
+    """Nor to a sticky directory: there they make the temporary file that a record needs."""
     state.close()
-    path.parent.chmod(0o777)
-    error = refused(path)
-    assert error.errno == errno.EACCES
-    assert "directory" in str(error)
-    path.parent.chmod(0o777 | stat.S_ISVTX)  # as /tmp: only its owner may rename it
+    path.parent.chmod(mode)
+    for create in (False, True):
+        error = refused(path, create=create)
+        assert error.errno == errno.EACCES
+        assert "directory" in str(error)
+    path.parent.chmod(0o755)
     StateFile(path).close()
 
 
