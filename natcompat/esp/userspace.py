@@ -12,8 +12,9 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as with_changes
+from ipaddress import IPv4Interface, IPv6Interface
 from typing import TYPE_CHECKING, Final
 
 from natcompat.backends.base import (
@@ -33,12 +34,21 @@ from natcompat.esp.device.queue import QueueDevice
 from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.portable import Sealed
 from natcompat.esp.engine.results import Reason
-from natcompat.ipsec import Action, Direction, Features, Policy, SaId, SecurityAssociation
+from natcompat.ipsec import (
+    Action,
+    Direction,
+    Features,
+    IPAddress,
+    Policy,
+    ProtectionRestored,
+    SaId,
+    SecurityAssociation,
+)
 from natcompat.ipsec.device import PacketDevice
 
 if TYPE_CHECKING:
     from natcompat.backends.diversion import Diversion
-    from natcompat.esp.device.routes import DeviceRoutes
+    from natcompat.esp.device.host_traffic import HostTraffic
 
 _log = get_logger()
 
@@ -61,11 +71,11 @@ class UserspaceIPsec(EspEngine):
         self,
         device: PacketDevice,
         *,
-        routes: DeviceRoutes | None = None,
+        host: HostTraffic | None = None,
         follow_mapping: bool = False,
         datapath: str | None = None,
     ) -> None:
-        """`routes`: into `device`; they follow the policies from now on, and are closed with it.
+        """`host`: applies the policies to the traffic of this host by way of `device`, and is closed with it.
 
         `datapath`: as NATCOMPAT_DATAPATH, which it overrides.
         """
@@ -75,7 +85,8 @@ class UserspaceIPsec(EspEngine):
         super().__init__(
             transmit=self._transmit_keepalives, follow_mapping=follow_mapping, datapath=chosen.make_path
         )
-        self._routes = routes
+        self._host = host
+        self._outlets: dict[EspOutlet, None] = {}
         self._device_mtu = device.mtu
         self.device: PacketDevice = device
         """Where inner packets come from and go to."""
@@ -83,12 +94,17 @@ class UserspaceIPsec(EspEngine):
         """What moves packets."""
         self.datapath: str = f"{chosen.name} ({chosen.ciphers})" if chosen.ciphers else chosen.name
         """Which data path carries packets, as NATCOMPAT_DATAPATH calls it, and whose ciphers it has."""
+        if host is not None:
+            if host.hands_back:
+                self.carrier.hand_back = host.hand_back
+                self.path.hand_up_unprotected()
+            host.start(self._lock, self._report_restored, self._endpoint_addresses)
         self.carrier.start()
 
     @property
     def features(self) -> Features:
-        """What this one can do; `host_traffic` where routes lead into the device."""
-        return with_changes(super().features, host_traffic=self._routes is not None)
+        """What this one can do; `host_traffic` where policies hold for this host."""
+        return with_changes(super().features, host_traffic=self._host is not None)
 
     def inbound(
         self, burst: list[tuple[memoryview, Address]], traffic_classes: list[int] | None = None
@@ -104,22 +120,31 @@ class UserspaceIPsec(EspEngine):
         """Let ESP leave by an endpoint that hands its own to this object."""
         if outlet.own:
             self.exempt(outlet.sock)
+        if self._host is not None:
+            self._outlets[outlet] = None
+            try:
+                self._host.follow_endpoints()
+            except OSError as error:  # privileges were given up
+                _log.warning("the guard was not told of an endpoint: %s", error)
         self.carrier.attached(outlet)
 
     def detached(self, outlet: EspOutlet) -> None:
         """Let it leave there no longer."""
         self.carrier.detached(outlet)
+        self._outlets.pop(outlet, None)
+        if self._host is not None:
+            self._host.wake()
 
     def exempt(self, sock: socket.socket) -> Callable[[socket.socket], object] | None:
         """Keep what an endpoint's socket sends out of the device; return the function that undoes it.
 
-        None: there are no routes. An error (EPERM once CAP_NET_ADMIN is gone) is raised where a policy may
-        take the socket's packets into the device, and logged where there is no such policy.
+        None: policies do not hold for this host. An error (EPERM without CAP_NET_ADMIN) is raised where a
+        policy may take the socket's packets into the device, and logged where there is no such policy.
         """
-        if self._routes is None:
+        if self._host is None:
             return None
         try:
-            self._routes.exempt(sock)
+            self._host.exempt(sock)
         except NatCompatError as error:
             if any(_takes_outbound(entry.policy) for entry in self.list_policies()):
                 raise NatCompatError(
@@ -130,22 +155,29 @@ class UserspaceIPsec(EspEngine):
                 ) from error
             _log.warning("an endpoint's socket is not exempt from later policies: %s", error)
             return None
-        return self._routes.end_exemption
+        return self._host.end_exemption
+
+    def _endpoint_addresses(self) -> list[tuple[str, int]]:
+        """Return addresses and ports of the endpoints, for which nothing may come through an SA."""
+        return [(outlet.address[0], outlet.address[1]) for outlet in list(self._outlets)]
+
+    def _report_restored(self, description: str, count: int) -> None:
+        self._emit(ProtectionRestored(description=description, count=count))
 
     def bypass(self, sock: socket.socket) -> None:
         """Keep what `sock` sends out of the device: for sockets of IKE that are no endpoints (port 500).
 
-        EPERM where routes lead into the device and CAP_NET_ADMIN is gone. Without routes it does nothing.
+        EPERM where policies hold for this host and CAP_NET_ADMIN is gone. Elsewhere it does nothing.
         """
-        if self._routes is not None:
-            self._routes.exempt(sock)
+        if self._host is not None:
+            self._host.exempt(sock)
 
     def add_sa(
         self, sa: SecurityAssociation, *, sequence: int | None = None, permitted: int | None = None
     ) -> SaId:
         """Install `sa`; see `EspEngine.add_sa`. The MTU of the device shrinks to what the SA can carry."""
         sa_id = super().add_sa(sa, sequence=sequence, permitted=permitted)
-        if sa.direction is Direction.OUT and self._routes is not None:  # else it is the caller's
+        if sa.direction is Direction.OUT and self._host is not None:  # else it is the caller's
             mtu = device_mtu([sa], self.carrier.paths.of)
             with self._lock:
                 if mtu < self._device_mtu:
@@ -153,50 +185,73 @@ class UserspaceIPsec(EspEngine):
         return sa_id
 
     def add_policy(self, policy: Policy, *, replace: bool = False) -> None:
-        """Install `policy`; see `EspEngine.add_policy`. Routes into the device follow.
+        """Install `policy`; see `EspEngine.add_policy`. From now on its packets are sealed or blocked.
 
-        ELOOP: one would lead ESP itself into the device, and this kernel has no rules to prevent it.
+        ELOOP: a route would lead ESP itself into the device, and this kernel has no rules to prevent it.
+        EOPNOTSUPP: this kernel cannot apply the selector exactly.
         """
         with self._usable(), contextlib.ExitStack() as undo:
             entry = self._policies.get(policy)
+            if self._host is not None and (entry is None or replace):
+                replaced = None if entry is None else entry.policy
+                self._host.add_policy(policy, replaced)
+                undo.callback(self._host.replace_policy, policy, replaced)
             super().add_policy(policy, replace=replace)
-            if entry is None:
-                undo.callback(super().delete_policy, policy)
-            else:
-                undo.callback(super().add_policy, entry.policy, replace=True)
-            if self._routes is not None:
-                self._routes.add_policy(policy)
-                undo.callback(self._routes.delete_policy, policy)
-                self._check_peer(policy, self._routes)
-                if entry is not None:
-                    self._routes.delete_policy(entry.policy)
             undo.pop_all()
 
     def delete_policy(self, policy: Policy) -> None:
-        """Remove a policy, and its route."""
+        """Remove a policy. Its packets are sealed, then blocked, and then leave in the clear."""
         with self._usable():
-            if self._routes is not None:
-                self._routes.delete_policy(self._policy(policy).policy)
-            super().delete_policy(policy)
+            installed = self._policy(policy).policy
+            if self._host is not None:
+                self._host.delete_policy(installed)
+            super().delete_policy(installed)
 
     def flush_policies(self, *, reqid: int | None = None) -> None:
-        """Remove every policy of this engine, and the routes; with `reqid`, those that have it."""
+        """Remove every policy of this engine; with `reqid`, those that have it."""
         with self._usable():
-            if self._routes is not None:
-                rest = (entry.policy for entry in self._policies if reqid not in (None, entry.policy.reqid))
-                self._routes.follow(rest)
+            if self._host is not None:
+                policies = [entry.policy for entry in self._policies]
+                self._host.retain([policy for policy in policies if reqid not in (None, policy.reqid)])
             super().flush_policies(reqid=reqid)
 
-    @staticmethod
-    def _check_peer(policy: Policy, routes: DeviceRoutes) -> None:
-        if policy.direction is Direction.IN or policy.destination is None:
-            return
-        try:
-            routes.check_peer(policy.destination)
-        except NatCompatError as error:
-            if error.errno == errno.ELOOP:
-                raise
-            _log.warning("%s", error)  # it may be set right later
+    def counters(self) -> Mapping[Reason, int]:
+        """Return how many packets went no further, by reason; see `EspEngine.counters`."""
+        counted = dict(super().counters())
+        if self._host is not None:
+            for reason, packets in self._host.passed().items():  # those went further
+                counted[reason] = max(0, counted.get(reason, 0) - packets)
+        return {reason: packets for reason, packets in counted.items() if packets}
+
+    def host_counters(self) -> Mapping[str, int]:
+        """Return how many packets were blocked or passed by, and how often something was restored."""
+        with self._usable():
+            return {} if self._host is None else self._host.counters()
+
+    # --- inner addresses
+
+    def add_address(self, address: str | IPAddress | IPv4Interface | IPv6Interface) -> None:
+        """Give this host an inner address, "10.9.0.10/32", before or after the policies for it.
+
+        Routes of the policies prefer it as source. It goes with `close` or the process. EEXIST: the device
+        has it. EOPNOTSUPP: the device is no TUN of this object's own.
+        """
+        with self._usable():
+            self._addressed().add_address(str(address))
+
+    def remove_address(self, address: str | IPAddress | IPv4Interface | IPv6Interface) -> None:
+        """Take an inner address away. EADDRNOTAVAIL: it was not given."""
+        with self._usable():
+            self._addressed().remove_address(str(address))
+
+    def _addressed(self) -> HostTraffic:
+        if self._host is None:
+            raise NatCompatError(
+                errno.EOPNOTSUPP,
+                f"a {type(self.device).__name__} has no addresses of this host",
+                'Open IPsec with device="tun", or leave inner addresses to the program that has the device',
+            )
+        return self._host
 
     @property
     def engines(self) -> int:
@@ -216,17 +271,17 @@ class UserspaceIPsec(EspEngine):
             return
         if self._closed:
             return
-        with contextlib.ExitStack() as each:  # all of them, whatever one of them raises, from the last on
-            each.callback(self._close_device)
-            if self._routes is not None:
-                each.callback(self._routes.close)
-            each.callback(super().close)
-            each.callback(self.carrier.close)
-            each.callback(self._leave)
+        with contextlib.ExitStack() as steps:  # every one, whatever another raises, from the last on
+            steps.callback(self._close_device)
+            if self._host is not None:
+                steps.callback(self._host.close)
+            steps.callback(super().close)
+            steps.callback(self.carrier.close)
+            steps.callback(self._leave)
 
     def abandon(self) -> None:
         """Let go of what a forked child has inherited: the device goes on as long as somebody holds it."""
-        abandon = getattr(self.device, "abandon", None)
+        abandon = getattr(self._host or self.device, "abandon", None)
         if abandon is not None:
             abandon()
 
@@ -259,18 +314,22 @@ def open_process_ipsec(
 ) -> UserspaceIPsec:
     """Open the ESP of this process: what endpoints of the backend userspace hand their ESP to.
 
-    Those that were given another consumer keep it (`esp` of `natcompat.set_nat_t_endpoint`). `device`
-    is closed with what is returned. ``"auto"``: a `natcompat.esp.device.tun.TunDevice` where this process may
-    make one,
-    with routes that follow the outbound policies (`natcompat.esp.device.routes`); else a `QueueDevice`.
+    Endpoints that were given another consumer keep it (`esp` of `natcompat.set_nat_t_endpoint`).
 
-    There is one at a time, since a port gives its ESP to one: EBUSY while it is open. A forked child may
-    open its own, which then shares the ports of its parent.
+    `device`: ``"tun"`` and ``"auto"`` make a TUN device by which policies hold for this host's own traffic
+    (`natcompat.esp.device.host_traffic`); ``"queue"`` a `QueueDevice`; an object is a packet device of the
+    caller's, closed with what is returned. `netns`: the network namespace of the TUN device, by name, path
+    or descriptor; the sockets of ESP stay where they are. `lockdown`: what the policies cover stays blocked
+    after the process dies, until the next start or ``natcompat doctor --clean``.
+
+    Raises EBUSY while another one is open, since a port gives its ESP to one; what `TunDevice` raises without
+    /dev/net/tun or CAP_NET_ADMIN; ENOTSUP for a TUN elsewhere than on Linux. A forked child may open its own,
+    which then shares the ports of its parent.
     """
-    if netns is not None or lockdown:
-        raise NatCompatError(
-            errno.EOPNOTSUPP, "ESP in this process has neither netns nor lockdown", "Omit them"
-        )
+    if not isinstance(device, str) or device == "queue":
+        _refuse_options(netns, lockdown)
+    elif device not in ("auto", "tun"):
+        raise ValueError(f"device: {device!r} is neither 'auto', 'tun', 'queue' nor a packet device")
     with _opening:
         if PROCESS_ESP.consumer is not None:
             raise NatCompatError(
@@ -279,30 +338,46 @@ def open_process_ipsec(
                 "Share the object that open_ipsec() returned, or close it before another is opened",
             )
         with contextlib.ExitStack() as undo:
-            routes = None
-            if isinstance(device, str):
-                device, routes = (QueueDevice(), None) if device == "queue" else _default_device(undo)
-            ipsec = UserspaceIPsec(device, routes=routes, follow_mapping=follow_mapping)
+            host = None
+            if not isinstance(device, str):
+                packets = device
+            elif device == "queue":
+                packets = QueueDevice()
+            else:
+                host = _host_traffic(netns, lockdown)
+                undo.callback(host.close)
+                packets = host.device
+            ipsec = UserspaceIPsec(packets, host=host, follow_mapping=follow_mapping)
             undo.callback(ipsec.close)
             PROCESS_ESP.change(ipsec)
             undo.pop_all()
         return ipsec
 
 
-def _default_device(undo: contextlib.ExitStack) -> tuple[PacketDevice, DeviceRoutes | None]:
-    """Return the system's device, if there can be one, else a queue."""
-    if sys.platform != "linux":
-        return QueueDevice(), None
-    from natcompat.esp.device.routes import DeviceRoutes
-    from natcompat.esp.device.tun import TunDevice
+def _refuse_options(netns: NetworkNamespace | None, lockdown: bool) -> None:
+    for name, given in (("netns", netns is not None), ("lockdown", lockdown)):
+        if given:
+            raise NatCompatError(
+                errno.EOPNOTSUPP,
+                f"{name} is for a TUN device that natcompat makes",
+                f'Omit {name}, or use device="tun"',
+            )
 
+
+def _host_traffic(netns: NetworkNamespace | None, lockdown: bool) -> HostTraffic:
+    """Return a TUN device with what applies policies to this host's traffic."""
     try:
-        device = undo.enter_context(TunDevice(vnet_header=datapaths.select().name == "c"))
-        return device, undo.enter_context(DeviceRoutes(device))
+        if sys.platform != "linux":
+            raise NatCompatError(errno.ENOTSUP, "TUN devices are here for Linux only")
+        from natcompat.esp.device.host_traffic import HostTraffic
+        from natcompat.esp.device.tun import TunDevice
+
+        vnet_header = datapaths.select().name == "c"
+        return HostTraffic(lambda: TunDevice(vnet_header=vnet_header), netns=netns, lockdown=lockdown)
     except NatCompatError as error:
-        undo.close()
-        _log.info("inner packets go through a queue (open_ipsec().device): %s", error)
-        return QueueDevice(), None
+        remedies = [error.remedy] if error.remedy else []
+        remedies.append('or take inner packets yourself: device="queue"')
+        raise NatCompatError(error.errno or 0, error.strerror or "", ", ".join(remedies)) from None
 
 
 def _after_fork() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -377,9 +378,17 @@ def test_a_child_does_not_keep_the_device() -> None:
 
 
 @isolated(ordinary_user=True)
-def test_without_privilege_it_is_a_queue() -> None:
-    with open_ipsec("userspace") as ipsec:
+def test_without_privilege_it_is_an_error_unless_a_queue_is_asked_for() -> None:
+    for device in ("auto", "tun"):
+        with pytest.raises(NatCompatError, match=r'CAP_NET_ADMIN.*device="queue"') as caught:
+            open_ipsec("userspace", device=device)
+        assert caught.value.errno == errno.EPERM
+    with open_ipsec("userspace", device="queue") as ipsec:
         assert isinstance(ipsec.device, QueueDevice)
+        assert not ipsec.features.host_traffic
+        with pytest.raises(NatCompatError, match='device="tun"') as caught:
+            ipsec.add_address("10.9.0.10/32")
+        assert caught.value.errno == errno.EOPNOTSUPP
 
 
 DAEMON = """

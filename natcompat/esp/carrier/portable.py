@@ -8,9 +8,9 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 from natcompat.backends.base import Address, EspOutlet, SocketReader, TakeBurst
 from natcompat.backends.diversion import Diversion
@@ -38,6 +38,9 @@ QUEUE: Final = 1 << 20
 _SO_SNDBUFFORCE: Final = 32  # include/uapi/asm-generic/socket.h
 
 
+HandBack: TypeAlias = Callable[[Sequence[bytes], Sequence[object]], object]
+
+
 class Carrier(Protocol):
     """Moves packets: ESP sockets -> engine -> device, device -> engine -> ESP sockets, until closed."""
 
@@ -45,6 +48,8 @@ class Carrier(Protocol):
     """Why the system did not send a packet, the last time it did not."""
     paths: PathMtus
     """What is known of path MTUs."""
+    hand_back: HandBack | None
+    """Called with inner packets and what sealing them gave, to send those that no policy protects."""
 
     def start(self) -> None:
         """Begin."""
@@ -101,6 +106,7 @@ class PortableCarrier:
 
     def __init__(self, engine: EspEngine, device: PacketDevice) -> None:
         self.last_error: OSError | None = None
+        self.hand_back: HandBack | None = None
         self.paths: PathMtus = PathMtus(self._ask_path_mtu)
         self._engine = engine
         self._device = device
@@ -199,7 +205,10 @@ class PortableCarrier:
                 _log.exception("the packet device failed; nothing is sealed any more")
 
     def _carry(self, burst: list[bytes]) -> None:
-        self._send(zip(self._engine.seal_burst(burst), burst, strict=True))
+        sealed = self._engine.seal_burst(burst)
+        if self.hand_back is not None:
+            self.hand_back(burst, sealed)
+        self._send(zip(sealed, burst, strict=True))
 
     def _send(self, packets: Iterable[tuple[Sealed | Dropped, bytes | None]]) -> None:
         """Send ESP packets, each with the inner packet that it carries: those to one destination together."""

@@ -73,6 +73,7 @@ class NativeDataPath(PortableDataPath):
         self._path = ffi.gc(path, lib.esp_path_release)
         self._register = Register()
         self._spare = 0
+        self._standing = _STANDING
         self._others: Callable[[], Mapping[Reason, int]] = dict
         self._metered: dict[PolicyEntry, None] = {}
         self._peers: dict[Address, bytes] = {}
@@ -90,6 +91,10 @@ class NativeDataPath(PortableDataPath):
             return None
         name = lib.esp_provider(self._path, sa.encryption, sa.integrity, len(sa.encryption_key))
         return ffi.string(name).decode() if name else None
+
+    def hand_up_unprotected(self) -> None:
+        """Have C hand up packets that no policy protects."""
+        self._standing = frozenset({Reason.DISCARD})
 
     # -- SAs
 
@@ -223,7 +228,7 @@ class NativeDataPath(PortableDataPath):
             meter = self._meter(entry)
             lib.esp_way(self._path, generation, _flow(flow), association.state, meter, 0)
             return way
-        if association is None and dropped.reason in _STANDING:
+        if association is None and dropped.reason in self._standing:
             meter, verdict = self._meter(entry), _NUMBERS[dropped.reason]
             lib.esp_way(self._path, generation, _flow(flow), ffi.NULL, meter, verdict)
             return way

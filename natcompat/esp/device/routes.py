@@ -41,7 +41,7 @@ from ipaddress import ip_address, ip_network
 from typing import Final, NamedTuple, Self
 
 from natcompat.errors import NatCompatError
-from natcompat.esp.device.outer_path import NO_LOOP_REMEDY, refuse_loop, rp_filter
+from natcompat.esp.device.outer_path import check_way, refuse_loop
 from natcompat.esp.device.policy_routes import PolicyRoutes, covering
 from natcompat.esp.device.rtnetlink import MAIN_TABLE, Rtnetlink, Rule, family_of
 from natcompat.esp.device.stale_rules import SLOT, remove_stale, table_of
@@ -298,27 +298,33 @@ class DeviceRoutes:
         peer = ip_address(peer)
         if not self.covers(peer):
             return
-        index = self._netlink.interface_to(peer, mark=0 if self.refusal else MARK)
-        if index == self._device.index:
-            raise NatCompatError(
-                errno.ELOOP,
-                f"the outer packets to {peer} would go into {self._device.name}",
-                self.refusal and NO_LOOP_REMEDY,
-            )
-        if not index:
-            raise NatCompatError(
-                errno.ENETUNREACH,
-                f"without the routes into {self._device.name} there is none to {peer}",
-                "Connect to the network first",
-            )
-        name = socket.if_indextoname(index)
-        if peer.version == 4 and max(rp_filter("all"), rp_filter(name)) == 1:
-            raise NatCompatError(
-                errno.EHOSTUNREACH,
-                f"{name} drops what {peer} sends: its reverse path filter is strict, and a route into "
-                f"{self._device.name} covers it",
-                f"Make the filter loose: sysctl -w net.ipv4.conf.{name}.rp_filter=2",
-            )
+        check_way(self._netlink, peer, self._device, mark=MARK, refusal=self.refusal)
+
+    def restore(self) -> list[str]:
+        """Put rules and routes back that somebody took away; return what they were, in words."""
+        restored = []
+        present = set(self._netlink.rules())
+        for rule in self._rules:
+            if rule not in present:
+                self._netlink.add_rule(rule)
+                restored.append(f"the rule of priority {rule.priority} to table {rule.table}")
+        routes = self._netlink.routes_in(self.table)
+        for network, route in self._routes.items():
+            index = 0 if route is _PAST else self._device.index
+            if (index, network) in routes:
+                continue
+            if route is _PAST:
+                self._netlink.add_throw(network, table=self.table)
+            else:
+                self._netlink.add_route(
+                    index, network, table=self.table, source=route.preferred, replace=True
+                )
+            restored.append(f"the route to {network}")
+        return restored
+
+    def follow_addresses(self) -> None:
+        """Let the routes prefer the addresses that the device and this host have now."""
+        self._follow(set())
 
     def close(self) -> None:
         """Remove rules and routes. May be repeated."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
 from collections.abc import Iterator, Mapping
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from typing import Any, Final, NamedTuple
@@ -18,7 +19,7 @@ from pyroute2.netlink.rtnl.ifinfmsg import ifinfmsg
 from pyroute2.netlink.rtnl.rtmsg import rtmsg
 
 from natcompat.ipsec import IPAddress, IPNetwork
-from natcompat.kernel.xfrm.netlink import NETLINK_ROUTE, Netlink
+from natcompat.kernel.xfrm.netlink import HEADER, NETLINK_ROUTE, Netlink, attributes
 from natcompat.kernel.xfrm.probe import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL
 
 MAIN_TABLE: Final = 254  # linux/rtnetlink.h, as all RT* and RTM_*
@@ -26,11 +27,13 @@ MAIN_TABLE: Final = 254  # linux/rtnetlink.h, as all RT* and RTM_*
 PROTOCOL: Final = 78
 """Who made a route or a rule, in rtnetlink's words: those above 4 are free, and this one is not taken."""
 
-_RTM_NEWLINK, _RTM_DELLINK = 16, 17
+_RTM_NEWLINK, _RTM_DELLINK, _RTM_GETLINK = 16, 17, 18
 _RTM_NEWADDR, _RTM_DELADDR, _RTM_GETADDR = 20, 21, 22
 _RTM_NEWROUTE, _RTM_DELROUTE, _RTM_GETROUTE = 24, 25, 26
 _RTM_NEWRULE, _RTM_DELRULE, _RTM_GETRULE = 32, 33, 34
 _RTN_UNICAST, _RTN_THROW = 1, 9
+_RTA_DST, _RTA_OIF, _RTA_TABLE = 1, 4, 15
+_IFLA_IFNAME = 3  # linux/if_link.h
 _RT_SCOPE_LINK = 253
 _RT_SCOPE_NOWHERE = 255
 _FR_ACT_TO_TBL = 1  # linux/fib_rules.h, as all FRA_*
@@ -67,6 +70,13 @@ class Rule(NamedTuple):
     """What the table says of default routes does not count (suppress_prefixlength 0)."""
 
 
+class Link(NamedTuple):
+    """An interface."""
+
+    name: str
+    up: bool
+
+
 class Rtnetlink:
     """A socket for the network namespace of this thread. Methods may be called from any thread."""
 
@@ -96,6 +106,29 @@ class Rtnetlink:
         message = ifinfmsg()
         message["index"] = index
         self._request("Removing the interface", message, _RTM_DELLINK, NLM_F_ACK)
+
+    def link(self, index: int) -> Link | None:
+        """Return the interface with `index`; None: there is none in this network namespace."""
+        message = ifinfmsg()
+        message["index"] = index
+        message.encode()
+        try:
+            answer = self._netlink.request(
+                "Looking at the interface", bytearray(message.data), _RTM_GETLINK, 0
+            )
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                return None
+            raise
+        names = (
+            answer[start:end]
+            for kind, start, end in attributes(answer, HEADER.size + 16)
+            if kind == _IFLA_IFNAME
+        )
+        name = next(names, b"").rstrip(b"\0").decode(errors="replace")
+        return Link(
+            name, bool(int.from_bytes(answer[HEADER.size + 8 : HEADER.size + 12], sys.byteorder) & _IFF_UP)
+        )
 
     def add_address(self, index: int, address: IPAddress, prefix_length: int) -> None:
         """Give an interface an address. There is no duplicate address detection for IPv6.
@@ -142,6 +175,27 @@ class Rtnetlink:
                 found.append((index, network, int(message.get_attr("RTA_TABLE") or message["table"])))
         return found
 
+    def routes_in(self, table: int) -> set[tuple[int, IPNetwork]]:
+        """Return interface (0: of `add_throw`) and network of the routes in `table` that were made here."""
+        routes = set()
+        for family, cls in ((socket.AF_INET, IPv4Network), (socket.AF_INET6, IPv6Network)):
+            message = bytearray(HEADER.size + 12)
+            message[HEADER.size] = family
+            for answer in self._netlink.dump("Listing the routes", message, _RTM_GETROUTE):
+                length, protocol, kind = (
+                    answer[HEADER.size + 1],
+                    answer[HEADER.size + 5],
+                    answer[HEADER.size + 7],
+                )
+                if protocol != PROTOCOL:
+                    continue
+                values = {key: answer[start:end] for key, start, end in attributes(answer, HEADER.size + 12)}
+                if int.from_bytes(values.get(_RTA_TABLE, b""), sys.byteorder) == table:
+                    address = values.get(_RTA_DST, bytes(4 if family == socket.AF_INET else 16))
+                    index = int.from_bytes(values.get(_RTA_OIF, b""), sys.byteorder)
+                    routes.add((0 if kind == _RTN_THROW else index, cls((address, length))))
+        return routes
+
     def delete_route(self, index: int, network: IPNetwork, *, table: int) -> None:
         """Undo `add_route`, or with `index` 0 `add_throw`."""
         message = _route(index, network, table)
@@ -165,6 +219,14 @@ class Rtnetlink:
         found = rtmsg(answer)
         found.decode()
         return int(found.get_attr("RTA_OIF") or 0)
+
+    def addresses_of(self, index: int) -> set[IPAddress]:
+        """Return the addresses of an interface."""
+        return {
+            ip_address(message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
+            for message in self._dump("Listing the addresses", ifaddrmsg, _RTM_GETADDR)
+            if message["index"] == index
+        }
 
     def addresses(self) -> list[IPAddress]:
         """Return the addresses of this host, those of the loopback interface last."""

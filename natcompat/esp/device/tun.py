@@ -21,7 +21,7 @@ import struct
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from ipaddress import ip_address, ip_interface, ip_network
+from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface, ip_network
 from typing import TYPE_CHECKING, Final, Self
 
 from natcompat.errors import NatCompatError
@@ -93,6 +93,9 @@ class TunDevice:
         self.vnet_header: bool = vnet_header
         self.addresses: list[IPAddress] = []
         """Those that `add_address` gave to the interface."""
+        self.addresses_changed: Callable[[], object] = _do_nothing
+        """Called after `add_address` and `remove_address`."""
+        self._interfaces: dict[IPAddress, IPv4Interface | IPv6Interface] = {}
         self.write_errors: int = 0
         """Packets that the kernel did not take: malformed, of an unknown version, or there was no memory."""
         self.offloaded: int = 0
@@ -151,6 +154,51 @@ class TunDevice:
             if self._persists:
                 self._undo[interface] = partial(netlink.delete_address, *wanted)
         self.addresses.append(interface.ip)
+        self._interfaces[interface.ip] = interface
+        self.addresses_changed()
+
+    def remove_address(self, address: str | IPAddress) -> None:
+        """Take away an address that `add_address` gave; its prefix length may be omitted.
+
+        EADDRNOTAVAIL: the interface was not given it.
+        """
+        removed = ip_interface(address).ip
+        interface = self._interfaces.get(removed)
+        if interface is None:
+            raise NatCompatError(
+                errno.EADDRNOTAVAIL, f"{self.name} was not given {removed}", "Give the address that was added"
+            )
+        netlink = self._routes()
+        with contextlib.suppress(NatCompatError):  # somebody else did
+            netlink.delete_address(self.index, removed, interface.network.prefixlen)
+        del self._interfaces[removed]
+        self.addresses.remove(removed)
+        self._undo.pop(interface, None)
+        self.addresses_changed()
+
+    def restore(self) -> list[str]:
+        """Bring the interface up and give it its addresses again; return what was missing, in words.
+
+        ENODEV: it is gone from this network namespace.
+        """
+        netlink = self._routes()
+        link = netlink.link(self.index)
+        if link is None:
+            raise NatCompatError(
+                errno.ENODEV,
+                f"the interface {self.name} was deleted or moved to another network namespace",
+                "Open IPsec anew",
+            )
+        restored = []
+        if not link.up:
+            netlink.set_link(self.index, up=True)
+            restored.append(f"the interface {link.name} was down")
+        present = netlink.addresses_of(self.index)
+        for interface in self._interfaces.values():
+            if interface.ip not in present:
+                netlink.add_address(self.index, interface.ip, interface.network.prefixlen)
+                restored.append(f"the address {interface}")
+        return restored
 
     def add_route(
         self, network: IPNetwork | str, source: IPAddress | str | None = None, *, table: int | None = None
@@ -292,6 +340,10 @@ class TunDevice:
         with contextlib.suppress(AttributeError, OSError):  # it was never opened; the interpreter ends
             if self._descriptor >= 0:
                 os.close(self._descriptor)
+
+
+def _do_nothing() -> None:
+    """Be called for nothing."""
 
 
 def _open(name: str, flags: int) -> tuple[int, str, bool]:

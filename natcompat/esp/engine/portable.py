@@ -64,6 +64,10 @@ class DataPath(Protocol):
         """
         ...
 
+    def hand_up_unprotected(self) -> None:
+        """Return every packet that no policy protects from `seal_burst`, rather than drop it on the way."""
+        ...
+
     def count(self, results: Iterable[object]) -> None:
         """Count the drops among `results`, made elsewhere."""
         ...
@@ -131,6 +135,9 @@ class PortableDataPath:
         """Find the ways of all flows again. Who is finding one now keeps it to himself."""
         self._admitted: dict[FlowKey, tuple[Inbound, PolicyEntry | None]] = {}
         self._ways: dict[FlowKey, Way] = {}
+
+    def hand_up_unprotected(self) -> None:
+        """Do nothing: this path returns what becomes of every packet."""
 
     def counters(self) -> Mapping[Reason, int]:
         """Return how many packets went no further, by reason."""
