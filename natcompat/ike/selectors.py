@@ -179,10 +179,6 @@ def _addresses(selector: IkeSelector, ranges: bool) -> list[IPNetwork | AddressR
 
 
 def _port_ranges(first: int, last: int, ranges: bool) -> list[PortRange]:
-    if last == 0:
-        raise ValueError(
-            "selectors: port 0 alone (or message type or code 0) has no selector; natcompat takes 0 for any"
-        )
     return [PortRange(first, last)] if ranges else [PortRange(*block) for block in _blocks(first, last)]
 
 

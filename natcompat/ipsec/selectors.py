@@ -35,6 +35,12 @@ class PortRange:
         if self.first > self.last:
             raise ValueError(f"first: {self.first} comes after last, {self.last}")
 
+    @property
+    def mask(self) -> int | None:
+        """The mask under which the ports of this range, and no others, equal `first`; None: there is none."""
+        size = self.last - self.first + 1
+        return 0x10000 - size if size & (size - 1) == 0 and self.first % size == 0 else None
+
     def __contains__(self, port: int) -> bool:
         return self.first <= port <= self.last
 
@@ -84,7 +90,8 @@ class TrafficSelector:
 
     `source` and `destination` take a network, an address, or a range ("10.0.0.5-10.0.0.9", `AddressRange`);
     `source_port` and `destination_port` take a port, or a range ("5000-5999", `PortRange`). `protocol` 0 and
-    port 0 stand for any. For ICMP the source port is the message type and the destination port the code.
+    port 0 stand for any; `PortRange(0, 0)` is port 0 alone. For ICMP the source port is the message type and
+    the destination port the code.
 
     A range is kept beside the smallest network that covers it: `source` alone is wider than a selector with
     a `source_range`. Whoever has no ranges refuses such a selector (`has_ranges`) and never widens it.
@@ -187,18 +194,31 @@ class TrafficSelector:
         )
 
 
-def refuse_ranges(selectors: Iterable[TrafficSelector], implementation: str) -> None:
+def refuse_ranges(
+    selectors: Iterable[TrafficSelector], implementation: str, *, port_masks: bool = False
+) -> None:
     """Raise `natcompat.NatCompatError` (EOPNOTSUPP) if one of `selectors` has ranges: none is ever widened.
 
-    `implementation` is named in the error: "XFRM", "PF_KEY of FreeBSD".
+    `implementation` is named in the error: "XFRM", "PF_KEY of FreeBSD". `port_masks`: it knows masks of
+    ports, so that a range of a power of two that is aligned to its size is no range to it.
     """
     for selector in selectors:
-        if selector.has_ranges:
+        if selector.has_ranges and not (port_masks and _masks_say(selector)):
+            ports = "ports under a mask" if port_masks else "single ports"
             raise NatCompatError(
                 errno.EOPNOTSUPP,
-                f"{implementation} knows networks and single ports, and this selector has ranges: {selector}",
+                f"{implementation} knows networks and {ports}, and this selector has ranges: {selector}",
                 "Split it into networks (AddressRange.networks()) and ports, or use the backend userspace",
             )
+
+
+def _masks_say(selector: TrafficSelector) -> bool:
+    return (
+        selector.source_range is None
+        and selector.destination_range is None
+        and selector.source_ports.mask is not None
+        and selector.destination_ports.mask is not None
+    )
 
 
 def _addresses(
@@ -222,11 +242,11 @@ def _ports(name: str, value: int | PortRange | str) -> PortRange:
     if isinstance(value, str):
         first, dash, last = value.partition("-")
         try:
-            value = PortRange(int(first), int(last) if dash else int(first))
+            value = PortRange(int(first), int(last)) if dash else int(first)
         except ValueError as error:
             raise ValueError(f"{name}: {value!r} is no port and no range of ports ({error})") from None
     if isinstance(value, PortRange):
-        return ANY_PORT if value == PortRange(0, 0) else value
+        return value
     port = check_range(name, value, 0, 65535)
     return PortRange(port, port) if port else ANY_PORT
 

@@ -130,3 +130,41 @@ def test_both_definitions_of_a_match_agree(
     assert made.matches(source, destination, protocol, port, 80) == expected
     flow = Flow(4, protocol, int(source), int(destination), port, 80)
     assert matches(made, flow) == expected
+
+
+@pytest.mark.parametrize(
+    ("ports", "mask"),
+    [
+        (PortRange(0, 65535), 0),
+        (PortRange(25, 25), 0xFFFF),
+        (PortRange(0, 0), 0xFFFF),
+        (PortRange(5000, 5007), 0xFFF8),
+        (PortRange(32768, 65535), 0x8000),
+        (PortRange(5001, 5008), None),  # not aligned
+        (PortRange(5000, 5005), None),
+        (PortRange(1024, 65535), None),
+    ],
+)
+def test_the_mask_of_ports(ports: PortRange, mask: int | None) -> None:
+    assert ports.mask == mask
+    if mask is not None:
+        assert [port for port in range(0x10000) if port & mask == ports.first] == list(
+            range(ports.first, ports.last + 1)
+        )
+
+
+def test_port_0_alone_is_not_any_port() -> None:
+    made = selector(protocol=1, source_port=PortRange(0, 0))
+    assert made.source_ports == PortRange(0, 0)
+    assert made.has_ranges
+    assert made != selector(protocol=1)
+
+
+def test_who_has_port_masks_takes_what_they_can_say() -> None:
+    refuse_ranges([selector(protocol=6, source_port="5000-5007")], "XFRM", port_masks=True)
+    for refused in (
+        selector(protocol=6, source_port="5000-5008"),
+        selector(protocol=6, source_port="5000-5007", destination="10.0.0.5-10.0.0.9"),
+    ):
+        with pytest.raises(NatCompatError, match="ports under a mask"):
+            refuse_ranges([refused], "XFRM", port_masks=True)

@@ -223,6 +223,23 @@ def test_ranges_become_prefixes(ipsec: XfrmIPsec) -> None:
     assert ipsec.list_policies() == []
 
 
+def test_port_ranges_become_masks_that_hold_on_the_wire(ends: Ends) -> None:
+    """Ports 5000 to 5009 at the far end are two policies; no other port meets them."""
+    near, far = IkeSelector.of("10.1.0.1", 17), IkeSelector.of("10.2.0.1", 17, 5000, 5009)
+    agreed = ends.negotiate()
+    there = ends.install("far", agreed, selectors=[(far, near)])
+    here = ends.install("near", agreed, selectors=[(near, far)])
+    assert len(here.policies) == 4
+    assert here.outbound is not None
+    with ends.near.udp("10.1.0.1", 6000, encap=False) as sender:
+        for port, protected in ((4999, 0), (5000, 1), (5007, 1), (5008, 1), (5009, 1), (5010, 0)):
+            before = ends.near.ipsec.get_sa(here.outbound).packets
+            sender.sendto(b"message", ("10.2.0.1", port))
+            assert ends.near.ipsec.get_sa(here.outbound).packets - before == protected, port
+    here.delete()
+    there.delete()
+
+
 def test_transport_mode_without_a_nat(ipsec: XfrmIPsec) -> None:
     ends = IkeSelector.of("192.0.2.1"), IkeSelector.of("192.0.2.2", 17, 1701, 1701)
     child = ChildSa.install(

@@ -162,7 +162,7 @@ class XfrmIPsec(KernelIPsec[bytes]):
         sequence: int | None,
         features: KernelFeatures | None = None,
     ) -> None:
-        refuse_ranges(sa.selectors, "XFRM")
+        refuse_ranges(sa.selectors, "XFRM", port_masks=True)
         message = encode_sa(sa, features or self._kernel)
         if sequence:
             put_sequence(message, sa.direction, sequence)
@@ -255,7 +255,7 @@ class XfrmIPsec(KernelIPsec[bytes]):
         installed for FWD, too (except in transport mode, which is for this host only). Outbound
         tunnel policies cannot be `optional` with kernels since 2022: EINVAL.
         """
-        refuse_ranges([policy.selector], "XFRM")
+        refuse_ranges([policy.selector], "XFRM", port_masks=True)
         before = self._find_policy(policy) if replace else None
         done: list[int] = []
         for direction in kernel_directions(policy):

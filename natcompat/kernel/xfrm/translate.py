@@ -21,6 +21,7 @@ from natcompat.ipsec import (
     Lifetime,
     Mark,
     Mode,
+    PortRange,
     SaId,
     SecurityAssociation,
     TrafficSelector,
@@ -275,10 +276,10 @@ def selector_fields(selector: TrafficSelector, prefix: str) -> dict[str, Any]:
     return {
         f"{prefix}daddr": tuple(octets(selector.destination.network_address)),
         f"{prefix}saddr": tuple(octets(selector.source.network_address)),
-        f"{prefix}dport": selector.destination_port,
-        f"{prefix}dport_mask": 0xFFFF * bool(selector.destination_port),
-        f"{prefix}sport": selector.source_port,
-        f"{prefix}sport_mask": 0xFFFF * bool(selector.source_port),
+        f"{prefix}dport": selector.destination_ports.first,
+        f"{prefix}dport_mask": selector.destination_ports.mask,  # refuse_ranges() saw to it that there is one
+        f"{prefix}sport": selector.source_ports.first,
+        f"{prefix}sport_mask": selector.source_ports.mask,
         f"{prefix}family": family_of(selector.destination.network_address),
         f"{prefix}prefixlen_d": selector.destination.prefixlen,
         f"{prefix}prefixlen_s": selector.source.prefixlen,
@@ -295,9 +296,15 @@ def selector_of(message: Any, prefix: str = "sel_") -> TrafficSelector:
         source=ip_network(f"{source}/{message[f'{prefix}prefixlen_s']}", strict=False),
         destination=ip_network(f"{destination}/{message[f'{prefix}prefixlen_d']}", strict=False),
         protocol=message[f"{prefix}proto"],
-        source_port=message[f"{prefix}sport"] if message[f"{prefix}sport_mask"] else 0,
-        destination_port=message[f"{prefix}dport"] if message[f"{prefix}dport_mask"] else 0,
+        source_port=_ports(message[f"{prefix}sport"], message[f"{prefix}sport_mask"]),
+        destination_port=_ports(message[f"{prefix}dport"], message[f"{prefix}dport_mask"]),
     )
+
+
+def _ports(port: int, mask: int) -> PortRange:
+    """Return the ports that equal `port` under `mask`; of a mask with holes, the port alone."""
+    ports = PortRange(port & mask, port & mask | ~mask & 0xFFFF)
+    return ports if ports.mask == mask else PortRange(port, port)
 
 
 def encode_sa_id(sa_id: SaId) -> bytearray:

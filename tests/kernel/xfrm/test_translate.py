@@ -21,6 +21,7 @@ from natcompat.ipsec import (
     Mark,
     Mode,
     Policy,
+    PortRange,
     SecurityAssociation,
     TrafficSelector,
     UDPEncapsulation,
@@ -28,7 +29,13 @@ from natcompat.ipsec import (
 from natcompat.ipsec.associations import encapsulation_of, wire_ports
 from natcompat.kernel.xfrm import messages
 from natcompat.kernel.xfrm.netlink import NLM_F_DUMP_INTR, Netlink
-from natcompat.kernel.xfrm.translate import KernelFeatures, encode_sa, encode_sa_id
+from natcompat.kernel.xfrm.translate import (
+    KernelFeatures,
+    encode_sa,
+    encode_sa_id,
+    selector_fields,
+    selector_of,
+)
 from natcompat.kernel.xfrm.translate_policy import encode_policy, encode_policy_id, kernel_directions
 from tests.kernel.xfrm.test_messages import REQUESTS, decode
 
@@ -198,3 +205,21 @@ def test_a_dump_is_repeated_until_it_is_consistent() -> None:
         netlink.dump("Listing", bytearray(16), 18)
     assert caught.value.errno == errno.EAGAIN
     netlink.close()
+
+
+@pytest.mark.parametrize(
+    "ports", [0, 25, PortRange(0, 0), PortRange(5000, 5007), PortRange(32768, 65535)], ids=str
+)
+def test_ports_are_a_value_and_a_mask(ports: int | PortRange) -> None:
+    selector = TrafficSelector(
+        source="10.1.0.0/16", destination="10.2.0.0/16", protocol=17, destination_port=ports
+    )
+    fields = {**dict.fromkeys(("sel_sport", "sel_sport_mask"), 0), **selector_fields(selector, "sel_")}
+    assert fields["sel_dport"] & ~fields["sel_dport_mask"] == 0
+    assert selector_of(fields) == selector
+
+
+def test_a_mask_with_holes_is_never_read_as_more() -> None:
+    selector = TrafficSelector(source="10.1.0.0/16", destination="10.2.0.0/16", protocol=17)
+    fields = {**selector_fields(selector, "sel_"), "sel_dport": 0x1234, "sel_dport_mask": 0xFF0F}
+    assert selector_of(fields).destination_ports == PortRange(0x1234, 0x1234)
