@@ -122,7 +122,6 @@ static int make_buffers(struct worker *worker)
         worker->receiver = calloc(1, sizeof *worker->receiver);
         if (!worker->receiver || !(worker->receiver->buffer = malloc(RECEIVE_MESSAGES * (size_t)RECEIVE_SLOT)))
             return ENOMEM;
-        worker->receiver->merge.with_udp = worker->loop->tun_udp;
     }
     if (!worker->sender && worker->number == 0 && worker->loop->tun >= 0) {
         worker->sender = calloc(1, sizeof *worker->sender);
@@ -135,8 +134,10 @@ static int make_buffers(struct worker *worker)
 
 static void free_buffers(struct worker *worker)
 {
-    if (worker->receiver)
+    if (worker->receiver) {
         free(worker->receiver->buffer);
+        free(worker->receiver->frame);
+    }
     if (worker->sender) {
         free(worker->sender->arena);
         free(worker->sender->frames);
@@ -188,7 +189,7 @@ struct loop *loop_new(struct esp_path *path, int threads)
     return loop;
 }
 
-int loop_set_tun(struct loop *loop, int tun, int udp)
+int loop_set_tun(struct loop *loop, int tun, int kinds)
 {
     int own = fcntl(tun, F_DUPFD_CLOEXEC, 0);
 
@@ -196,7 +197,7 @@ int loop_set_tun(struct loop *loop, int tun, int udp)
         return errno;
     close_if_open(loop->tun);
     loop->tun = own;
-    loop->tun_udp = udp;
+    loop->kinds = kinds;
     return 0;
 }
 

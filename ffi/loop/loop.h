@@ -14,9 +14,9 @@ struct loop;
 /* One thread at the least: the first serves the TUN. NULL and errno: no memory, no descriptors. */
 struct loop *loop_new(struct esp_path *path, int threads);
 
-/* `tun`: with IFF_VNET_HDR, not blocking. `udp`: whether it takes super-packets of UDP. Before loop_start.
+/* `tun`: with IFF_VNET_HDR, not blocking. `kinds`: of super-packets that it takes (MERGE_TCP4 ...). Before loop_start.
  * The loop has a descriptor of its own of it, which stays good when the caller closes his. 0 or an errno. */
-int loop_set_tun(struct loop *loop, int tun, int udp);
+int loop_set_tun(struct loop *loop, int tun, int kinds);
 
 /* Start, and stop, the threads. Both return 0 or an errno; stopping takes milliseconds. */
 int loop_start(struct loop *loop);

@@ -1,4 +1,4 @@
-/* From the ESP sockets to the TUN: receive, classify, open, merge, write. */
+/* From the ESP sockets to the TUN: receive, classify, open, merge. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <linux/sock_diag.h>
@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "loop/receive_private.h"
+#include "loop/write_private.h"
 
 #ifndef UDP_GRO
 #define UDP_GRO 104
@@ -195,31 +196,6 @@ static void watch_queue(struct loop_socket *from)
     from->shedding = info[SK_MEMINFO_RMEM_ALLOC] > (from->shedding ? limit / 3 * 2 : limit);
 }
 
-/* ---- to the TUN */
-
-static void write_frames(struct worker *worker)
-{
-    struct receiver *receiver = worker->receiver;
-    struct loop *loop = worker->loop;
-    uint8_t header[OFFLOAD_HEADER];
-
-    for (uint32_t number = 0; number < receiver->merge.frames; number++) {
-        int pieces = merge_finish(&receiver->merge, number, header, receiver->pieces, MERGE_TCP_PARTS + 1);
-
-        if (READ(loop->tun_failed) || loop->tun < 0) {
-            COUNT(worker->counters.unwritten, 1);
-            continue;
-        }
-        if (writev(loop->tun, receiver->pieces, pieces) >= 0) {
-            COUNT(worker->counters.written, 1);
-            continue;
-        }
-        COUNT(worker->counters.unwritten, 1); /* EIO: it is down; EINVAL: the kernel knows better */
-        if (errno == EBADFD || errno == EBADF || errno == ENODEV)
-            loop_tun_failed(loop, errno);
-    }
-}
-
 /* Open what has been collected, hand up what is Python's, and write the rest. */
 static void open_packets(struct worker *worker, int count)
 {
@@ -228,6 +204,7 @@ static void open_packets(struct worker *worker, int count)
     uint64_t merged = receiver->merge.merged, bad = receiver->merge.bad_checksums, opened = 0;
     double now = loop_now();
 
+    receiver->merge.kinds = READ(loop->kinds);
     merge_begin(&receiver->merge);
     for (int done = 0; done < count;) {
         struct esp_packet *packets = receiver->packets + done;
@@ -251,7 +228,7 @@ static void open_packets(struct worker *worker, int count)
         }
         done += part;
     }
-    write_frames(worker);
+    loop_write(worker);
     COUNT(worker->counters.opened, opened);
     COUNT(worker->counters.merged, receiver->merge.merged - merged);
     COUNT(worker->counters.bad_checksums, receiver->merge.bad_checksums - bad);

@@ -50,6 +50,7 @@ struct receiver {
     struct merge merge;
     struct iovec pieces[MERGE_TCP_PARTS + 1];
     uint8_t *buffer;
+    uint8_t *frame; /* room to take a frame apart that the TUN refused; NULL: none was yet */
     int most;       /* messages of the next batch, by how long those of the last were */
 };
 
@@ -78,7 +79,8 @@ struct worker {
 
 struct loop {
     struct esp_path *path;
-    int tun, tun_udp, tun_failed;
+    int tun, tun_failed;
+    int kinds;                      /* of super-packets that the TUN takes; only ever less */
     int stopping, started;
     pthread_mutex_t lock;           /* of the table of sockets, and of passes */
     pthread_mutex_t send_lock;      /* of the table, too, for who sends, and holds it for as long as that takes */

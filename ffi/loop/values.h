@@ -14,7 +14,8 @@ enum loop_event_kind {
     LOOP_SEAL,      /* an inner packet that the path left alone */
     LOOP_TOO_BIG,   /* an inner packet whose ESP was too big for the path to `peer`, and was not sent */
     LOOP_SEND,      /* ESP for a local port that no socket here has */
-    LOOP_TUN_GONE   /* errno is in `length`: nothing is read from the TUN, or written to it, any more */
+    LOOP_TUN_GONE,  /* errno is in `length`: nothing is read from the TUN, or written to it, any more */
+    LOOP_REFUSED    /* the TUN does not take super-packets of the kind in `length`, by the errno in `sa` */
 };
 
 struct loop_event {
@@ -37,6 +38,7 @@ struct loop_counters {
     uint64_t received, receive_calls;    /* ESP packets; calls of recvmmsg that brought some */
     uint64_t opened, written, unwritten; /* inner packets; frames written to the TUN; those it did not take */
     uint64_t merged;                     /* inner packets that went into another's frame */
+    uint64_t refused;                    /* frames of several packets that the TUN did not take, so written one by one */
     uint64_t bad_checksums;              /* inner packets left alone because theirs were wrong */
     uint64_t frames, packets, malformed; /* read from the TUN; inner packets made of them; frames that were none */
     uint64_t too_big;                    /* sealed packets that did not fit in the path MTU */

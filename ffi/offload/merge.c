@@ -10,7 +10,7 @@ struct parsed {
 };
 
 /* Return whether `packet` is of a kind that can be merged at all. */
-static int parse(const uint8_t *packet, uint32_t length, int with_udp, struct parsed *parsed)
+static int parse(const uint8_t *packet, uint32_t length, int kinds, struct parsed *parsed)
 {
     const uint8_t *transport;
     uint32_t hash;
@@ -20,19 +20,21 @@ static int parse(const uint8_t *packet, uint32_t length, int with_udp, struct pa
     if (packet[0] == 0x45) {
         if (packet[6] & 0x3F || packet[7]) /* no fragments */
             return 0;
+        kinds &= MERGE_TCP4 | MERGE_UDP4;
         parsed->protocol = packet[9];
         parsed->transport = 20;
         hash = get32(packet + 12) * 3 ^ get32(packet + 16);
     } else if (packet[0] >> 4 == 6) {
         parsed->protocol = packet[6];
         parsed->transport = 40;
+        kinds &= MERGE_TCP6 | MERGE_UDP6;
         hash = get32(packet + 20) * 3 ^ get32(packet + 36);
     } else {
         return 0; /* IPv4 options */
     }
     transport = packet + parsed->transport;
     length -= parsed->transport;
-    if (parsed->protocol == TCP && length >= TCP_HEADER) {
+    if (parsed->protocol == TCP && kinds & (MERGE_TCP4 | MERGE_TCP6) && length >= TCP_HEADER) {
         uint32_t size = (transport[TCP_OFFSET] >> 4) * 4u;
 
         parsed->flags = transport[TCP_FLAGS];
@@ -40,10 +42,12 @@ static int parse(const uint8_t *packet, uint32_t length, int with_udp, struct pa
             return 0;
         parsed->header = (uint16_t)(parsed->transport + size);
         parsed->payload = length - size;
-    } else if (parsed->protocol == UDP && with_udp && length >= UDP_HEADER) {
-        if (get16(transport + UDP_LENGTH) != length || !get16(transport + UDP_CHECKSUM))
-            return 0; /* nobody can vouch for what has no checksum */
-        parsed->flags = 0;
+    } else if (parsed->protocol == UDP && kinds & (MERGE_UDP4 | MERGE_UDP6) && length >= UDP_HEADER) {
+        if (get16(transport + UDP_LENGTH) != length)
+            return 0;
+        parsed->flags = !get16(transport + UDP_CHECKSUM);
+        if (parsed->flags && parsed->transport == 40)
+            return 0; /* IPv6 has no UDP without a checksum (RFC 8200, 8.1) but for tunnels (RFC 6935) */
         parsed->header = (uint16_t)(parsed->transport + UDP_HEADER);
         parsed->payload = length - UDP_HEADER;
     } else {
@@ -62,6 +66,8 @@ static int verify(const uint8_t *packet, uint32_t length, uint16_t transport, ui
 
     if (packet[0] == 0x45 && checksum_fold(checksum_header(0, packet, 20)) != 0xFFFF)
         return 0;
+    if (protocol == UDP && !get16(packet + transport + UDP_CHECKSUM))
+        return 1; /* it has none */
     sum = checksum_add(pseudo(packet, protocol) + word(rest), packet + transport, rest);
     return checksum_fold(sum) == 0xFFFF;
 }
@@ -97,7 +103,7 @@ static int same_headers(const uint8_t *first, const uint8_t *new, struct merge_f
         return 0;
     }
     if (parsed->protocol == UDP)
-        return 1;
+        return frame->flags == parsed->flags; /* all have a checksum, or none (udp_gro_receive()) */
     return get32(b + TCP_SEQUENCE) == frame->sequence && memcmp(a + 8, b + 8, 4) == 0 /* acknowledged */
         && a[TCP_OFFSET] == b[TCP_OFFSET]                                              /* with reserved bits and AE */
         && !((frame->flags ^ parsed->flags) & ~(FIN | PSH) & 0xFF) && memcmp(a + 14, b + 14, 2) == 0 /* window */
@@ -111,7 +117,9 @@ static int join(struct merge *merge, struct merge_frame *frame, uint8_t *packet,
 
     if (frame->closed || !parsed->payload || parsed->payload > frame->size || frame->parts >= most)
         return 0;
-    if (frame->length + parsed->payload > 65535 || parsed->flags & (SYN | RST | URG | CWR))
+    if (frame->length + parsed->payload > 65535)
+        return 0;
+    if (parsed->protocol == TCP && parsed->flags & (SYN | RST | URG | CWR))
         return 0;
     if (!same_headers(frame->packet, packet, frame, parsed))
         return 0;
@@ -134,8 +142,11 @@ static int join(struct merge *merge, struct merge_frame *frame, uint8_t *packet,
     frame->length += parsed->payload;
     frame->sequence += parsed->payload;
     frame->id = (uint16_t)(frame->id + frame->id_step);
-    frame->flags |= parsed->flags & (FIN | PSH);
-    frame->closed = parsed->payload < frame->size || parsed->flags & (FIN | PSH);
+    frame->closed = parsed->payload < frame->size;
+    if (parsed->protocol == TCP) {
+        frame->flags |= parsed->flags & (FIN | PSH);
+        frame->closed |= (parsed->flags & (FIN | PSH)) != 0;
+    }
     merge->merged++;
     return 1;
 }
@@ -154,7 +165,7 @@ int merge_add(struct merge *merge, uint8_t *packet, uint32_t length)
 
     if (merge->parts >= MERGE_MOST)
         return -1;
-    may = parse(packet, length, merge->with_udp, &parsed);
+    may = parse(packet, length, merge->kinds, &parsed);
     if (may && merge->bucket[parsed.bucket]) {
         frame = &merge->frame[merge->bucket[parsed.bucket] - 1];
         if (same_flow(frame->packet, packet, frame, &parsed) && join(merge, frame, packet, length, &parsed))
@@ -177,12 +188,23 @@ int merge_add(struct merge *merge, uint8_t *packet, uint32_t length)
         frame->id = parsed.transport == 20 ? get16(packet + 4) : 0;
         frame->id_step = 0;
         frame->sequence = parsed.protocol == TCP ? get32(packet + parsed.transport + TCP_SEQUENCE) + parsed.payload : 0;
-        frame->closed = !parsed.payload || (parsed.flags & (FIN | SYN | RST | PSH | URG | CWR));
+        frame->closed = !parsed.payload;
+        if (parsed.protocol == TCP)
+            frame->closed |= (parsed.flags & (FIN | SYN | RST | PSH | URG | CWR)) != 0;
     }
     merge->part[merge->parts].data = packet;
     merge->part[merge->parts].length = length;
     merge->parts++;
     return 0;
+}
+
+int merge_kind(const struct merge_frame *frame)
+{
+    int v4 = frame->transport == 20;
+
+    if (frame->protocol == TCP)
+        return v4 ? MERGE_TCP4 : MERGE_TCP6;
+    return v4 ? MERGE_UDP4 : MERGE_UDP6;
 }
 
 /* Make the headers of the first packet those of the whole. */

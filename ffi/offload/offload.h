@@ -50,6 +50,9 @@ uint32_t split_next(struct split *split, uint8_t *to);
 #define MERGE_TCP_PARTS 256 /* what fits in an iovec array that a system call takes, with room to spare */
 #define MERGE_UDP_PARTS 64  /* UDP_MAX_SEGMENTS of older kernels */
 
+/* Kinds of super-packets. */
+enum { MERGE_TCP4 = 1, MERGE_TCP6 = 2, MERGE_UDP4 = 4, MERGE_UDP6 = 8 };
+
 struct merge_frame {
     uint8_t *packet;    /* the first packet; its headers become those of the frame */
     uint32_t length;    /* of the packet that the frame holds */
@@ -59,7 +62,8 @@ struct merge_frame {
     uint16_t first, last;
     uint16_t transport, header;
     uint16_t id, id_step; /* IPv4: the identifier of the last packet, and how they go on: by 0 or 1 */
-    uint8_t protocol, closed, verified, flags;
+    uint8_t protocol, closed, verified;
+    uint8_t flags;        /* of TCP; of UDP: whether its packets have no checksum */
 };
 
 struct merge_part {
@@ -70,7 +74,7 @@ struct merge_part {
 
 struct merge {
     uint32_t parts, frames;
-    int with_udp;       /* whether the device takes UDP super-packets */
+    int kinds;          /* of super-packets that the device takes: MERGE_TCP4 and so on, or'ed */
     uint64_t merged;    /* packets that went into another's frame, ever */
     uint64_t bad_checksums; /* that were left alone for theirs, ever */
     struct merge_part part[MERGE_MOST];
@@ -85,6 +89,9 @@ void merge_begin(struct merge *merge);
  * Return -1 when the batch is full.
  */
 int merge_add(struct merge *merge, uint8_t *packet, uint32_t length);
+
+/* Return the kind of a frame of several packets. */
+int merge_kind(const struct merge_frame *frame);
 
 /* Finish frame `number` (from 0, in the order to write them): its virtio_net_hdr goes to `header`, what
  * to write to `iov`, which has room for `room` pieces. Return their number, or -1 if there is not the room.

@@ -115,7 +115,7 @@ static void make(struct end *end)
     REQUIRE(!getsockname(end->socket, (struct sockaddr *)&name, &length));
     end->address = (struct esp_endpoint){.address = {127, 0, 0, 1}, .port = ntohs(name.sin_port), .version = 4};
     REQUIRE((end->path = esp_path_new(NULL)) && (end->loop = loop_new(end->path, 2)));
-    REQUIRE(!loop_set_tun(end->loop, end->tun, 0));
+    REQUIRE(!loop_set_tun(end->loop, end->tun, MERGE_TCP4 | MERGE_TCP6));
     add_socket(end);
     REQUIRE(!loop_start(end->loop));
 }

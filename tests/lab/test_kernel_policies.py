@@ -29,6 +29,8 @@ from tests.lab.making import PORTS, make, refused, tunnel
 from tests.lab.test_kernel import _raw
 from tests.lab.topology import wait_for
 
+pytestmark = pytest.mark.kernel_esp
+
 
 @pytest.mark.parametrize(
     "policy",

@@ -21,6 +21,8 @@ from natcompat.kernel.pfkey.kernel import PfKeyIPsec
 from tests.lab.making import PORTS, modest, next_event, open_pfkey, tunnel
 from tests.lab.topology import Network, inside
 
+pytestmark = pytest.mark.kernel_esp
+
 
 def test_through_the_nat_to_a_peer_on_xfrm(network: Network) -> None:
     """An acquire, SAs, traffic, another NAT mapping, and the end: af_key at the responder."""

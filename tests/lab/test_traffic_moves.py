@@ -9,6 +9,8 @@ import socket
 import threading
 import time
 
+import pytest
+
 from natcompat.ipsec import (
     Expire,
     Lifetime,
@@ -17,6 +19,8 @@ from natcompat.ipsec import (
 )
 from tests.lab.connection import NAT_ADDRESS, connect, exchange_ike
 from tests.lab.topology import Network, inside, wait_for
+
+pytestmark = pytest.mark.kernel_esp
 
 
 def test_the_nat_mapping_changes_under_traffic(network: Network) -> None:

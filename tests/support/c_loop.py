@@ -79,7 +79,7 @@ class End:
         self.path = lib.esp_path_new(ffi.NULL)
         self.ivs = ffi.new("uint64_t *", number << 60)
         self.loop = lib.loop_new(self.path, threads)
-        assert lib.loop_set_tun(self.loop, self.tun, self.udp) == 0
+        assert lib.loop_set_tun(self.loop, self.tun, 15 if self.udp else 3) == 0
         self.slot = self.add_socket(prefix)
         assert self.slot >= 0
         self.outbound = self.inbound = ffi.NULL

@@ -43,6 +43,12 @@ _RECEIVE_BUFFER: Final = 4 << 20
 _AT_ONCE: Final = 256
 """Events that are collected before Python works on them."""
 
+_KINDS: Final = {
+    lib.MERGE_TCP4: "TCP over IPv4",
+    lib.MERGE_TCP6: "TCP over IPv6",
+    lib.MERGE_UDP4: "UDP over IPv4",
+    lib.MERGE_UDP6: "UDP over IPv6",
+}
 _REASONS: Final = {"unwritten": Reason.DEVICE, "malformed": Reason.MALFORMED, "events_lost": Reason.QUEUE}
 _SOCKET_REASONS: Final = {"unsent": Reason.SEND, "shed": Reason.QUEUE}
 _COUNTED: Final = ("esp", "keepalives", "runts", "handed_back", "errors")
@@ -69,6 +75,8 @@ class NativeCarrier(PortableCarrier):
         self._finished = {**dict.fromkeys(_REASONS, 0), **dict.fromkeys(_SOCKET_REASONS, 0)}
         self.in_use = threading.RLock()
         """Held by who calls the loop, so that it is not freed meanwhile; not by the reading thread."""
+        self.refused_offloads: dict[str, str] = {}
+        """Kinds of coalesced packets that the TUN has refused, with the kernel's reason."""
         self.loop: Any = None
         if getattr(device, "vnet_header", False):
             self.loop = lib.loop_new(self._path.path, 1 + self.engines)
@@ -149,6 +157,9 @@ class NativeCarrier(PortableCarrier):
                 _log.error("the TUN device is gone, nothing passes it any more: %s", reason)
                 self.last_error = OSError(event.length, reason)
                 continue
+            if event.kind == lib.LOOP_REFUSED:
+                self._note_refusal(event.length, event.sa)
+                continue
             octets = bytes(ffi.buffer(packet, event.length))
             match event.kind:
                 case lib.LOOP_SEAL | lib.LOOP_TOO_BIG:
@@ -175,6 +186,15 @@ class NativeCarrier(PortableCarrier):
             self._carry(inner)
         if sealed:
             self._send(zip(sealed, repeat(None)))
+
+    def _note_refusal(self, kind: int, error: int) -> None:
+        name = _KINDS.get(kind, str(kind))
+        self.refused_offloads[name] = os.strerror(error)
+        _log.warning(
+            "the TUN device refuses coalesced packets (%s: %s): they are written one by one from now on",
+            name,
+            os.strerror(error),
+        )
 
     # --- counters
 
@@ -320,13 +340,14 @@ def _engines() -> int:
     return min(4, max(1, (os.cpu_count() or 1) // 4))
 
 
-def _take_over_offload(device: Any) -> bool:
-    """Let the kernel leave segmentation and checksums to us; return whether that of UDP, too."""
+def _take_over_offload(device: Any) -> int:
+    """Let the kernel leave segmentation and checksums to us; return the kinds of super-packets it takes."""
+    tcp: int = lib.MERGE_TCP4 | lib.MERGE_TCP6
     with contextlib.suppress(NatCompatError):
         device.set_offload(_CHECKSUMS_AND_TSO | _USO)
-        return True
+        return tcp | int(lib.MERGE_UDP4 | lib.MERGE_UDP6)
     device.set_offload(_CHECKSUMS_AND_TSO)
-    return False
+    return tcp
 
 
 def _bound(sock: socket.socket) -> Any:

@@ -17,8 +17,10 @@ from natcompat.esp.userspace import UserspaceIPsec
 from natcompat.ipsec import (
     Expire,
 )
-from tests.support.linux import ip, isolated
+from tests.support.linux import LINUX, ip, isolated
 from tests.support.tunnels import IN_C, elsewhere, tunnel
+
+pytestmark = LINUX
 
 
 class Interrupted:

@@ -108,7 +108,7 @@ def split(frame: bytes) -> list[bytes] | int:
 def merge(packets: list[bytes], *, with_udp: bool = True) -> list[bytes]:
     """Return the frames that are written to the TUN for a batch of received packets."""
     state = ffi.new("struct merge *")
-    state.with_udp = with_udp
+    state.kinds = 15 if with_udp else 3
     lib.merge_begin(state)
     kept = []
     for packet in packets:

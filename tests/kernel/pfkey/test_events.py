@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 import threading
 from typing import Any
 
@@ -23,6 +24,10 @@ from tests.kernel.pfkey.golden import GCM, OURS, PEER, SPI, association
 from tests.kernel.pfkey.layouts import extension
 from tests.kernel.pfkey.models import EVERY, Opener, extension_of, read, refused
 from tests.kernel.pfkey.test_golden_policies import policy
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="the models' sockets are Linux's (SOCK_SEQPACKET)"
+)
 
 
 @EVERY
