@@ -28,7 +28,7 @@ from natcompat.backends.base import (
 from natcompat.backends.process_esp import PROCESS_ESP
 from natcompat.errors import NatCompatError, get_logger
 from natcompat.esp import choice as datapaths
-from natcompat.esp.carrier.mtu import device_mtu
+from natcompat.esp.carrier.device_mtu import DeviceMtu
 from natcompat.esp.carrier.portable import Carrier
 from natcompat.esp.device.queue import QueueDevice
 from natcompat.esp.engine.engine import EspEngine
@@ -87,11 +87,11 @@ class UserspaceIPsec(EspEngine):
         )
         self._host = host
         self._outlets: dict[EspOutlet, None] = {}
-        self._device_mtu = device.mtu
         self.device: PacketDevice = device
         """Where inner packets come from and go to."""
         self.carrier: Carrier = chosen.make_carrier(self, device)
         """What moves packets."""
+        self._mtu = DeviceMtu(device, self.carrier.paths, self._outbound_sas)
         self.datapath: str = f"{chosen.name} ({chosen.ciphers})" if chosen.ciphers else chosen.name
         """Which data path carries packets, as NATCOMPAT_DATAPATH calls it, and whose ciphers it has."""
         if host is not None:
@@ -175,14 +175,18 @@ class UserspaceIPsec(EspEngine):
     def add_sa(
         self, sa: SecurityAssociation, *, sequence: int | None = None, permitted: int | None = None
     ) -> SaId:
-        """Install `sa`; see `EspEngine.add_sa`. The MTU of the device shrinks to what the SA can carry."""
+        """Install `sa`; see `EspEngine.add_sa`. The MTU of the device shrinks to what the SA can carry, and
+        grows again when the path does, after ten minutes or with the next SA.
+        """
         sa_id = super().add_sa(sa, sequence=sequence, permitted=permitted)
         if sa.direction is Direction.OUT and self._host is not None:  # else it is the caller's
-            mtu = device_mtu([sa], self.carrier.paths.of)
             with self._lock:
-                if mtu < self._device_mtu:
-                    self._device_mtu = self.device.mtu = mtu
+                self._mtu.take(sa)
         return sa_id
+
+    def _outbound_sas(self) -> list[SecurityAssociation]:
+        with self._lock:
+            return [entry.sa for entry in self._associations if entry.sa.direction is Direction.OUT]
 
     def add_policy(self, policy: Policy, *, replace: bool = False) -> None:
         """Install `policy`; see `EspEngine.add_policy`. From now on its packets are sealed or blocked.
@@ -277,6 +281,7 @@ class UserspaceIPsec(EspEngine):
                 steps.callback(self._host.close)
             steps.callback(super().close)
             steps.callback(self.carrier.close)
+            steps.callback(self._mtu.close)
             steps.callback(self._leave)
 
     def abandon(self) -> None:

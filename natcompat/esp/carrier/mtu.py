@@ -118,7 +118,8 @@ class PathMtus:
         """`ask` returns what the system knows of a destination, None: nothing; it must not wait."""
         self._ask = ask
         self._default = default
-        self._lifetime = lifetime
+        self.lifetime: float = lifetime
+        """Seconds for which a path MTU is believed."""
         self._limit = limit
         self._clock = clock
         self._known: dict[str, tuple[int, float]] = {}
@@ -152,7 +153,7 @@ class PathMtus:
             self._known.pop(host, None)
             if len(self._known) >= self._limit:
                 del self._known[next(iter(self._known))]
-            self._known[host] = mtu, self._clock() + self._lifetime
+            self._known[host] = mtu, self._clock() + self.lifetime
         return mtu
 
 
