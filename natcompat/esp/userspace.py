@@ -179,7 +179,7 @@ class UserspaceIPsec(EspEngine):
         grows again when the path does, after ten minutes or with the next SA.
         """
         sa_id = super().add_sa(sa, sequence=sequence, permitted=permitted)
-        if sa.direction is Direction.OUT and self._host is not None:  # else it is the caller's
+        if sa.direction is Direction.OUT and self._host is not None and self._host.routes_follow:
             with self._lock:
                 self._mtu.take(sa)
         return sa_id
@@ -316,6 +316,7 @@ def open_process_ipsec(
     netns: NetworkNamespace | None = None,
     lockdown: bool = False,
     follow_mapping: bool = False,
+    host: HostTraffic | None = None,
 ) -> UserspaceIPsec:
     """Open the ESP of this process: what endpoints of the backend userspace hand their ESP to.
 
@@ -325,13 +326,16 @@ def open_process_ipsec(
     (`natcompat.esp.device.host_traffic`); ``"queue"`` a `QueueDevice`; an object is a packet device of the
     caller's, closed with what is returned. `netns`: the network namespace of the TUN device, by name, path
     or descriptor; the sockets of ESP stay where they are. `lockdown`: what the policies cover stays blocked
-    after the process dies, until the next start or ``natcompat doctor --clean``.
+    after the process dies, until the next start or ``natcompat doctor --clean``. `host`: made by the caller,
+    in place of the three; it is closed with what is returned.
 
     Raises EBUSY while another one is open, since a port gives its ESP to one; what `TunDevice` raises without
     /dev/net/tun or CAP_NET_ADMIN; ENOTSUP for a TUN elsewhere than on Linux. A forked child may open its own,
     which then shares the ports of its parent.
     """
-    if not isinstance(device, str) or device == "queue":
+    if host is not None:
+        device = host.device
+    elif not isinstance(device, str) or device == "queue":
         _refuse_options(netns, lockdown)
     elif device not in ("auto", "tun"):
         raise ValueError(f"device: {device!r} is neither 'auto', 'tun', 'queue' nor a packet device")
@@ -343,7 +347,6 @@ def open_process_ipsec(
                 "Share the object that open_ipsec() returned, or close it before another is opened",
             )
         with contextlib.ExitStack() as undo:
-            host = None
             if not isinstance(device, str):
                 packets = device
             elif device == "queue":

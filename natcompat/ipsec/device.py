@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from natcompat.ipsec.associations import SecurityAssociation
 
 
 class PacketDevice(Protocol):
@@ -29,4 +32,19 @@ class PacketDevice(Protocol):
 
     def close(self) -> None:
         """End it, and wake who waits on its descriptor. May be repeated."""
+        ...
+
+
+@runtime_checkable
+class SaDevice(Protocol):
+    """Optional part of a `PacketDevice` that wants to know which SA brought a packet.
+
+    Two clients behind one NAT may have the same inner addresses (RFC 3948, 5.2): the SA tells them apart.
+    """
+
+    def deliver(self, packet: bytes, sa: SecurityAssociation) -> bool:
+        """Take one opened IP packet and the SA that brought it, in the place of `write_burst`.
+
+        Returns False if the packet was dropped, which the caller counts. Never waits, never raises.
+        """
         ...

@@ -43,6 +43,7 @@ def describe(tunnel: Tunnel) -> Row:
             "addresses": [str(address) for address in device.addresses],
             "routes": [str(network) for network in device.routes],
             "mtu": device.mtu,
+            "lockdown": device.lockdown,
         },
         "sas": [_sa(sa) for sa in tunnel.associations],
         "policies": [_policy(policy) for policy in tunnel.policies],

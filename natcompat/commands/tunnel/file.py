@@ -57,6 +57,8 @@ class Device:
     routes: tuple[IPNetwork, ...]
     mtu: int | None
     """None: what the SAs leave of the outer path's."""
+    lockdown: bool = False
+    """What the policies cover stays blocked after the process, until it starts again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -182,6 +182,7 @@ DEVICE: Final[Mapping[str, Entry]] = {
     "addresses": Entry(INTERFACES, ()),
     "routes": Entry(NETWORKS, None),
     "mtu": Entry(_integer(576, 65535), None),
+    "lockdown": Entry(BOOLEAN, False),
 }
 
 SA: Final[Mapping[str, Entry]] = {

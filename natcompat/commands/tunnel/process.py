@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from natcompat.commands.tunnel.file import Device, Tunnel
 from natcompat.commands.tunnel.reserve import Numbers
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import InstalledSA, MappingChange, SaId, SecurityAssociation
 from natcompat.ipsec.device import PacketDevice
+
+if TYPE_CHECKING:
+    from natcompat.esp.device.host_traffic import HostTraffic
 
 ETHERNET_MTU = 1500
 """The path MTU where the kernel does not tell one."""
@@ -30,11 +34,13 @@ class ProcessSide:
         self._bring_up: Callable[[], None] = _nothing
         self._undo = contextlib.ExitStack()
         try:
-            device = _nowhere() if tunnel.device is None else self._make_device(tunnel.device, sock)
-            self._undo.callback(device.close)
-            self.ipsec: UserspaceIPsec = open_process_ipsec(
-                device=device, follow_mapping=tunnel.endpoint.follow_mapping
-            )
+            follow = tunnel.endpoint.follow_mapping
+            if tunnel.device is None:
+                self.ipsec: UserspaceIPsec = open_process_ipsec(device=_nowhere(), follow_mapping=follow)
+            else:
+                host = self._make_device(tunnel.device, sock)
+                self._undo.callback(host.close)
+                self.ipsec = open_process_ipsec(host=host, follow_mapping=follow)
             self._undo.callback(self.ipsec.close)
             self.permit: Callable[[SaId, int], object] | None = self.ipsec.permit
             for policy in tunnel.policies:
@@ -44,12 +50,12 @@ class ProcessSide:
             self.close()
             raise
 
-    def _make_device(self, settings: Device, sock: socket.socket) -> PacketDevice:
-        """Make the TUN device, and keep what `sock` sends out of it; nothing leads there yet."""
+    def _make_device(self, settings: Device, sock: socket.socket) -> HostTraffic:
+        """Make the TUN device and its guard, and keep what `sock` sends out of it, before any route."""
         from natcompat.esp import choice as datapaths
         from natcompat.esp.carrier.mtu import device_mtu
         from natcompat.esp.carrier.path_mtu import kernel_path_mtu
-        from natcompat.esp.device.routes import DeviceRoutes
+        from natcompat.esp.device.host_traffic import HostTraffic
         from natcompat.esp.device.tun import TunDevice
 
         mtu = settings.mtu or device_mtu(
@@ -57,12 +63,16 @@ class ProcessSide:
         )
         in_c = datapaths.select().name == "c"  # segments are then cut and joined there
         try:
-            tun = self._undo.enter_context(TunDevice(settings.name, mtu=mtu, vnet_header=in_c))
+            host = HostTraffic(
+                lambda: TunDevice(settings.name, mtu=mtu, vnet_header=in_c),
+                lockdown=settings.lockdown,
+                routes_follow=False,
+            )
         except NatCompatError as error:
             remedies = [error.remedy] if error.remedy else []
             remedies.append('Without a device (kind = "none" in [device]) this end only receives')
             raise NatCompatError(error.errno or 0, error.strerror or "", ". ".join(remedies)) from None
-        routes = self._undo.enter_context(DeviceRoutes(tun))
+        tun, routes = host.device, host.routes
         routes.exempt(sock)
         self.device, self.mtu = tun.name, mtu
         peers = {str(self._tunnel.endpoint.remote_address)}
@@ -72,12 +82,12 @@ class ProcessSide:
                 tun.add_address(str(address))
             for network in settings.routes:
                 sources = (address.ip for address in settings.addresses if address.version == network.version)
-                routes.add(network, next(sources, None), peers=peers)
+                host.add_route(network, next(sources, None), peers=peers)
             for peer in peers:
                 routes.check_peer(peer)
 
         self._bring_up = bring_up
-        return tun
+        return host
 
     def add_sa(self, sa: SecurityAssociation, sequence: int | None, permitted: int | None) -> None:
         """Install an SA."""

@@ -344,8 +344,8 @@ def _take_over_offload(device: Any) -> int:
     """Let the kernel leave segmentation and checksums to us; return the kinds of super-packets it takes."""
     tcp: int = lib.MERGE_TCP4 | lib.MERGE_TCP6
     with contextlib.suppress(NatCompatError):
-        device.set_offload(_CHECKSUMS_AND_TSO | _USO)
-        return tcp | int(lib.MERGE_UDP4 | lib.MERGE_UDP6)
+        on = device.set_offload(_CHECKSUMS_AND_TSO | _USO)
+        return tcp | int(lib.MERGE_UDP4 | lib.MERGE_UDP6) if on & _USO else tcp
     device.set_offload(_CHECKSUMS_AND_TSO)
     return tcp
 

@@ -23,7 +23,7 @@ from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.portable import Sealed
 from natcompat.esp.engine.results import Destination, Dropped, Opened, Reason
 from natcompat.ipsec import SecurityAssociation
-from natcompat.ipsec.device import PacketDevice
+from natcompat.ipsec.device import PacketDevice, SaDevice
 from natcompat.kernel.requests import SO_RCVBUFFORCE
 
 _log = get_logger()
@@ -110,6 +110,7 @@ class PortableCarrier:
         self.paths: PathMtus = PathMtus(self._ask_path_mtu)
         self._engine = engine
         self._device = device
+        self._sa_device: SaDevice | None = device if isinstance(device, SaDevice) else None
         self._ways = Ways()
         self._replies = TooBigReplies()
         self._ended = False
@@ -162,11 +163,17 @@ class PortableCarrier:
                 self._engine.count(Reason.CLOSED, len(burst))
                 return
             results = self._engine.open_burst(burst, traffic_classes)
-            opened = [each.inner for each in results if isinstance(each, Opened)]
+            opened = [result for result in results if isinstance(result, Opened)]
             if opened:
-                self._engine.count(Reason.DEVICE, len(opened) - self._device.write_burst(opened))
+                self._engine.count(Reason.DEVICE, len(opened) - self._deliver(opened))
         finally:
             self._inside.discard(thread)
+
+    def _deliver(self, opened: list[Opened]) -> int:
+        """Give opened packets to the device; return how many it took."""
+        if self._sa_device is None:
+            return self._device.write_burst([packet.inner for packet in opened])
+        return sum(bool(self._sa_device.deliver(packet.inner, packet.sa)) for packet in opened)
 
     def transmit(self, packets: list[Sealed]) -> None:
         """Send keepalives."""

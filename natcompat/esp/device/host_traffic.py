@@ -20,7 +20,7 @@ from natcompat.esp.device.routes import MARK, DeviceRoutes
 from natcompat.esp.device.tun import TunDevice
 from natcompat.esp.device.watch import RouteWatch
 from natcompat.esp.engine.results import Reason
-from natcompat.ipsec import Action, Direction, IPAddress, Policy
+from natcompat.ipsec import Action, Direction, IPAddress, IPNetwork, Policy
 
 _T = TypeVar("_T")
 _log = logging.getLogger("natcompat")
@@ -47,10 +47,13 @@ class HostTraffic:
         *,
         netns: NetworkNamespace | None = None,
         lockdown: bool = False,
+        routes_follow: bool = True,
     ) -> None:
         """Make the device, the routes and the guard in `netns` (None: that of the calling thread).
 
-        `lockdown`: what policies cover stays blocked when the process dies, until another one starts.
+        `routes_follow`: the routes are those of the policies, and packets in the device that no policy
+        protects are sent past it. False: the owner adds the routes, and such packets are dropped. `lockdown`:
+        what policies cover stays blocked when the process dies, until another one starts.
         EPERM without CAP_NET_ADMIN; EOPNOTSUPP: `lockdown` on a kernel without nf_tables.
         """
         self.weakness: str = ""
@@ -59,6 +62,8 @@ class HostTraffic:
         """How often rules, routes, addresses or the device had to be put back."""
         self._lock: threading.RLock = threading.RLock()
         self._lockdown = lockdown
+        self.routes_follow: bool = routes_follow
+        """Whether the routes are those of the policies."""
         self._report: Callable[[str, int], object] = _ignore
         self._endpoints: Callable[[], Iterable[tuple[str, int]]] = tuple
         self._guard: Guard | None = None
@@ -96,7 +101,7 @@ class HostTraffic:
         else:
             self._undo.callback(self._guard.close)
         self.routes = self._undo.enter_context(DeviceRoutes(self.device))
-        if self._guard is not None and not self.routes.refusal:
+        if self._guard is not None and self.routes_follow and not self.routes.refusal:
             self._clear = ClearPath(MARK | PASSED)
             self._undo.callback(self._clear.close)
         self._watch = RouteWatch(self.device.index, self.routes.table, self._check)
@@ -157,18 +162,19 @@ class HostTraffic:
                 if self._guard.has_predecessors:
                     self._newest = time.monotonic()
                     self.wake()
-            self._call(lambda: self.routes.add_policy(policy))
-            undo.callback(self._call, lambda: self.routes.delete_policy(policy))
-            self._check_peer(policy)
-            if replaced is not None:
-                self._call(lambda: self.routes.delete_policy(replaced))
+            if self.routes_follow:
+                self._call(lambda: self.routes.add_policy(policy))
+                undo.callback(self._call, lambda: self.routes.delete_policy(policy))
+                self._check_peer(policy)
+                if replaced is not None:
+                    self._call(lambda: self.routes.delete_policy(replaced))
             undo.pop_all()
 
     def _refuse_inexact(self, policy: Policy) -> None:
         """Refuse what only the guard and the way back past the device make exact."""
         selector = policy.selector
         inexact = selector.protocol or selector.has_ranges
-        if self._clear is None and inexact and policy.action is not Action.BYPASS:
+        if self.routes_follow and self._clear is None and inexact and policy.action is not Action.BYPASS:
             raise NatCompatError(
                 errno.EOPNOTSUPP,
                 f"a policy for {selector} would cut off other traffic between these addresses: "
@@ -178,12 +184,14 @@ class HostTraffic:
 
     def delete_policy(self, policy: Policy) -> None:
         """Undo `add_policy`. What `policy` covered is blocked until it is let pass."""
-        self._call(lambda: self.routes.delete_policy(policy))
+        if self.routes_follow:
+            self._call(lambda: self.routes.delete_policy(policy))
         if self._guard is not None:
             try:
                 self._guard.change(remove=[policy])
             except BaseException:
-                self._call(lambda: self.routes.add_policy(policy))
+                if self.routes_follow:
+                    self._call(lambda: self.routes.add_policy(policy))
                 raise
 
     def replace_policy(self, policy: Policy, replacement: Policy | None) -> None:
@@ -195,7 +203,8 @@ class HostTraffic:
 
     def retain(self, policies: Sequence[Policy]) -> None:
         """Remove all policies but these."""
-        self._call(lambda: self.routes.follow(policies))
+        if self.routes_follow:
+            self._call(lambda: self.routes.follow(policies))
         if self._guard is not None:
             self._guard.retain(policies)
 
@@ -219,6 +228,13 @@ class HostTraffic:
         """Whether packets that no policy protects leave past the device."""
         return self._clear is not None
 
+    def add_route(
+        self, network: IPNetwork, source: IPAddress | None, *, peers: Iterable[IPAddress | str]
+    ) -> None:
+        """Lead `network` into the device; see `DeviceRoutes.add`."""
+        with self._lock:
+            self._call(lambda: self.routes.add(network, source, peers=peers))
+
     # --- addresses
 
     def add_address(self, address: str) -> None:
@@ -230,8 +246,9 @@ class HostTraffic:
         self._call(lambda: self.device.remove_address(address))
 
     def _follow_addresses(self) -> None:
-        with self._lock:
-            self.routes.follow_addresses()
+        if self.routes_follow:
+            with self._lock:
+                self.routes.follow_addresses()
 
     # --- what others change
 
@@ -244,7 +261,7 @@ class HostTraffic:
             try:
                 if not self._gone:
                     restored += self.device.restore()
-                    self.routes.follow_addresses()
+                    self._follow_addresses()
                     restored += self.routes.restore()
                 if self._guard is not None and self._guard.restore():
                     restored.append("the guard in nf_tables")

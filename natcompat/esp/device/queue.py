@@ -13,7 +13,10 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Final, Self, TypeAlias
+from typing import TYPE_CHECKING, Final, Self, TypeAlias
+
+if TYPE_CHECKING:
+    from asyncio import AbstractEventLoop
 
 from natcompat.errors import get_logger
 
@@ -188,20 +191,29 @@ class QueueDevice:
 class CallbackDevice:
     """Calls `deliver` with every burst of opened packets; `send` hands in those to be sealed.
 
-    `deliver` runs in the thread that opens packets, and holds it up: it should not wait. What it raises
-    is logged and counted, and goes no further.
+    `deliver` runs in the thread that opens packets, and holds it up: it should not wait. With `loop`, an
+    asyncio event loop, it runs there (`loop.call_soon_threadsafe`), in the order of the packets. What it
+    raises is logged and counted, and goes no further.
     """
 
     def __init__(
-        self, deliver: Callable[[list[bytes]], object], mtu: int = DEFAULT_MTU, limit: int = 1024
+        self,
+        deliver: Callable[[list[bytes]], object],
+        mtu: int = DEFAULT_MTU,
+        limit: int = 1024,
+        *,
+        loop: AbstractEventLoop | None = None,
     ) -> None:
-        """Hold `limit` packets at most that are to be sealed."""
+        """Hold `limit` packets at most that are to be sealed, and with `loop` as many that wait for it."""
         self.mtu: int = mtu
         self.outbound: PacketQueue = PacketQueue(limit)
         """What waits to be sealed."""
         self.errors: int = 0
         """How often `deliver` raised."""
         self._deliver = deliver
+        self._loop = loop
+        self._inbound: PacketQueue | None = None if loop is None else PacketQueue(limit)
+        """Opened packets that wait for the loop."""
 
     def send(self, packets: Sequence[Buffer]) -> int:
         """Hand in IP packets to be sealed; return how many were taken. The rest is dropped."""
@@ -219,18 +231,40 @@ class CallbackDevice:
         """Deliver opened packets."""
         if self.outbound.closed:
             return 0
-        if packets:
+        if not packets:
+            return 0
+        if self._loop is None or self._inbound is None:
+            return len(packets) if self._call(list(packets)) else 0
+        taken = self._inbound.put_burst(packets)
+        if taken:
             try:
-                self._deliver(list(packets))
-            except Exception:  # noqa: BLE001 - the program's fault must not stop the flow of packets
-                self.errors += 1
-                _log.exception("the function that opened packets are delivered to raised")
+                self._loop.call_soon_threadsafe(self._deliver_waiting)
+            except RuntimeError:  # the loop is closed
+                self._inbound.take_burst(taken)
                 return 0
-        return len(packets)
+        return taken
+
+    def _deliver_waiting(self) -> None:
+        """Deliver, in the loop, what has been opened since it was called last."""
+        if self._inbound is not None and not self.outbound.closed:
+            packets = self._inbound.take_burst(self._inbound.limit)
+            if packets:
+                self._call(packets)
+
+    def _call(self, packets: list[bytes]) -> bool:
+        try:
+            self._deliver(packets)
+        except Exception:  # noqa: BLE001 - the program's fault must not stop the flow of packets
+            self.errors += 1
+            _log.exception("the function that opened packets are delivered to raised")
+            return False
+        return True
 
     def close(self) -> None:
         """Deliver no more, take no more, and wake who waits."""
         self.outbound.close()
+        if self._inbound is not None:
+            self._inbound.close()
 
     def __enter__(self) -> Self:
         return self

@@ -34,6 +34,22 @@ def stale_rules() -> list[Rule]:
         netlink.close()
 
 
+def remove_stale_rules() -> int:
+    """Remove rules and routes of killed processes; return how many rules. EPERM without CAP_NET_ADMIN."""
+    netlink = Rtnetlink()
+    try:
+        present = present_tables()
+        stale = without_device(netlink.rules(), present)
+        for rule in stale:
+            netlink.delete_rule(rule)
+        for index, network, table in netlink.routes():
+            if not index and table not in present:
+                netlink.delete_route(index, network, table=table)
+        return len(stale)
+    finally:
+        netlink.close()
+
+
 def without_device(rules: list[Rule], present: set[int]) -> list[Rule]:
     """Return those of `rules` whose device has none of the tables `present`."""
     slots = {(rule.family, rule.priority // SLOT) for rule in rules if rule.table in present}

@@ -25,6 +25,7 @@ from ipaddress import IPv4Interface, IPv6Interface, ip_address, ip_interface, ip
 from typing import TYPE_CHECKING, Final, Self
 
 from natcompat.errors import NatCompatError
+from natcompat.esp.device.offloads import OFFLOADS, TUN_F_CSUM, VARIABLE, enabled, tun_flags, tun_names
 from natcompat.esp.device.queue import DEFAULT_MTU, LARGEST_PACKET
 from natcompat.ipsec import IPAddress, IPNetwork
 
@@ -43,8 +44,6 @@ _IFF_NO_PI: Final = 0x1000
 _IFF_VNET_HDR: Final = 0x4000
 _IFREQ: Final = struct.Struct("=16sH22x")  # struct ifreq, linux/if.h
 _LONGEST_NAME: Final = 15
-
-_TUN_F_CSUM: Final = 0x01  # linux/if_tun.h; the other flags are about segmentation
 
 _LARGEST_SEGMENTED: Final = 65536  # GSO_LEGACY_MAX_SIZE (linux/netdevice.h), what interfaces begin with
 _MOST_SEGMENTS: Final = 64  # UDP_MAX_SEGMENTS (linux/udp.h) of older kernels
@@ -102,6 +101,8 @@ class TunDevice:
         """Packets that `read_burst` dropped, since they were to be segmented or lacked a checksum."""
         self._header_length = VNET_HEADER_LENGTH if vnet_header else 0
         self._segments = False
+        self._offloads = 0
+        self._refused: frozenset[str] = frozenset()
         self._netlink: Rtnetlink | None = None
         self._descriptor = -1
         self._undo: dict[object, Callable[[], object]] = {}
@@ -111,6 +112,9 @@ class TunDevice:
             self._descriptor, self.name, self._persists = _open(name, flags)
             from natcompat.esp.device.rtnetlink import Rtnetlink
 
+            # those of a persistent interface are what its last reader asked for
+            with contextlib.suppress(OSError):
+                fcntl.ioctl(self._descriptor, _TUNSETOFFLOAD, 0)
             self._netlink = Rtnetlink()
             self.index: int = socket.if_nametoindex(self.name)
             self.mtu = mtu
@@ -224,11 +228,11 @@ class TunDevice:
         self._routes().delete_route(self.index, network, table=table)
         self._undo.pop((network, table), None)
 
-    def set_offload(self, flags: int) -> None:
+    def set_offload(self, flags: int) -> int:
         """Say which work the reader of the descriptor takes over: TUN_F_* of linux/if_tun.h, 0: none.
 
-        `read_burst` drops what is then left undone. EINVAL: this kernel does not know a flag, or there
-        is no `vnet_header`.
+        Returns the flags that are on: those that NATCOMPAT_OFFLOADS allows. `read_burst` drops packets on
+        which work is left. EINVAL: this kernel does not know a flag, or there is no `vnet_header`.
         """
         if not self.vnet_header:
             raise NatCompatError(
@@ -236,12 +240,33 @@ class TunDevice:
             )
         if self._descriptor < 0:
             raise NatCompatError(errno.EBADF, "the TUN device is closed")
+        allowed = flags & ~(tun_flags(OFFLOADS) & ~tun_flags(enabled()))
         try:
-            fcntl.ioctl(self._descriptor, _TUNSETOFFLOAD, flags)
+            fcntl.ioctl(self._descriptor, _TUNSETOFFLOAD, allowed)
         except OSError as error:
+            self._refused |= tun_names(allowed)
             raise _failure("offload", error) from None
-        self._segments = bool(flags & ~_TUN_F_CSUM)
+        self._refused -= tun_names(allowed)
+        self._offloads = allowed
+        self._segments = bool(allowed & ~TUN_F_CSUM)
         self._limit_segments()
+        return allowed
+
+    @property
+    def offloads(self) -> dict[str, str]:
+        """What the reader has taken over, by the names of NATCOMPAT_OFFLOADS: "on", or why not."""
+        on, allowed = tun_names(self._offloads), enabled()
+        reasons = {}
+        for name in sorted(tun_names(~0)):
+            if name in on:
+                reasons[name] = "on"
+            elif name not in allowed:
+                reasons[name] = f"switched off by {VARIABLE}"
+            elif name in self._refused:
+                reasons[name] = "this kernel does not have it"
+            else:
+                reasons[name] = "the reader does not take it over"
+        return reasons
 
     def _limit_segments(self) -> None:
         """Let the kernel hand out so much in one piece as one UDP datagram carries when it is sealed.

@@ -67,6 +67,7 @@ def test_check_in_json(tmp_path: Path) -> None:
         "addresses": ["10.1.0.1/16"],
         "routes": ["10.2.0.0/16"],
         "mtu": None,
+        "lockdown": False,
     }
     assert [sa["spi"] for sa in said["sas"]] == ["0x00001001", "0x00001002"]
     assert not any("key" in name for sa in said["sas"] for name in sa)
@@ -111,7 +112,7 @@ def test_from_an_empty_directory(tmp_path: Path) -> None:
     put(tmp_path / "tunnel.toml", done.stdout, mode=0o644)
     done = tunnel("--check", "tunnel.toml", cwd=tmp_path)
     assert done.returncode == 1
-    where = "tunnel.toml, line 50, [[sa]] 1, encryption_key.key_file: "
+    where = "tunnel.toml, line 51, [[sa]] 1, encryption_key.key_file: "
     assert f"{where}the key file to-peer.key cannot be read: No such file" in done.stderr
     for name, key in (("to-peer.key", KEYS["out"]), ("from-peer.key", KEYS["in"])):
         put(tmp_path / name, key)

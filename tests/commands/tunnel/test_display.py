@@ -55,6 +55,7 @@ def test_json(tmp_path: Path) -> None:
         "addresses": ["10.1.0.1/16"],
         "routes": ["10.2.0.0/16"],
         "mtu": 1400,
+        "lockdown": False,
     }
     assert (said[1]["sas"], said[1]["drops"]) == (ROWS, {"no_policy": 2, "short": 1})
     assert said[3]["spi"] == "0xc0de0001"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import select
@@ -259,3 +260,40 @@ def test_many_threads_lose_and_double_nothing() -> None:
 
 def test_the_default_fits_ethernet() -> None:
     assert device_module.DEFAULT_MTU == QueueDevice().mtu == 1400
+
+
+def test_a_callback_runs_in_its_event_loop() -> None:
+    async def deliver_two_bursts() -> None:
+        here, loop = threading.get_ident(), asyncio.get_running_loop()
+        delivered: list[bytes] = []
+        threads: set[int] = set()
+        ready = asyncio.Event()
+
+        def deliver(packets: list[bytes]) -> None:
+            threads.add(threading.get_ident())
+            delivered.extend(packets)
+            if len(delivered) == 4:
+                ready.set()
+                raise ValueError("the program's fault")
+
+        with CallbackDevice(deliver, limit=4, loop=loop) as device:
+            assert await asyncio.to_thread(device.write_burst, [b"1", b"2"]) == 2
+            assert await asyncio.to_thread(device.write_burst, [b"3", b"4"]) == 2
+            await ready.wait()
+            await asyncio.sleep(0)
+            assert (delivered, threads, device.errors) == ([b"1", b"2", b"3", b"4"], {here}, 1)
+
+            taken = device.write_burst([b"%d" % number for number in range(9)])
+            assert taken == 4, "the loop is busy: what is too much is dropped"
+        await asyncio.sleep(0)
+        assert len(delivered) == 4, "nothing is delivered after close"
+        assert device.write_burst([b"5"]) == 0
+
+    asyncio.run(deliver_two_bursts())
+
+
+def test_a_callback_whose_loop_is_closed_takes_nothing() -> None:
+    loop = asyncio.new_event_loop()
+    with CallbackDevice(lambda burst: None, loop=loop) as device:
+        loop.close()
+        assert device.write_burst([b"1"]) == 0

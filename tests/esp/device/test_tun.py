@@ -343,3 +343,63 @@ def test_other_systems_are_told_what_there_is(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "platform", "sunos5")
     with pytest.raises(NatCompatError, match="QueueDevice"):
         TunDevice()
+
+
+@isolated(network=True)
+def test_a_persistent_device_has_the_offloads_of_its_reader_and_no_others() -> None:
+    """A process that was killed leaves its own behind: they belong to the interface."""
+    ip("tuntap", "add", "dev", "kept0", "mode", "tun")
+    child = os.fork()
+    if child == 0:
+        first = TunDevice("kept0", vnet_header=True)
+        first.set_offload(1 | 2 | 4 | 32 | 64)  # TUN_F_CSUM, _TSO4, _TSO6, _USO4, _USO6
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    for vnet_header in (False, True):
+        with (
+            TunDevice("kept0", vnet_header=vnet_header) as device,
+            socket.socket(type=socket.SOCK_DGRAM) as sock,
+        ):
+            device.add_address("10.1.0.1/24")
+            assert "on" not in device.offloads.values()
+            sock.setsockopt(socket.IPPROTO_UDP, 103, 500)  # UDP_SEGMENT
+            sock.sendto(bytes(2500), (FAR[4], 7))
+            lengths: list[int] = []
+            while len(lengths) < 5:
+                assert select.select([device], [], [], 10)[0]
+                lengths += [len(packet) for packet in device.read_burst() if is_to(FAR[4], packet)]
+            assert lengths == [528] * 5
+
+
+@isolated(network=True)
+def test_offloads_are_switched_off_by_name() -> None:
+    os.environ["NATCOMPAT_OFFLOADS"] = "-uso,-tso6"
+    with TunDevice(vnet_header=True) as device:
+        assert device.set_offload(1 | 2 | 4 | 8 | 32 | 64) == 1 | 2 | 8
+        off = "switched off by NATCOMPAT_OFFLOADS"
+        assert device.offloads == {"csum": "on", "tso4": "on", "tso6": off, "uso": off}
+        os.environ["NATCOMPAT_OFFLOADS"] = "none"
+        assert device.set_offload(1 | 2) == 0
+        assert set(device.offloads.values()) == {off}
+
+
+@isolated(network=True)
+def test_an_address_is_taken_away_and_given_again() -> None:
+    with TunDevice() as device:
+        for _ in range(2):
+            for address in ("10.9.0.10/32", "fd00:9::10/64"):
+                device.add_address(address)
+                assert address in addresses_of(device.name)
+                with pytest.raises(NatCompatError) as caught:
+                    device.add_address(address)
+                assert caught.value.errno == errno.EEXIST
+                device.remove_address(address.partition("/")[0])
+                assert address not in addresses_of(device.name)
+        with pytest.raises(NatCompatError, match="was not given") as caught:
+            device.remove_address("10.9.0.10")
+        assert caught.value.errno == errno.EADDRNOTAVAIL
+        assert device.addresses == []
+
+
+def addresses_of(name: str) -> str:
+    return subprocess.run(["ip", "addr", "show", name], check=True, capture_output=True, text=True).stdout
