@@ -25,6 +25,7 @@ from natcompat.kernel.xfrm.netlink import (
     acknowledgement,
     attributes,
     messages_in,
+    receive,
 )
 from natcompat.kernel.xfrm.probe import (
     NETLINK_EXT_ACK,
@@ -321,7 +322,7 @@ class Nfnetlink:
 
     def _receive(self, operation: str) -> Iterable[tuple[int, int, int, bytes]]:
         try:
-            return list(messages_in(self._socket.recv(1 << 18)))
+            return list(messages_in(receive(self._socket, 1 << 18)))
         except OSError as error:
             raise _failure(operation, error.errno or errno.EIO, error.strerror or "") from None
 

@@ -15,7 +15,14 @@ from collections.abc import Callable
 from typing import Final
 
 from natcompat.esp.device.rtnetlink import PROTOCOL
-from natcompat.kernel.xfrm.netlink import HEADER, NETLINK_ROUTE, Netlink, attributes, messages_in
+from natcompat.kernel.xfrm.netlink import (
+    HEADER,
+    NETLINK_ROUTE,
+    Netlink,
+    attributes,
+    messages_in,
+    receive,
+)
 
 _log = logging.getLogger("natcompat")
 
@@ -109,7 +116,7 @@ class RouteWatch:
         matters = False
         while True:
             try:
-                data = self._netlink.socket.recv(1 << 17)
+                data = receive(self._netlink.socket, 1 << 17)
             except BlockingIOError:
                 return matters
             except OSError as error:

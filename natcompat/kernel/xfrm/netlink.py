@@ -149,7 +149,7 @@ class Netlink:
         """Forget what is in the queue."""
         while True:
             try:
-                self.socket.recv(65536, socket.MSG_DONTWAIT)
+                receive(self.socket, 65536, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 return
             except OSError as error:
@@ -202,7 +202,7 @@ class Netlink:
         answers: list[tuple[int, bytes]] = []
         while True:
             try:
-                data = self.socket.recv(65536)
+                data = receive(self.socket, 65536)
             except BlockingIOError:
                 return errno.ETIMEDOUT, f"no answer within {_ANSWER_TIMEOUT} seconds", []
             except OSError as error:
@@ -247,6 +247,18 @@ class LocalAddresses:
                 return False
             raise
         return answer[HEADER.size + 7] == RTN_LOCAL
+
+
+def receive(sock: socket.socket, size: int, flags: int = 0) -> bytes:
+    """Return what the kernel sent next to a netlink socket.
+
+    A process with CAP_NET_ADMIN can send netlink messages to another process's port, too; these are passed
+    over. Raises what `socket.socket.recv` raises.
+    """
+    while True:
+        data, (port, _) = sock.recvfrom(size, flags)
+        if port == 0:
+            return data
 
 
 def messages_in(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
