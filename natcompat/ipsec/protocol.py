@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Interface, IPv6Interface
 from types import EllipsisType
 from typing import Protocol, Self, TypeAlias
 
@@ -353,6 +354,18 @@ class IPsec(Protocol):
 
     def list_policies(self) -> list[PolicyUsage]:
         """Return every policy."""
+        ...
+
+    def add_address(self, address: str | IPAddress | IPv4Interface | IPv6Interface) -> None:
+        """Give this host an inner address ("10.9.0.10/32"), before or after the policies for it.
+
+        Routes follow the outbound policies and prefer it as source. It is gone on `close`, and with the
+        process. EEXIST: it was given. EOPNOTSUPP: this implementation assigns no addresses.
+        """
+        ...
+
+    def remove_address(self, address: str | IPAddress | IPv4Interface | IPv6Interface) -> None:
+        """Take an inner address away. EADDRNOTAVAIL: it was not given."""
         ...
 
     def bypass(self, sock: socket.socket) -> None:

@@ -7,7 +7,7 @@ import errno
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from ipaddress import ip_address
+from ipaddress import IPv4Interface, IPv6Interface, ip_address
 from typing import Generic, NamedTuple, Protocol, Self, TypeVar
 
 from natcompat.errors import NatCompatError
@@ -55,6 +55,25 @@ class Keepalives(Protocol):
         """End the sender."""
 
 
+class InnerTraffic(Protocol):
+    """Inner addresses of this host, and routes that follow the policies."""
+
+    def add(self, address: str | IPAddress | IPv4Interface | IPv6Interface) -> None:
+        """Give this host an address."""
+
+    def remove(self, address: str | IPAddress | IPv4Interface | IPv6Interface) -> None:
+        """Take it away."""
+
+    def follow(self) -> None:
+        """Follow a policy that was added."""
+
+    def follow_deletion(self) -> None:
+        """Follow a policy that was deleted; never raises."""
+
+    def close(self) -> None:
+        """Take all addresses away."""
+
+
 class KernelIPsec(ABC, Generic[_Answer]):
     """SPIs that are reserved, SAs that are known, and keepalives that this process sends."""
 
@@ -64,6 +83,8 @@ class KernelIPsec(ABC, Generic[_Answer]):
         self._reserved: dict[tuple[IPAddress, int], Reservation] = {}
         self._keepalives: Keepalives | None = None
         """None: this process sends none."""
+        self._inner: InnerTraffic | None = None
+        """None: this implementation assigns no addresses."""
 
     @abstractmethod
     def close(self) -> None:
@@ -115,6 +136,25 @@ class KernelIPsec(ABC, Generic[_Answer]):
                 return spi
             # Still promised to somebody, though the kernel had forgotten: it has its larval SA again.
         raise NatCompatError(errno.ENOENT, f"{what}: all are taken", "Ask for a wider range")
+
+    def add_address(self, address: str | IPAddress | IPv4Interface | IPv6Interface) -> None:
+        """Give this host an inner address, before or after the policies for it; gone on `close`.
+
+        Routes of the policies prefer it as source. EOPNOTSUPP: this implementation assigns no addresses.
+        """
+        if self._inner is None:
+            raise NatCompatError(
+                errno.EOPNOTSUPP,
+                "this IPsec assigns no inner addresses",
+                "Assign it by the system's tools (ifconfig, ipadm), with a route that prefers it as source",
+            )
+        self._inner.add(address)
+
+    def remove_address(self, address: str | IPAddress | IPv4Interface | IPv6Interface) -> None:
+        """Take an inner address away. EADDRNOTAVAIL: `add_address` did not give it."""
+        if self._inner is None:
+            raise NatCompatError(errno.EADDRNOTAVAIL, "this IPsec assigns no inner addresses")
+        self._inner.remove(address)
 
     def release_spi(self, spi: int | bytes, destination: IPAddress | str) -> None:
         """Give back an SPI that `allocate_spi` reserved and no SA took. ESRCH: it is not reserved."""

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import IPv4Interface, IPv6Interface, ip_address
 from typing import Final, Self
 
 from natcompat.contract import NAT_KEEPALIVE
@@ -84,6 +84,18 @@ class EspEngine(Control):
         self._listeners: tuple[EspEvents, ...] = ()
         self._acquires = 0
         self._received: deque[Opened] = deque()
+
+    def add_address(self, address: str | IPAddress | IPv4Interface | IPv6Interface) -> None:
+        """Raise EOPNOTSUPP: an engine without a device of its own assigns no inner addresses."""
+        raise NatCompatError(
+            errno.EOPNOTSUPP,
+            "this ESP engine has no device that could have an inner address",
+            'Use open_ipsec("userspace") with a TUN, or assign the address yourself',
+        )
+
+    def remove_address(self, address: str | IPAddress | IPv4Interface | IPv6Interface) -> None:
+        """Raise EADDRNOTAVAIL, likewise."""
+        raise NatCompatError(errno.EADDRNOTAVAIL, "this ESP engine has no inner addresses")
 
     # -- packets
 

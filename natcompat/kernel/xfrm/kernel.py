@@ -29,6 +29,7 @@ from natcompat.kernel.xfrm import messages
 from natcompat.kernel.xfrm.algorithms import modules_of, supported_transforms
 from natcompat.kernel.xfrm.bypass import bypass
 from natcompat.kernel.xfrm.events import XfrmEvents
+from natcompat.kernel.xfrm.inner_addresses import InnerAddresses
 from natcompat.kernel.xfrm.keepalive import KeepaliveSender
 from natcompat.kernel.xfrm.move import move_sa
 from natcompat.kernel.xfrm.netlink import LocalAddresses, Netlink, attributes, failure
@@ -78,9 +79,11 @@ class XfrmIPsec(KernelIPsec[bytes]):
             raise
         if not self._kernel.keepalive:
             self._keepalives = KeepaliveSender(self.get_sa)
+        self._inner: InnerAddresses = InnerAddresses(lambda: [use.policy for use in self.list_policies()])
 
     def close(self) -> None:
-        """Close the sockets and stop this process's keepalives; SAs and policies stay."""
+        """Close the sockets, stop keepalives, remove inner addresses; SAs and policies stay."""
+        self._inner.close()
         if self._keepalives is not None:
             self._keepalives.close()
         self._local.close()
@@ -258,17 +261,18 @@ class XfrmIPsec(KernelIPsec[bytes]):
         refuse_ranges([policy.selector], "XFRM", port_masks=True)
         before = self._find_policy(policy) if replace else None
         done: list[int] = []
-        for direction in kernel_directions(policy):
-            try:
+        try:
+            for direction in kernel_directions(policy):
                 self._put_policy(policy, direction, replace=replace)
-            except BaseException:
-                for installed in done:
-                    if before is None:
-                        self._delete_policy(policy, installed)
-                    else:
-                        self._put_policy(before, installed, replace=True)
-                raise
-            done.append(direction)
+                done.append(direction)
+            self._inner.follow()
+        except BaseException:
+            for installed in done:
+                if before is None:
+                    self._delete_policy(policy, installed)
+                else:
+                    self._put_policy(before, installed, replace=True)
+            raise
         if before is not None:
             for direction in set(kernel_directions(before)) - set(done):
                 self._delete_policy(policy, direction)
@@ -308,6 +312,7 @@ class XfrmIPsec(KernelIPsec[bytes]):
             except NatCompatError as error:
                 if error.errno != errno.ESRCH:
                     raise
+        self._inner.follow_deletion()
 
     def _delete_policy(self, policy: Policy, direction: int) -> None:
         what = f"Deleting the policy for {words(policy)}"
@@ -327,6 +332,7 @@ class XfrmIPsec(KernelIPsec[bytes]):
         message = messages.xfrm_userpolicy_flush()
         message.encode()
         self._netlink.request("Flushing policies", bytearray(message.data), messages.XFRM_MSG_FLUSHPOLICY)
+        self._inner.follow_deletion()
 
     def list_policies(self) -> list[PolicyUsage]:
         """Return every IN and OUT policy that this package has words for (FWD comes with IN)."""
