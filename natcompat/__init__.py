@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         classify,
     )
     from natcompat.endpoint import get_nat_t_endpoint, set_nat_t_endpoint
+    from natcompat.endpoint.datagram import Datagram
     from natcompat.endpoint.endpoint import NatTEndpoint
     from natcompat.endpoint.keepalive import Keepalive
     from natcompat.endpoint.socket_class import NatTSocket
@@ -55,6 +56,7 @@ _MODULES = {
         "Verdict",
         "classify",
     ),
+    "natcompat.endpoint.datagram": ("Datagram",),
     "natcompat.endpoint.endpoint": ("NatTEndpoint",),
     "natcompat.errors": ("BackendUnavailableError", "NatCompatError"),
     "natcompat.ipsec": ("SecurityAssociation",),
@@ -71,6 +73,7 @@ __all__ = [
     "NON_ESP_MARKER",
     "UDP_NAT_T_ENDPOINT",
     "BackendUnavailableError",
+    "Datagram",
     "Duty",
     "Keepalive",
     "NatCompatError",

@@ -159,10 +159,11 @@ class WholeAttachment(Attachment, Protocol):
     def is_on(self, sock: socket.socket) -> bool:
         """Return whether the option is still set on `sock`; the application may change it itself."""
 
-    def send_keepalive(self, sock: socket.socket, address: Any) -> None:
+    def send_keepalive(self, sock: socket.socket, address: Any, local_address: Any = None) -> None:
         """Send one NAT-keepalive without marker from the port of `sock`, whose kernel marks every send.
 
-        `address` is a socket address, or None for the connected peer. Raises OSError like a send,
+        `address` is a socket address, or None for the connected peer; `local_address` is the IP address from
+        which the keepalive leaves, and is passed where the caller names one. Raises OSError like a send,
         `natcompat.errors.NatCompatError` where a privilege is missing.
         """
 

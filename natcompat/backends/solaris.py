@@ -125,12 +125,13 @@ class _Attachment:
     def adopt(self) -> None:
         """Do nothing: the kernel goes on in the child."""
 
-    def send_keepalive(self, sock: socket.socket, address: Any) -> None:
+    def send_keepalive(self, sock: socket.socket, address: Any, local_address: Any = None) -> None:
         """Send by a raw socket, since the kernel puts a marker in front of every send of the endpoint."""
-        host = (sock.getpeername() if address is None else address)[:2]
+        peer = (sock.getpeername() if address is None else address)[:2]
         if not sock.getsockname()[1]:
             sock.bind(("", 0))
-        send_raw_keepalive(sock.getsockname()[:2], host)
+        host, port = sock.getsockname()[:2]
+        send_raw_keepalive((host if local_address is None else str(local_address), port), peer)
 
 
 def send_raw_keepalive(source: tuple[str, int], destination: tuple[str, int]) -> None:

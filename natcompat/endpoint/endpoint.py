@@ -6,18 +6,34 @@ import errno
 import socket
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
 
 from natcompat import backends
 from natcompat.backends.base import Address, Backend, EspConsumer
 from natcompat.backends.diversion import Diversion
+from natcompat.backends.local_address import (
+    ANCILLARY_SIZE,
+    Ancillary,
+    is_bound_to,
+    local_address,
+    request_local_addresses,
+    source_address,
+)
 from natcompat.backends.system_calls import SystemCalls, root_class
 from natcompat.contract import NAT_KEEPALIVE, Duty, Performer
-from natcompat.endpoint.send import bind_implicitly
-from natcompat.endpoint.state import EndpointState
+from natcompat.endpoint.datagram import Datagram
+from natcompat.endpoint.receive import receive_ike
+from natcompat.endpoint.send import bind_implicitly, send_buffers
+from natcompat.endpoint.state import LARGEST_DATAGRAM, EndpointState
 from natcompat.endpoint.stats import Stats
 from natcompat.endpoint.switch import Switch, leaks_of
 from natcompat.errors import NatCompatError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+    from natcompat.ipsec import IPAddress
 
 
 class NatTEndpoint:
@@ -40,6 +56,7 @@ class NatTEndpoint:
         self._observers: dict[object, Callable[[Any], object]] = {}
         self._drops_before = _kernel_drops(sock)
         self._family = sock.family
+        self._tells_local_address = False
         self._state = state = EndpointState(type(sock), root, Diversion(None, sock.family))
         state.endpoint, state.arrive = self, arrive
         self._switch = Switch(state, sock, backend, esp)
@@ -129,24 +146,68 @@ class NatTEndpoint:
             system_wide={name: value for name, value in of_backend.items() if ":" in name},
         )
 
-    def send_keepalive(self, address: Any = None) -> None:
+    def receive(self, bufsize: int = LARGEST_DATAGRAM, flags: int = 0) -> Datagram:
+        """Receive one message, its source, and the local address to which it came; see `Datagram`.
+
+        For a socket that is bound to no address in particular (0.0.0.0 or ::) on a host with several. In
+        all else it is `socket.socket.recvmsg`: `bufsize` in bytes, `flags`, the mode and timeout of the
+        socket, and the errors. EBADF once the socket is closed.
+
+        The first call sets the socket option that tells the address (IP_PKTINFO on Linux, IP_RECVDSTADDR on
+        BSD, macOS and Solaris, IPV6_RECVPKTINFO), if it is not set, and `close` clears it; until then the
+        application's own ``recvmsg`` gets the ancillary data, too. Datagrams that were queued before that
+        call may have no local address, except on Linux. Windows tells none.
+        """
+        sock = self._living_socket()
+        root = self._state.root
+        if not self._tells_local_address:
+            undo = request_local_addresses(SystemCalls(sock, root))
+            self._tells_local_address = True
+            if undo is not None:
+                self._switch.undo_at_close(undo)
+        message = receive_ike(sock, root, bufsize, ANCILLARY_SIZE, flags)
+        return Datagram(message[0], message[3], local_address(message[1]))
+
+    def send(
+        self,
+        payload: ReadableBuffer,
+        destination: Any = None,
+        *,
+        local_address: IPAddress | str | None = None,
+    ) -> int:
+        """Send `payload` behind the marker to `destination`, or to the peer; return its length.
+
+        The datagram leaves from `local_address`, such as that of the `Datagram` which it answers; None leaves
+        the choice to the system. Raises what `socket.socket.sendmsg` raises; ValueError where the socket or
+        the system cannot send from that address.
+        """
+        sock = self._living_socket()
+        ancillary = self._source(sock, local_address)
+        to = _without_none(destination)
+        if self._switch.sender_of_keepalives() is None:
+            return send_buffers(sock, self._state, [payload], ancillary, 0, to)
+        return self._state.root.sendmsg(sock, [payload], ancillary, 0, *to)  # the kernel inserts the marker
+
+    def send_keepalive(self, address: Any = None, *, local_address: IPAddress | str | None = None) -> None:
         """Send one NAT-keepalive (RFC 3948, 2.3: one byte 0xFF, no marker) to `address`, or to the peer.
 
-        Raises OSError like any send: EDESTADDRREQ without an address on an unconnected socket, EBADF
-        once the socket is closed; BlockingIOError on a non-blocking socket whose buffer is full. The
-        backend ``solaris``, whose kernel puts a marker in front of every send, needs a raw socket for it,
-        and so a privilege: EPERM.
+        It leaves from `local_address`; None leaves the choice to the system. Raises OSError like any send:
+        EDESTADDRREQ without an address on an unconnected socket, EBADF once the socket is closed;
+        BlockingIOError on a non-blocking socket whose buffer is full; ValueError where the system cannot
+        send from that address. The backend ``solaris``, whose kernel puts a marker in front of every send,
+        needs a raw socket for it, and so a privilege: EPERM.
         """
         self._switch.attachment()
-        sock = self._switch.aliases.any()
-        if sock is None:
-            raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
+        sock = self._living_socket()
         root = self._state.root
         if self._state.unbound:
             bind_implicitly(sock, self._state)
         sender = self._switch.sender_of_keepalives()
         if sender is not None:
-            sender.send_keepalive(SystemCalls(sock, root), address)
+            sender.send_keepalive(SystemCalls(sock, root), address, *_without_none(local_address))
+        elif local_address is not None:
+            ancillary = self._source(sock, local_address)
+            root.sendmsg(sock, [NAT_KEEPALIVE], ancillary, 0, *_without_none(address))
         elif address is None:
             root.send(sock, NAT_KEEPALIVE)
         else:
@@ -180,6 +241,19 @@ class NatTEndpoint:
         """Set the option once more; use `natcompat.set_nat_t_endpoint`, which checks the arguments."""
         self._switch.set_again(backend, esp)
 
+    def _living_socket(self) -> socket.socket:
+        sock = self._switch.aliases.any()
+        if sock is None:
+            raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
+        return sock
+
+    def _source(self, sock: socket.socket, address: IPAddress | str | None) -> Ancillary:
+        """Return the ancillary data that sends from the local `address`."""
+        if address is None:
+            return []
+        address = ip_address(address)
+        return [] if is_bound_to(sock, address) else source_address(self._family, address)
+
     def _notify_observers(self, destination: Any) -> None:
         for observer in list(self._observers.values()):
             observer(destination)
@@ -206,6 +280,11 @@ def arrive(
     assert root is not None, "only endpoints' sockets are sent"  # noqa: S101
     NatTEndpoint(sock, root, backends.get("userspace:in-line"), None)
     return sock
+
+
+def _without_none(argument: Any) -> tuple[Any, ...]:
+    """Return the argument for a call that takes it or leaves it out."""
+    return () if argument is None else (argument,)
 
 
 def _kernel_drops(sock: socket.socket) -> int | None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from natcompat.endpoint.endpoint import NatTEndpoint
+    from natcompat.ipsec import IPAddress
 
 __all__ = ["DEFAULT_INTERVAL", "Keepalive", "KeepaliveStats", "KernelKeepalive"]
 
@@ -82,14 +83,20 @@ class Keepalive:
         return self._schedule.ended
 
     def add(
-        self, address: Any = None, *, interval: float | None = None, kernel: KernelKeepalive | None = None
+        self,
+        address: Any = None,
+        *,
+        interval: float | None = None,
+        kernel: KernelKeepalive | None = None,
+        local_address: IPAddress | str | None = None,
     ) -> None:
         """Keep the NAT mapping to `address` alive; None: to the connected peer.
 
         `address` is numeric, as `socket.socket.recvfrom` returns it. `interval` is in seconds; for a peer
         that was added before it counts from now. `kernel` is asked first, and sends the keepalives of the
-        peers that it takes over. Raises OSError: EBADF once this or the endpoint is closed;
-        `socket.gaierror` for a host name and for an address of another family.
+        peers that it takes over. The process sends from `local_address`, such as that of the `Datagram` by
+        which the peer became known; None leaves the choice to the system. Raises OSError: EBADF once this or
+        the endpoint is closed; `socket.gaierror` for a host name and for an address of another family.
         """
         schedule = self._schedule
         interval = self._interval if interval is None else _positive(interval)
@@ -102,7 +109,7 @@ class Keepalive:
         if address is not None:
             address = _numeric(address, self._family)
         schedule.remove(address)
-        schedule.add(Peer(address, interval, kernel))
+        schedule.add(Peer(address, interval, kernel, local_address))
 
     def remove(self, address: Any = None) -> None:
         """Send no more keepalives to `address`; no error where none were sent."""

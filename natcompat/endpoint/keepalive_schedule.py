@@ -32,8 +32,8 @@ class Sender(Protocol):
     def peer(self) -> Any:
         """Address of the connected peer, or None."""
 
-    def send_keepalive(self, address: Any = None) -> None:
-        """Send one keepalive to `address`, None: to the connected peer."""
+    def send_keepalive(self, address: Any = None, *, local_address: Any = None) -> None:
+        """Send one keepalive to `address`, None: to the connected peer; from `local_address`, None: any."""
 
 
 class KernelKeepalive(Protocol):
@@ -52,10 +52,13 @@ class KernelKeepalive(Protocol):
 class Peer:
     """One peer, with the time of the last traffic to it; `active` until it is removed."""
 
-    __slots__ = ("active", "address", "by_kernel", "interval", "kernel", "last_traffic")
+    __slots__ = ("active", "address", "by_kernel", "interval", "kernel", "last_traffic", "local_address")
 
-    def __init__(self, address: Any, interval: float, kernel: KernelKeepalive | None) -> None:
+    def __init__(
+        self, address: Any, interval: float, kernel: KernelKeepalive | None, local_address: Any = None
+    ) -> None:
         self.address, self.interval, self.kernel = address, interval, kernel
+        self.local_address = local_address
         self.last_traffic = time.monotonic()
         self.active = True
         self.by_kernel = False
@@ -161,7 +164,7 @@ class Schedule:
             self.skipped_count += 1
             return last + peer.shortly_before(peer.interval)
         try:
-            self.endpoint.send_keepalive(peer.address)
+            self.endpoint.send_keepalive(peer.address, local_address=peer.local_address)
         except Exception as error:  # noqa: BLE001 - the other peers get theirs
             self._failed(error)
             return now + peer.shortly_before(peer.interval * _RETRY)

@@ -55,6 +55,7 @@ class Switch:
         self._esp = esp
         self._outlet: Outlet | None = None
         self._exemption = Exemption(state)
+        self._undo_at_close: list[Callable[[socket.socket], object]] = []
         self._pid = self._served_in = os.getpid()
         self._lock = threading.RLock()
         self._attachment: Attachment | None = None  # None also while it is being exchanged
@@ -155,6 +156,11 @@ class Switch:
                 self._attach_or_serve_in_line(sock)
                 raise
 
+    def undo_at_close(self, undo: Callable[[socket.socket], object]) -> None:
+        """Call `undo` with the socket when the option is switched off, if this process then owns it."""
+        with self._locked():
+            self._undo_at_close.append(undo)
+
     def close(self) -> None:
         """Switch the option off; may be repeated."""
         with self._locked():
@@ -168,6 +174,9 @@ class Switch:
                 self._detach(sock)
             finally:  # whatever the kernel refuses to undo, the process ends its part
                 self._exemption.end(sock, owned=self._owned())
+                for undo in self._undo_at_close if self._owned() else ():
+                    with contextlib.suppress(OSError):
+                        undo(SystemCalls(sock, self.state.root))
                 for alias in self.aliases.living():
                     self.aliases.forget(alias)
 

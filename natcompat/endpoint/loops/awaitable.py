@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from typing import Self
 
     from natcompat.backends.base import Backend, EspConsumer
+    from natcompat.endpoint.datagram import Datagram
     from natcompat.endpoint.endpoint import NatTEndpoint
     from natcompat.endpoint.loops.waits import Waits
+    from natcompat.ipsec import IPAddress
 
 
 def open_nat_t_endpoint(
@@ -75,11 +77,34 @@ class AsyncNatTSocket:
             except (BlockingIOError, InterruptedError):
                 await self._waits.wait(READ)
 
-    async def sendto(self, data: bytes | bytearray | memoryview, address: Any = None) -> int:
-        """Send `data` behind the marker to `address`, or to the peer; returns the length of `data`."""
+    async def receive(self, bufsize: int = 65535) -> Datagram:
+        """Receive one message, its source and the local address to which it came.
+
+        See `NatTEndpoint.receive`; the errors are those of `recvfrom`.
+        """
         await self._waits.checkpoint()
         while True:
             try:
+                return self._endpoint.receive(bufsize)
+            except (BlockingIOError, InterruptedError):
+                await self._waits.wait(READ)
+
+    async def sendto(
+        self,
+        data: bytes | bytearray | memoryview,
+        address: Any = None,
+        *,
+        local_address: IPAddress | str | None = None,
+    ) -> int:
+        """Send `data` behind the marker to `address`, or to the peer; return the length of `data`.
+
+        The datagram leaves from `local_address`; None leaves the choice to the system.
+        """
+        await self._waits.checkpoint()
+        while True:
+            try:
+                if local_address is not None:
+                    return self._endpoint.send(data, address, local_address=local_address)
                 return self._sock.send(data) if address is None else self._sock.sendto(data, address)
             except (BlockingIOError, InterruptedError):
                 await self._waits.wait(WRITE)

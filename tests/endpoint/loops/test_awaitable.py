@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -47,6 +48,24 @@ class TestAwaitableSocket:
         run_anywhere(main)
         wanted = sorted(row.payload for row in TABLE if row.verdict is Verdict.ESP)
         assert sorted(diverted) == wanted
+
+    def test_tells_and_uses_the_local_address(self, run_anywhere: Run, new_socket: NewSocket) -> None:
+        peer = new_socket()
+
+        async def main() -> None:
+            with socket.socket(type=socket.SOCK_DGRAM) as sock:
+                sock.bind(("0.0.0.0", 0))
+                port = sock.getsockname()[1]
+                async with open_nat_t_endpoint(sock, esp=lambda *_: None) as ike:
+                    for host in ("127.0.0.1", "127.0.0.7"):
+                        for payload in (NAT_KEEPALIVE, ESP, NON_ESP_MARKER + b"IKE"):
+                            peer.sendto(payload, (host, port))
+                        message, source, local = await ike.receive()
+                        assert (message, source, str(local)) == (b"IKE", peer.getsockname(), host)
+                        assert await ike.sendto(b"answer", source, local_address=local) == 6
+                        assert peer.recvfrom(100) == (NON_ESP_MARKER + b"answer", (host, port))
+
+        run_anywhere(main)
 
     def test_waits_while_others_run(self, run_anywhere: Run, new_socket: NewSocket, backend: str) -> None:
         sock, peer = new_socket(), new_socket()
