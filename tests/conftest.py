@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 
 import pytest
@@ -20,6 +23,16 @@ if _built := os.environ.get("NATCOMPAT_TEST_DATAPATH"):  # another build of the 
     import natcompat.esp
 
     natcompat.esp.__path__.insert(0, _built)
+
+if "NATCOMPAT_CONTROL" not in os.environ:  # other sessions on this machine have engines of their own
+    _control, _session = tempfile.mkdtemp(prefix="natcompat-control-"), os.getpid()
+    os.environ["NATCOMPAT_CONTROL"] = _control
+
+    @atexit.register
+    def _remove_control() -> None:
+        if os.getpid() == _session:  # and no forked child
+            shutil.rmtree(_control, ignore_errors=True)
+
 
 NO_SKIPS = os.environ.get("CI") == "true" and hasattr(os, "geteuid") and os.geteuid() == 0
 """Continuous integration runs as root and has everything: a skip there is a hole in the tests."""

@@ -6,17 +6,16 @@ import contextlib
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TextIO, TypeAlias
+from typing import TYPE_CHECKING, TextIO
 
 from natcompat.commands.report import aligned, print_json, rich_text, write_line
 from natcompat.errors import printable
+from natcompat.ipsec.describe import Row
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.text import Text
 
-Row: TypeAlias = dict[str, Any]
-"""One object of the JSON output, or one line of a table: names to strings, numbers, booleans, None, lists."""
 
 _NUMBERS = frozenset({"packets", "bytes", "drops", "reqid", "priority", "packets/s", "bytes/s"})
 

@@ -30,6 +30,7 @@ from natcompat.errors import NatCompatError, get_logger
 from natcompat.esp import choice as datapaths
 from natcompat.esp.carrier.device_mtu import DeviceMtu
 from natcompat.esp.carrier.portable import Carrier
+from natcompat.esp.control_socket import control_of
 from natcompat.esp.device.queue import QueueDevice
 from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.portable import Sealed
@@ -79,6 +80,7 @@ class UserspaceIPsec(EspEngine):
 
         `datapath`: as NATCOMPAT_DATAPATH, which it overrides.
         """
+        self._control = control_of(self)
         chosen = datapaths.select(datapath)
         if chosen.make_path is None or chosen.make_carrier is None:
             raise ValueError(f"datapath: {chosen.name} makes nothing")
@@ -100,6 +102,7 @@ class UserspaceIPsec(EspEngine):
                 self.path.hand_up_unprotected()
             host.start(self._lock, self._report_restored, self._endpoint_addresses)
         self.carrier.start()
+        self._control.start()
 
     @property
     def features(self) -> Features:
@@ -283,6 +286,7 @@ class UserspaceIPsec(EspEngine):
             steps.callback(self.carrier.close)
             steps.callback(self._mtu.close)
             steps.callback(self._leave)
+            steps.callback(self._control.close)
 
     def abandon(self) -> None:
         """Let go of what a forked child has inherited: the device goes on as long as somebody holds it."""

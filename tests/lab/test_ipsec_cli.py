@@ -17,10 +17,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from natcompat.commands import ipsec as ipsec_cli
-from natcompat.commands.ipsec.describe import describe_selector
 from natcompat.commands.ipsec.lines import policy_columns, sa_columns
 from natcompat.commands.main import natcompat
 from natcompat.ipsec import Direction, Lifetime, Policy, TrafficSelector, UDPEncapsulation
+from natcompat.ipsec.describe import describe_selector
 from natcompat.kernel.xfrm.kernel import XfrmIPsec
 from tests.kernel.xfrm.test_probe import as_nobody
 from tests.lab.making import cbc, make, tunnel

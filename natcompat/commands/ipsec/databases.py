@@ -6,32 +6,35 @@ import os
 
 import click
 
-from natcompat.commands.ipsec.common import as_json, opened
-from natcompat.commands.ipsec.describe import describe_policy, describe_sas
+from natcompat.commands.ipsec.common import as_json
 from natcompat.commands.ipsec.lines import policy_columns, sa_columns
+from natcompat.commands.ipsec.sources import Sources
 from natcompat.commands.tables import show
 
 
-@click.command(short_help="List the security associations of the kernel.")
+@click.command(short_help="List the security associations of the kernel and of user-space IPsec.")
 @as_json
 @click.option("--show-keys", is_flag=True, help="Show keys, too; for root only.")
 def sad(json_output: bool, show_keys: bool) -> None:
-    """List the security associations of the kernel.
+    """List the security associations of the kernel and of user-space IPsec.
 
-    Every SA of this network namespace, whoever installed it: its SPI and direction, outer addresses,
-    UDP ports (local-remote) where ESP goes in UDP, transforms, what it has carried and what it has
-    dropped (replays, wrong integrity check values). A larval SA is an SPI that is reserved, or
-    traffic that waits for IKE. Where the kernel does not know the direction of an SA, it is told
-    from the addresses of this host.
+    Every SA of this network namespace: its engine (kernel, or the process ID of a program with
+    user-space IPsec), SPI and direction, outer addresses, UDP ports (local-remote) where ESP goes in
+    UDP, transforms, the packets that it has carried and those that it has dropped (replays, wrong
+    integrity check values). A larval SA is a reserved SPI, or traffic that waits for IKE. Where the
+    kernel does not know the direction of an SA, the addresses of this host tell it.
 
-    Takes root or CAP_NET_ADMIN, changes nothing. Keys are never shown, except to root with
-    --show-keys: whoever has them reads the traffic.
+    The kernel's SAs take root or CAP_NET_ADMIN. Those of user-space IPsec are shown to its user and
+    to root, unless its program runs with NATCOMPAT_CONTROL=none. Nothing is changed. Keys are never
+    shown, except those of the kernel to root with --show-keys: their holder reads the traffic.
 
     \b
     Exit status:
-      0    the SAs were listed, be there any or not
-      1    this process may not ask (it takes root or CAP_NET_ADMIN), or the kernel
-           has no IPsec; the last line says which, and what would help
+      0    the SAs were listed, be there any or not; those of the kernel may be missing
+           where user-space IPsec runs: then the last line says why
+      1    no user-space IPsec runs, and this process may not ask the kernel (root or
+           CAP_NET_ADMIN), or the kernel has no IPsec; the last line says which, and
+           what would help
       2    the command line is wrong
 
     \b
@@ -42,33 +45,33 @@ def sad(json_output: bool, show_keys: bool) -> None:
     """
     if show_keys and os.geteuid() != 0:
         raise click.ClickException("--show-keys is for root only. Run it with sudo, or leave it out")
-    with opened() as ipsec:
-        show(
-            "Security associations",
-            describe_sas(ipsec.list_sas(), show_keys=show_keys),
-            sa_columns,
-            json_output=json_output,
-        )
+    with Sources() as sources:
+        rows = sources.sas(show_keys=show_keys)
+        show("Security associations", rows, sa_columns, json_output=json_output)
 
 
-@click.command(short_help="List the policies of the kernel.")
+@click.command(short_help="List the policies of the kernel and of user-space IPsec.")
 @as_json
 def spd(json_output: bool) -> None:
-    """List the policies of the kernel.
+    """List the policies of the kernel and of user-space IPsec.
 
-    Every inbound and outbound policy of this network namespace, whoever installed it: which packets
-    it is for, what happens to them (protect, bypass, discard), the ends of its tunnel, the reqid
-    that its SAs have, and when a packet last met it. A smaller priority is looked at first.
-    Those for forwarding come with the inbound ones and are not listed again, nor are those that
-    single sockets have, such as the exemption of endpoints with the option.
+    Every inbound and outbound policy of this network namespace: its engine (kernel, or the process ID
+    of a program with user-space IPsec), selector, action (protect, bypass, discard), the ends of its
+    tunnel, the reqid of its SAs, and the time of the last packet that matched. A policy with a smaller
+    priority is looked up first. The kernel's policies for forwarding belong to the inbound ones and
+    are not listed again, nor are those of single sockets, such as the exemption of endpoints with the
+    option.
 
-    Takes root or CAP_NET_ADMIN, changes nothing.
+    The kernel's policies take root or CAP_NET_ADMIN. Those of user-space IPsec are shown to its user
+    and to root, unless its program runs with NATCOMPAT_CONTROL=none. Nothing is changed.
 
     \b
     Exit status:
-      0    the policies were listed, be there any or not
-      1    this process may not ask (it takes root or CAP_NET_ADMIN), or the kernel
-           has no IPsec; the last line says which, and what would help
+      0    the policies were listed, be there any or not; those of the kernel may be
+           missing where user-space IPsec runs: then the last line says why
+      1    no user-space IPsec runs, and this process may not ask the kernel (root or
+           CAP_NET_ADMIN), or the kernel has no IPsec; the last line says which, and
+           what would help
       2    the command line is wrong
 
     \b
@@ -76,7 +79,5 @@ def spd(json_output: bool) -> None:
       natcompat spd
       natcompat spd --json | jq '.[] | select(.last_used == null)'
     """
-    with opened() as ipsec:
-        rows = [describe_policy(usage) for usage in ipsec.list_policies()]
-        rows.sort(key=lambda row: (row["direction"], row["priority"]))
-        show("Policies", rows, policy_columns, json_output=json_output)
+    with Sources() as sources:
+        show("Policies", sources.policies(), policy_columns, json_output=json_output)

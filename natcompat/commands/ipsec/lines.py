@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable
+from typing import Final
 
-from natcompat.commands.tables import Row
+from natcompat.ipsec.describe import Row
+
+CAUSES: Final = {
+    "integrity failure": "usual causes: the peer has another key or other transforms, "
+    "or a middlebox changes packets",
+    "peer silent": "usual causes: the peer is down or has other keys, or a NAT or firewall drops its packets",
+}
+"""Events of which the usual causes are told to people."""
 
 
 def sa_columns(row: Row) -> Row:
@@ -19,6 +28,7 @@ def sa_columns(row: Row) -> Row:
     counted = [row["replay_drops"], row["window_drops"], row["integrity_drops"]]
     drops = "" if None in counted else sum(counted)
     return {
+        **_engine_column(row),
         "SPI": row["spi"],
         "way": row.get("direction", row["state"]),
         "source": row["source"],
@@ -39,6 +49,7 @@ def policy_columns(row: Row) -> Row:
     """Choose and shorten what a line about a policy says."""
     tunnel = f"{row['source']} to {row['destination']}" if row["source"] else ""
     return {
+        **_engine_column(row),
         "way": row["direction"],
         "selector": row["selector"],
         "action": row["action"] + (" if possible" if row["optional"] else ""),
@@ -51,8 +62,15 @@ def policy_columns(row: Row) -> Row:
     }
 
 
+def _engine_column(row: Row) -> Row:
+    """Return the column that names the engine: "kernel", or a process; none where there is but one."""
+    if "engine" not in row:
+        return {}
+    return {"engine": "kernel" if row["engine"] == "kernel" else f"pid {row['pid']}"}
+
+
 def _duration(since: float) -> str:
-    seconds = max(0, int(time.time() - since))
+    seconds = max(0, int(time.time() - min(since, sys.float_info.max)))
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= 2 * size:
             return f"{seconds // size} {unit}"
@@ -88,5 +106,9 @@ class Rates:
 
 def event_line(row: Row) -> str:
     """Return a line about an event that happened now."""
-    details = "  ".join(f"{name} {text}" for name, text in row.items() if name != "event")
-    return f"{time.strftime('%H:%M:%S')}  {row['event']}  {details}".rstrip()
+    engine = _engine_column(row).get("engine", "")
+    keys = {name: text for name, text in row.items() if name not in ("event", "time", "engine", "pid")}
+    details = "  ".join(f"{name} {text}" for name, text in keys.items() if text is not None)
+    words = [time.strftime("%H:%M:%S"), "" if engine == "kernel" else engine, row["event"], details]
+    cause = CAUSES.get(row["event"], "")
+    return "  ".join(filter(None, words)) + (f" ({cause})" if cause else "")

@@ -1,4 +1,4 @@
-"""The command ``top``: the kernel's SAs with their rates, round by round."""
+"""The command ``top``: SAs with their rates, round by round."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from natcompat.commands.ipsec.common import as_json, opened
-from natcompat.commands.ipsec.describe import describe_sas
+from natcompat.commands.ipsec.common import as_json
 from natcompat.commands.ipsec.lines import Rates
+from natcompat.commands.ipsec.sources import Sources
 from natcompat.commands.report import flush, print_json, write_line
-from natcompat.commands.tables import Row, live, table, write_plain
+from natcompat.commands.tables import live, table, write_plain
+from natcompat.ipsec.describe import Row
 
 if TYPE_CHECKING:
-    from natcompat.ipsec import IPsec
+    pass
 
 
 @click.command(short_help="Show the busiest security associations, live.")
@@ -30,13 +31,15 @@ def top(json_output: bool, interval: float, count: int | None) -> None:
     The columns of natcompat sad, and packets and bytes a second since the last round; in a pipe a
     table each round, with --json an array a line. Ctrl-C ends it.
 
-    Takes root or CAP_NET_ADMIN, changes nothing.
+    The kernel's SAs take root or CAP_NET_ADMIN. Those of user-space IPsec are shown to its user and
+    to root, unless its program runs with NATCOMPAT_CONTROL=none. Nothing is changed.
 
     \b
     Exit status:
       0    --count was reached
-      1    this process may not ask (it takes root or CAP_NET_ADMIN), or the kernel
-           has no IPsec; the last line says which, and what would help
+      1    no user-space IPsec runs, and this process may not ask the kernel (root or
+           CAP_NET_ADMIN), or the kernel has no IPsec; the last line says which, and
+           what would help
       2    the command line is wrong
       130  interrupted by Ctrl-C
 
@@ -45,8 +48,8 @@ def top(json_output: bool, interval: float, count: int | None) -> None:
       natcompat top
       natcompat top --interval 10 --count 7 > minute.txt
     """
-    with opened() as ipsec:
-        rounds = _rounds(ipsec, interval, count)
+    with Sources() as sources:
+        rounds = _rounds(sources, interval, count)
         if json_output:
             for lines in rounds:
                 print_json(lines, one_line=True)
@@ -62,11 +65,11 @@ def top(json_output: bool, interval: float, count: int | None) -> None:
                 flush()
 
 
-def _rounds(ipsec: IPsec, interval: float, count: int | None) -> Iterator[list[Row]]:
-    """Return, every `interval` seconds, the SAs with their rates, the busiest first."""
-    rates = Rates(lambda row: (row["spi"], row["destination"]))
+def _rounds(sources: Sources, interval: float, count: int | None) -> Iterator[list[Row]]:
+    """Yield, every `interval` seconds, the SAs with their rates, the busiest first."""
+    rates = Rates(lambda row: (row["pid"], row["spi"], row["destination"]))
     for number in itertools.count() if count is None else range(count):
         if number:
             time.sleep(interval)
-        lines = rates.lines(describe_sas(ipsec.list_sas()))
+        lines = rates.lines(sources.sas())
         yield sorted(lines, key=lambda line: (-line["bytes/s"], -line["bytes"]))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from natcompat.commands.ipsec.describe import describe_policy, describe_sa
 from natcompat.commands.report import Printer, doubtful
-from natcompat.commands.tables import Row
 from natcompat.commands.tunnel.file import Tunnel
 from natcompat.ipsec import InstalledSA, Policy, PolicyUsage, SecurityAssociation, Usage
+from natcompat.ipsec.describe import Row, describe_policy, describe_sa
 
 _UNUSED = Usage(
     packets=0,

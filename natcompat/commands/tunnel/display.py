@@ -29,13 +29,13 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Protocol, TextIO
 
-from natcompat.commands.ipsec.describe import describe_event
 from natcompat.commands.ipsec.lines import event_line
 from natcompat.commands.report import Words, complain, print_json, write_line
-from natcompat.commands.tables import Row, live, table, write_plain
+from natcompat.commands.tables import live, table, write_plain
 from natcompat.commands.tunnel.describe import describe
 from natcompat.commands.tunnel.file import Tunnel
 from natcompat.ipsec import Event
+from natcompat.ipsec.describe import Row, describe_event
 
 _REMEMBERED = 6
 

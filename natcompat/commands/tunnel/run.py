@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from natcompat.commands.ipsec.describe import describe_sa
 from natcompat.commands.ipsec.lines import Rates
 from natcompat.commands.tunnel.display import Reporter
 from natcompat.commands.tunnel.file import Endpoint, Tunnel
@@ -30,6 +29,7 @@ from natcompat.ipsec import (
     SaId,
     SecurityAssociation,
 )
+from natcompat.ipsec.describe import describe_sa
 
 _MOST_AT_ONCE = 64
 

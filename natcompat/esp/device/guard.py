@@ -24,11 +24,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import ipaddress
-import logging
 from collections.abc import Iterable
 from typing import Final
 
-from natcompat.errors import NatCompatError
+from natcompat.errors import NatCompatError, get_logger
 from natcompat.esp.device import guard_rules
 from natcompat.esp.device import nftables as nft
 from natcompat.esp.device.guard_rules import Identity, Program
@@ -40,7 +39,7 @@ TABLE_PREFIX: Final = "natcompat-"
 _UNKNOWN: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOENT)
 """What older kernels say to a flag or an expression that they do not know."""
 
-_log = logging.getLogger("natcompat")
+_log = get_logger()
 
 
 class Guard:

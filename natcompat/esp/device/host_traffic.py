@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import socket
 import threading
 import time
@@ -12,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Final, TypeVar
 
 from natcompat.backends.base import NetworkNamespace
-from natcompat.errors import NatCompatError
+from natcompat.errors import NatCompatError, get_logger
 from natcompat.esp.device.clear_path import ClearPath
 from natcompat.esp.device.guard import Guard
 from natcompat.esp.device.namespace import Namespace
@@ -23,7 +22,7 @@ from natcompat.esp.engine.results import Reason
 from natcompat.ipsec import Action, Direction, IPAddress, IPNetwork, Policy
 
 _T = TypeVar("_T")
-_log = logging.getLogger("natcompat")
+_log = get_logger()
 
 PASSED: Final = 0x1000_0000
 """The bit of SO_MARK that packets have besides MARK which the engine handed back."""

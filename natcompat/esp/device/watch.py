@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import select
 import struct
@@ -14,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+from natcompat.errors import get_logger
 from natcompat.esp.device.rtnetlink import PROTOCOL
 from natcompat.kernel.xfrm.netlink import (
     HEADER,
@@ -24,7 +24,7 @@ from natcompat.kernel.xfrm.netlink import (
     receive,
 )
 
-_log = logging.getLogger("natcompat")
+_log = get_logger()
 
 # linux/rtnetlink.h, linux/fib_rules.h
 _GROUPS: Final = 1 | 0x10 | 0x40 | 0x100 | 0x400 | 1 << 7 | 1 << 18

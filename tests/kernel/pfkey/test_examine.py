@@ -110,14 +110,14 @@ def test_the_doctor_says_the_limits_to_whoever_asked() -> None:
 
 
 def test_the_commands_read_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from natcompat.commands.ipsec.common import open_ipsec
+    from natcompat.commands.ipsec.sources import open_kernel
     from natcompat.kernel import pfkey
 
     asked: list[str] = []
     monkeypatch.setattr(pfkey, "open_ipsec", asked.append)
     monkeypatch.setattr(sys, "platform", "freebsd14")
-    open_ipsec()
+    open_kernel()
     assert asked == ["freebsd"]
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(click.ClickException, match="win32"):
-        open_ipsec()
+        open_kernel()

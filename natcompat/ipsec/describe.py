@@ -1,34 +1,44 @@
-"""SAs, policies and events as JSON objects; the package says what their keys mean."""
+"""SAs, policies, selectors and events as JSON objects; `natcompat.commands.ipsec` documents their keys."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any, TypeAlias
 
-from natcompat.commands.tables import Row
+from natcompat.ipsec.protocol import (
+    Acquire,
+    Event,
+    Expire,
+    InstalledSA,
+    IntegrityFailure,
+    MappingChange,
+    Mark,
+    PeerSilent,
+    PolicyUsage,
+    ProtectionRestored,
+    SaId,
+    TrafficSelector,
+)
+from natcompat.ipsec.selectors import ANY_PORT
 
-if TYPE_CHECKING:
-    from natcompat.ipsec import Event, InstalledSA, Mark, PolicyUsage, TrafficSelector
+Row: TypeAlias = dict[str, Any]
+"""One JSON object: names to strings, numbers, booleans, None and lists."""
 
 
 def describe_selector(selector: TrafficSelector) -> str:
     """Return a selector in one line."""
     names = {0: "any", 1: "icmp", 6: "tcp", 17: "udp", 58: "ipv6-icmp", 132: "sctp"}
     ends = []
-    for network, port in (
-        (selector.source, selector.source_port),
-        (selector.destination, selector.destination_port),
+    for network, addresses, ports in (
+        (selector.source, selector.source_range, selector.source_ports),
+        (selector.destination, selector.destination_range, selector.destination_ports),
     ):
-        text = str(network.network_address) if network.prefixlen == network.max_prefixlen else str(network)
-        ends.append(f"{text} port {port}" if port else text)
+        host = network.prefixlen == network.max_prefixlen
+        text = str(addresses or (network.network_address if host else network))
+        if ports != ANY_PORT:
+            text += f" port {ports.first}" if ports.first == ports.last else f" ports {ports}"
+        ends.append(text)
     protocol = "" if selector.protocol == 0 else f" {names.get(selector.protocol, selector.protocol)}"
     return " to ".join(ends) + protocol
-
-
-def describe_sas(installed: Iterable[InstalledSA], *, show_keys: bool = False) -> list[Row]:
-    """Return SAs as JSON objects, in the order of their addresses."""
-    rows = [describe_sa(sa, show_keys=show_keys) for sa in installed]
-    return sorted(rows, key=lambda row: (row["source"], row["destination"], row["spi"]))
 
 
 def describe_sa(installed: InstalledSA, *, show_keys: bool = False) -> Row:
@@ -49,6 +59,8 @@ def describe_sa(installed: InstalledSA, *, show_keys: bool = False) -> Row:
         "replay_drops": usage.replay_drops,
         "window_drops": usage.window_drops,
         "integrity_drops": usage.integrity_drops,
+        "last_received": usage.last_received,
+        "last_sent": usage.last_sent,
         "mark": _describe_mark(installed.sa_id.mark),
     }
     if sa is not None:
@@ -102,35 +114,49 @@ def describe_policy(usage: PolicyUsage) -> Row:
 
 
 def describe_event(event: Event) -> Row:
-    """Return an event as a JSON object; ``event`` says which."""
-    from natcompat.ipsec import Acquire, Expire, MappingChange
-
-    if isinstance(event, Acquire):
-        return {
-            "event": "acquire",
-            "source": str(event.source),
-            "destination": str(event.destination),
-            "reqid": event.reqid,
-            "selector": describe_selector(event.selector),
-            "sequence": event.sequence,
-        }
-    if isinstance(event, Expire):
-        return {
-            "event": "hard expire" if event.hard else "soft expire",
-            "spi": f"0x{event.sa_id.spi:08x}",
-            "destination": str(event.sa_id.destination),
-            "reqid": event.reqid,
-        }
-    if isinstance(event, MappingChange):
-        return {
-            "event": "mapping change",
-            "spi": f"0x{event.sa_id.spi:08x}",
-            "destination": str(event.sa_id.destination),
-            "reqid": event.reqid,
-            "old": f"{event.old_address} port {event.old_port}",
-            "new": f"{event.new_address} port {event.new_port}",
-        }
+    """Return an event as a JSON object; ``event`` names its kind."""
+    match event:
+        case Acquire():
+            return {
+                "event": "acquire",
+                "source": str(event.source),
+                "destination": str(event.destination),
+                "reqid": event.reqid,
+                "selector": describe_selector(event.selector),
+                "sequence": event.sequence,
+            }
+        case Expire():
+            return {
+                "event": "hard expire" if event.hard else "soft expire",
+                **_of_sa(event.sa_id, event.reqid),
+            }
+        case MappingChange():
+            return {
+                "event": "mapping change",
+                **_of_sa(event.sa_id, event.reqid),
+                "old": f"{event.old_address} port {event.old_port}",
+                "new": f"{event.new_address} port {event.new_port}",
+            }
+        case IntegrityFailure():
+            return {
+                "event": "integrity failure",
+                **_of_sa(event.sa_id, event.reqid),
+                "from": None if event.address is None else f"{event.address} port {event.port}",
+                "count": event.count,
+            }
+        case PeerSilent():
+            return {
+                "event": "peer silent",
+                **_of_sa(event.sa_id, event.reqid),
+                "seconds": round(event.seconds, 1),
+            }
+        case ProtectionRestored():
+            return {"event": "protection restored", "description": event.description, "count": event.count}
     return {"event": "events lost"}
+
+
+def _of_sa(sa_id: SaId, reqid: int) -> Row:
+    return {"spi": f"0x{sa_id.spi:08x}", "destination": str(sa_id.destination), "reqid": reqid}
 
 
 def _describe_mark(mark: Mark | None) -> str | None:
