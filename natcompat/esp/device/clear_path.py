@@ -70,6 +70,8 @@ class ClearPath:
         version = packet[0] >> 4
         if version == 4:
             address: tuple[object, ...] = socket.inet_ntoa(packet[16:20]), 0
+        elif _is_link_local(packet):
+            return
         else:
             address = str(IPv6Address(packet[24:40])), 0, 0, 0
         try:
@@ -83,3 +85,11 @@ class ClearPath:
         """Close the sockets. May be repeated."""
         for sock in self._sockets.values():
             sock.close()
+
+
+def _is_link_local(packet: bytes) -> bool:
+    """Tell whether an IPv6 packet is for the link of the device alone, such as its neighbour discovery."""
+    source, destination = IPv6Address(packet[8:24]), IPv6Address(packet[24:40])
+    if destination.is_multicast and packet[25] & 0xF <= 2:  # RFC 4291, 2.7: interface-local, link-local
+        return True
+    return source.is_link_local or source.is_unspecified or destination.is_link_local
