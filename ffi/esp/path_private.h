@@ -12,7 +12,7 @@
 
 #include "esp/sa_private.h"
 
-enum { LOCKS = 64, FLOWS = 32768, MOST_FLOWS = FLOWS / 2, FEWEST_SPIS = 64 };
+enum { LOCKS = 64, FLOWS = 32768, FLOW_WAYS = 8, FEWEST_SPIS = 64 };
 
 struct spi_slot {
     uint32_t spi;         /* 0: empty (RFC 4303, 2.1) */
@@ -27,8 +27,8 @@ struct flow_slot {
 };
 
 struct flows {
-    struct flow_slot *slots;
-    uint32_t count;
+    struct flow_slot *slots;   /* FLOWS of them, in sets of FLOW_WAYS */
+    uint32_t turn;
 };
 
 struct esp_path {

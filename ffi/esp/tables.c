@@ -77,7 +77,9 @@ int esp_index(struct esp_path *path, uint32_t spi, struct esp_sa *sa, int python
     return done;
 }
 
-/* Flows: open addressing, nothing is ever taken out but all at once, by another generation. */
+/* Flows: sets of FLOW_WAYS entries. An entry goes when its set is full, and then its owner is the one who wants a
+ * new one, if there is one of his; else he who has most of the set. So nobody loses what is known of his flows to
+ * somebody who has very many, and nothing is forgotten all at once but when the databases change. */
 
 static uint64_t mix(uint64_t one, uint64_t other)
 {
@@ -92,34 +94,57 @@ static uint32_t flow_home(const struct esp_path *path, const struct esp_flow *fl
     uint64_t hash = path->seed[0];
     for (size_t each = 0; each < sizeof words / sizeof *words; ++each)
         hash = mix(hash ^ words[each], path->seed[1] ^ 0x9E3779B97F4A7C15);
-    return (uint32_t)hash & (FLOWS - 1);
+    return (uint32_t)hash & (FLOWS - FLOW_WAYS);   /* where a set begins */
 }
 
-/* `sa`: one that the entry has to have; NULL: any. */
-static struct flow_slot *flow_find(const struct esp_path *path, const struct flows *flows,
-                                   const struct esp_flow *flow, const struct esp_sa *sa)
+/* `sa`: one that the entry has to have; NULL: any. Returns NULL where the set has no such entry. */
+static struct flow_slot *flow_find(const struct esp_path *path, struct flow_slot *set, const struct esp_flow *flow,
+                                   const struct esp_sa *sa)
 {
-    uint32_t slot = flow_home(path, flow);
-    struct flow_slot *found = &flows->slots[slot];
-    while (found->generation == path->generation &&
-           (memcmp(&found->flow, flow, sizeof *flow) || (sa && found->sa != sa))) {
-        slot = (slot + 1) & (FLOWS - 1);
-        found = &flows->slots[slot];
-    }
-    return found;
+    for (struct flow_slot *slot = set; slot < set + FLOW_WAYS && slot->generation == path->generation; ++slot)
+        if (!memcmp(&slot->flow, flow, sizeof *flow) && (!sa || slot->sa == sa))
+            return slot;
+    return NULL;
 }
 
 const struct flow_slot *path_flow(const struct esp_path *path, const struct flows *flows,
                                   const struct esp_flow *flow, const struct esp_sa *sa)
 {
-    const struct flow_slot *found = flow_find(path, flows, flow, sa);
-    return found->generation == path->generation ? found : NULL;
+    return flow_find(path, &flows->slots[flow_home(path, flow)], flow, sa);
 }
 
 void path_forget(struct esp_path *path)
 {
     ++path->generation;
-    path->admitted.count = path->ways.count = 0;
+}
+
+/* The owner of an inbound flow is its SA; that of an outbound one is the host that sends. */
+static bool same_owner(const struct flow_slot *one, const struct flow_slot *other, bool by_sa)
+{
+    return by_sa ? one->sa == other->sa
+                 : !memcmp(one->flow.source, other->flow.source, sizeof one->flow.source);
+}
+
+/* Returns the entry of a full set that has to go for `learnt`. */
+static struct flow_slot *flow_evict(struct flows *flows, struct flow_slot *set, const struct flow_slot *learnt,
+                                    bool by_sa)
+{
+    uint32_t turn = flows->turn++;   /* not always the same one */
+    struct flow_slot *chosen = &set[turn % FLOW_WAYS];
+    int most = 0;
+    for (uint32_t way = 0; way < FLOW_WAYS; ++way) {
+        struct flow_slot *slot = &set[(turn + way) % FLOW_WAYS];
+        int owned = 0;
+        if (same_owner(slot, learnt, by_sa))
+            return slot;
+        for (uint32_t other = 0; other < FLOW_WAYS; ++other)
+            owned += same_owner(slot, &set[other], by_sa);
+        if (owned > most) {
+            most = owned;
+            chosen = slot;
+        }
+    }
+    return chosen;
 }
 
 static void learn(struct esp_path *path, struct flows *flows, uint64_t generation, const struct flow_slot *learnt,
@@ -128,10 +153,13 @@ static void learn(struct esp_path *path, struct flows *flows, uint64_t generatio
     pthread_mutex_lock(&path->changes);
     pthread_rwlock_wrlock(&path->guard);
     if (generation == path->generation) {
-        if (flows->count >= MOST_FLOWS)
-            path_forget(path);   /* as the portable path does; what was learnt first is learnt again */
-        struct flow_slot *slot = flow_find(path, flows, &learnt->flow, with);
-        flows->count += slot->generation != path->generation;
+        struct flow_slot *set = &flows->slots[flow_home(path, &learnt->flow)];
+        struct flow_slot *slot = flow_find(path, set, &learnt->flow, with);
+        for (uint32_t way = 0; !slot && way < FLOW_WAYS; ++way)
+            if (set[way].generation != path->generation)
+                slot = &set[way];
+        if (!slot)
+            slot = flow_evict(flows, set, learnt, with != NULL);
         *slot = *learnt;
         slot->generation = path->generation;
         if (slot->sa)

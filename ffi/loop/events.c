@@ -37,21 +37,41 @@ void loop_wake_python(struct loop *loop)
     (void)ignored;
 }
 
+/* Whose share of the ring an event takes: of its SA, or of the host that sent the inner packet. */
+static uint32_t owner_of(const struct loop_event *event, const uint8_t *packet, uint32_t length)
+{
+    uint64_t owner = event->sa;
+
+    if (!owner && length >= 40 && packet[0] >> 4 == 6)
+        for (int at = 8; at < 24; at += 8) {
+            uint64_t part;
+            memcpy(&part, packet + at, 8);
+            owner = owner * 31 + part;
+        }
+    else if (!owner && length >= 20 && packet[0] >> 4 == 4)
+        memcpy(&owner, packet + 12, 4);
+    return (uint32_t)((owner * 0x9E3779B97F4A7C15u) >> 32) % EVENT_OWNERS;
+}
+
 void loop_put_event(struct loop *loop, const struct loop_event *event, const uint8_t *packet)
 {
     uint32_t length = packet ? event->length : 0;
-    uint64_t needed = sizeof *event + sizeof length + length;
+    uint32_t record[2] = {length, owner_of(event, packet, length)}, *share = &loop->event_share[record[1]];
+    uint64_t needed = sizeof *event + sizeof record + length;
     int first, fits;
 
     pthread_mutex_lock(&loop->event_lock);
     first = loop->event_head == loop->event_tail;
     fits = loop->event_head - loop->event_tail + needed <= EVENT_BYTES;
+    if (packet && *share + needed > EVENT_BYTES / 2)
+        fits = 0;   /* the other half is for the others */
     if (fits) {
         ring_write(loop, loop->event_head, event, sizeof *event);
-        ring_write(loop, loop->event_head + sizeof *event, &length, sizeof length);
+        ring_write(loop, loop->event_head + sizeof *event, record, sizeof record);
         if (length)
-            ring_write(loop, loop->event_head + sizeof *event + sizeof length, packet, length);
+            ring_write(loop, loop->event_head + sizeof *event + sizeof record, packet, length);
         loop->event_head += needed;
+        *share += (uint32_t)needed;
         loop->events_up++;
     } else {
         loop->events_lost++;
@@ -63,7 +83,7 @@ void loop_put_event(struct loop *loop, const struct loop_event *event, const uin
 
 int loop_next_event(struct loop *loop, struct loop_event *event, uint8_t *packet, uint32_t room)
 {
-    uint32_t length;
+    uint32_t record[2];
     uint64_t ignored;
     int found;
 
@@ -71,12 +91,16 @@ int loop_next_event(struct loop *loop, struct loop_event *event, uint8_t *packet
     found = loop->event_head != loop->event_tail;
     if (found) {
         ring_read(loop, loop->event_tail, event, sizeof *event);
-        ring_read(loop, loop->event_tail + sizeof *event, &length, sizeof length);
+        uint32_t length;
+
+        ring_read(loop, loop->event_tail + sizeof *event, record, sizeof record);
+        length = record[0];
         if (length)
-            ring_read(loop, loop->event_tail + sizeof *event + sizeof length, packet, length < room ? length : room);
+            ring_read(loop, loop->event_tail + sizeof *event + sizeof record, packet, length < room ? length : room);
         if (length > room)
             event->length = room;
-        loop->event_tail += sizeof *event + sizeof length + length;
+        loop->event_tail += sizeof *event + sizeof record + length;
+        loop->event_share[record[1]] -= (uint32_t)(sizeof *event + sizeof record + length);
     } else if (read(loop->event_fd, &ignored, sizeof ignored) < 0) {
         ignored = 0; /* it was not readable */
     }

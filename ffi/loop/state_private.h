@@ -18,6 +18,7 @@
 #define SEND_FRAMES (5 * 65664)   /* bytes of what was read from the TUN */
 #define SEND_ARENA (768 * 1024)
 #define EVENT_BYTES (1 << 20)
+#define EVENT_OWNERS 256
 
 /* Counters have one writer, and readers at any time. */
 #define COUNT(counter, by) __atomic_store_n(&(counter), (counter) + (uint64_t)(by), __ATOMIC_RELAXED)
@@ -93,6 +94,7 @@ struct loop {
     int event_fd;
     uint8_t *events;                /* a ring */
     uint64_t event_head, event_tail, events_up, events_lost;
+    uint32_t event_share[EVENT_OWNERS];   /* bytes of the ring, by SA or by the host that sends */
 
     int threads;
     struct worker workers[];
