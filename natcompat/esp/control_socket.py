@@ -22,6 +22,7 @@ import os
 import selectors
 import socket
 import struct
+import sys
 import threading
 import time
 import weakref
@@ -224,13 +225,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def _greeting(requests: list[str]) -> dict[str, Any]:
-    from natcompat import __version__
-
+    root = sys.modules["natcompat"]  # not imported here: it names the layers above this one
     namespace = None
     with contextlib.suppress(OSError):
         namespace = os.stat("/proc/self/ns/net").st_ino
     return {
-        "natcompat": __version__,
+        "natcompat": root.__version__,
         "protocol": PROTOCOL,
         "pid": os.getpid(),
         "netns": namespace,
