@@ -1,12 +1,12 @@
-# natcompat: `make verify` runs the main job, `make test` the tests; both set up what they need in
-# .venv (and, as root on Debian, with apt-get; APT=no forbids that). PYTHON=... names an interpreter.
+# `make verify` runs `natcompat verify`, `make test` runs checks and tests. Both set up .venv first and, as
+# root on Debian, install system packages with apt-get (APT=no forbids that). PYTHON=... selects an interpreter.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-print-directory
 
-# what would make another Python, other packages or other results than a clean machine has
+# settings of the caller that would change the Python, the packages or the results
 unexport PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONWARNINGS PYTHONOPTIMIZE VIRTUAL_ENV
 unexport PYTEST_ADDOPTS NATCOMPAT_BACKEND COVERAGE_PROCESS_START MYPYPATH
 
@@ -14,7 +14,7 @@ BIN := .venv/bin
 UID := $(shell id -u)
 CHECKED := natcompat tests docs/examples docs/platform_table.py ffi $(wildcard noxfile.py)
 WORKERS ?= 2
-# per cent of natcompat/, by branches; held where no test may skip
+# least branch coverage of natcompat/ in per cent; required where no test may skip
 COVERED := $(if $(filter true-0,$(CI)-$(UID)),--cov-fail-under=95)
 
 .PHONY: help verify test check check-static pytest conformance lab-newer fuzz sanitize bench bench-sockets bench-esp bench-datapath nox format clean
@@ -53,31 +53,31 @@ conformance: .venv/.test ## 100,000 random datagrams against the contract (a min
 lab-newer: .venv/.test ## the tests of kernel ESP on a newer kernel, emulated (many minutes)
 	@tests/lab/newer-kernel $(ARGS)
 
-fuzz: .venv/.fuzz ## throw bytes at what takes them from the network (ARGS="--seconds 600 --keep")
+fuzz: .venv/.fuzz ## fuzz everything that reads bytes from the network (ARGS="--seconds 600 --keep")
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 sanitize: .venv/.test ## the C data path under ASan, UBSan, TSan and valgrind (minutes)
 	@$(BIN)/python -m tests.ffi $(ARGS)
 
 bench: override ARGS :=
-bench: bench-sockets bench-esp $(if $(filter 0,$(UID)),bench-datapath) ## all three that follow
+bench: bench-sockets bench-esp $(if $(filter 0,$(UID)),bench-datapath) ## the three benchmarks below
 
-bench-sockets: .venv/.bench ## what natcompat costs, beside bare sockets (ARGS="--json")
+bench-sockets: .venv/.bench ## cost of natcompat beside bare sockets (ARGS="--json")
 	@$(BIN)/python -m tests.bench $(ARGS)
 
-bench-esp: .venv/.bench ## sealing and opening beside scapy, many SAs, and what one weighs
+bench-esp: .venv/.bench ## sealing and opening beside scapy, many SAs, memory of an SA
 	@$(BIN)/python tests/bench/bench_esp.py
 
 bench-datapath: .venv/.bench ## ESP in user space beside strongSwan and wireguard-go, as root (ARGS="--write")
 	@$(BIN)/python tests/bench/bench_datapath.py $(ARGS)
 
-nox: .venv/.test ## the tests on every Python from 3.11, with the lowest versions, without options
+nox: .venv/.test ## the tests on every Python, with the lowest versions, without optional packages
 	@$(BIN)/nox $(ARGS)
 
 format: .venv/.test ## format and sort the sources
 	@$(BIN)/ruff format . && $(BIN)/ruff check --fix .
 
-clean: ## remove everything that was made
+clean: ## remove all build products
 	rm -rf .venv .nox .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* build dist *.egg-info
 	rm -f natcompat/esp/datapath/compiled.*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

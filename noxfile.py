@@ -1,4 +1,4 @@
-"""The tests on every Python, with the lowest versions of what natcompat needs, and without options.
+"""Run the tests on every supported Python, with the lowest versions, and without optional packages.
 
 ``make nox`` runs all of it; ``make nox ARGS="-s tests-3.13 -- -k steering"`` a part.
 """
@@ -12,13 +12,17 @@ from pathlib import Path
 import nox
 
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
-NOT_NEEDED = ("gevent", "trio", "uvloop", "scapy")  # tests of these are skipped where they are missing
-NEEDED = [each for each in PROJECT["optional-dependencies"]["test"] if not each.startswith(NOT_NEEDED)]
+OPTIONAL = ("gevent", "trio", "uvloop", "scapy")  # their tests are skipped where they are missing
+REQUIRED = [
+    requirement
+    for requirement in PROJECT["optional-dependencies"]["test"]
+    if not requirement.startswith(OPTIONAL)
+]
 
 nox.options.error_on_missing_interpreters = False
 nox.options.reuse_existing_virtualenvs = True
 
-# a version manager's shims refuse versions that are not switched on, so go past them
+# bypass the shims of a version manager: they refuse versions that are not enabled
 _versions = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
 os.environ["PATH"] = os.pathsep.join(
     [*(str(version / "bin") for version in sorted(_versions.glob("3.*"))), os.environ["PATH"]]
@@ -41,7 +45,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def lowest(session: nox.Session) -> None:
-    """Run the tests with the lowest versions that pyproject.toml allows, of direct dependencies."""
+    """Run the tests with the lowest versions of direct dependencies that pyproject.toml allows."""
     requirements = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
     session.install("-e", ".", *(re.sub(r">=", "==", requirement, count=1) for requirement in requirements))
     pytest(session)
@@ -49,13 +53,13 @@ def lowest(session: nox.Session) -> None:
 
 @nox.session(python="3.11")
 def bare(session: nox.Session) -> None:
-    """Run the tests without the packages that only some of them need."""
-    session.install("-e", ".", *NEEDED)
-    pytest(session, CI="")  # their tests skip here, and shall
+    """Run the tests without the packages that only some tests need."""
+    session.install("-e", ".", *REQUIRED)
+    pytest(session, CI="")  # CI would turn the skips into failures
 
 
 @nox.session(python="3.14t")
 def free_threaded(session: nox.Session) -> None:
-    """Run the tests on a Python without the interpreter lock, without packages that would bring it back."""
-    session.install("-e", ".", *NEEDED)
+    """Run the tests on a Python without the interpreter lock, without packages that would enable the lock."""
+    session.install("-e", ".", *REQUIRED)
     pytest(session, CI="", PYTHON_GIL="0")

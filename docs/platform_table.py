@@ -1,9 +1,9 @@
-"""Make the table of platforms from what ``natcompat verify --json`` found on them.
+"""Make the table of platforms from the reports of ``natcompat verify --json``.
 
     python docs/platform_table.py verify-*.json > platforms.md
 
-One row for each report and backend: who does which duty there, and how many checks differed from
-Solaris. A report that cannot be read is a row, too: a platform is not left out silently.
+The table has one row for each report and backend: the performer of each duty, and the number of checks that
+differ from Solaris. A report that cannot be read is a row too, so that no platform is missing silently.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ DUTIES = ("drop_runts", "divert_esp", "strip_marker", "insert_marker")
 
 
 def rows(path: Path) -> Iterator[tuple[str, ...]]:
-    """Return the rows of one report, whose name tells the platform."""
+    """Yield the rows of one report. The file name is the name of the platform."""
     name = path.stem.removeprefix("verify-")
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         system = report["platform"]
-        found = list(_backends(report))
+        backends = list(_backends(report))
     except (ValueError, KeyError, TypeError) as error:
         yield name, f"no report: {type(error).__name__}", *[""] * (len(HEAD) - 2)
         return
     start = name, f"{system['system']} {system['release']}", system["python"]
-    for backend, duties, outcomes in found:
-        differences = [each["row"] for each in outcomes if not each["passed"]]
-        limits = sorted({each["row"] for each in outcomes if each["limit"]})
+    for backend, duties, outcomes in backends:
+        differences = [outcome["row"] for outcome in outcomes if not outcome["passed"]]
+        limits = sorted({outcome["row"] for outcome in outcomes if outcome["limit"]})
         yield (
             *start,
             backend,
@@ -52,26 +52,26 @@ def rows(path: Path) -> Iterator[tuple[str, ...]]:
             ", ".join(sorted(set(differences))) or "0",
             ", ".join(limits),
         )
-    if not found:
-        reasons = "; ".join(each["reason"] for each in report["skipped"])
+    if not backends:
+        reasons = "; ".join(backend["reason"] for backend in report["skipped"])
         yield *start, "none", *[""] * 4, "0", reasons, ""
 
 
 def _backends(report: dict[str, Any]) -> Iterator[tuple[str, list[str], list[dict[str, Any]]]]:
-    """Return name, who does which duty, and outcomes of each backend that was looked at."""
+    """Yield the name, the performers of the four duties, and the outcomes of each backend in the report."""
     trials = report["trials"]
-    for backend in dict.fromkeys(each["backend"] for each in trials):
-        mine = [each for each in trials if each["backend"] == backend]
-        duties = [" or ".join(sorted({each["duties"][duty] for each in mine})) for duty in DUTIES]
-        yield backend, duties, [outcome for each in mine for outcome in each["outcomes"]]
+    for backend in dict.fromkeys(trial["backend"] for trial in trials):
+        own_trials = [trial for trial in trials if trial["backend"] == backend]
+        duties = [" or ".join(sorted({trial["duties"][duty] for trial in own_trials})) for duty in DUTIES]
+        yield backend, duties, [outcome for trial in own_trials for outcome in trial["outcomes"]]
 
 
 def table(paths: list[Path]) -> str:
-    """Return the table in Markdown, platforms in order of their names."""
+    """Return the table in Markdown, sorted by platform."""
     lines = [HEAD, ("---",) * len(HEAD)]
     for path in sorted(paths):
         lines += rows(path)
-    return "".join(f"| {' | '.join(_cell(each) for each in line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(_cell(cell) for cell in line)} |\n" for line in lines)
 
 
 def _cell(text: str) -> str:

@@ -1,4 +1,4 @@
-"""An IKE daemon's transport on asyncio: the option goes on the socket, asyncio does the rest.
+"""The transport of an IKE daemon on asyncio: set the option on the socket, and asyncio works as usual.
 
 ``python asyncio_daemon.py [PORT]``
 """
@@ -11,7 +11,7 @@ from natcompat import set_nat_t_endpoint
 
 
 class Responder(asyncio.DatagramProtocol):
-    """Sends every message back, and ends at an empty one."""
+    """Echoes every message, and stops at an empty one."""
 
     def __init__(self) -> None:
         self.done = asyncio.get_running_loop().create_future()
@@ -21,7 +21,7 @@ class Responder(asyncio.DatagramProtocol):
         self.transport = transport
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
-        """Take one IKE message; the marker is gone."""
+        """Handle one IKE message, without the marker."""
         if data:
             self.transport.sendto(data, addr)
         elif not self.done.done():

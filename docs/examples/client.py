@@ -28,7 +28,7 @@ IKE_SPI = bytes(range(8))  # IKE has one of each peer, in its header
 
 
 class Peer:
-    """What both ends have in common: the socket, IPsec, and the CHILD_SA with its predecessor."""
+    """The common part of both ends: the socket, IPsec, and the CHILD_SA with its predecessor."""
 
     def __init__(self, ipsec: IPsec, sock: socket.socket, own: str, peer: str) -> None:
         self.ipsec, self.sock = ipsec, sock
@@ -40,7 +40,7 @@ class Peer:
         self.spi = 0
 
     def send(self, **message: Any) -> None:
-        """Send what stands for an IKE message."""
+        """Send the stand-in for an IKE message."""
         self.sock.sendto(json.dumps(message).encode(), self.peer)
 
     def hashes(self) -> list[str]:
@@ -87,7 +87,7 @@ class Peer:
         )
 
     def event(self, event: object) -> None:
-        """Do what a daemon does about an event of IPsec."""
+        """Handle an event of IPsec as a daemon does."""
         if isinstance(event, MappingChange) and self.child is not None:
             # The packet was authentic. A daemon may check more (RFC 7296, 2.23).
             self.peer = (str(event.new_address), event.new_port)
@@ -107,15 +107,15 @@ class Client(Peer):
     """The end that gets an address and sends everything through the tunnel."""
 
     def start(self) -> None:
-        """Send what stands for IKE_SA_INIT and IKE_AUTH."""
+        """Send the stand-in for IKE_SA_INIT and IKE_AUTH."""
         self.send(kind="connect", hashes=self.hashes(), spi=self.reserve_spi())
 
     def rekey(self) -> None:
-        """Send what stands for CREATE_CHILD_SA."""
+        """Send the stand-in for CREATE_CHILD_SA."""
         self.send(kind="rekey", spi=self.reserve_spi())
 
     def message(self, message: dict[str, Any], source: tuple[str, int]) -> None:
-        """Take an answer of the gateway."""
+        """Handle an answer of the gateway."""
         if message["kind"] == "connected":
             self.detect_nat(message["hashes"])
             self.ipsec.add_address(message["virtual"])
@@ -135,7 +135,7 @@ class Gateway(Peer):
     """The end that gives the client its address."""
 
     def message(self, message: dict[str, Any], source: tuple[str, int]) -> None:
-        """Take a request of the client."""
+        """Handle a request of the client."""
         if message["kind"] == "connect":
             self.peer = source[:2]
             self.detect_nat(message["hashes"])

@@ -1,12 +1,12 @@
-"""What an IKE daemon does with IPsec: a tunnel through the kernel, kept alive through NAT changes and rekeys.
+"""A tunnel by the verbs of `natcompat.ipsec` alone: through the kernel, NAT changes and rekeys.
 
     kernel_tunnel.py responder 203.0.113.2 10.2.0.1
     kernel_tunnel.py initiator 192.168.1.2 10.1.0.1 203.0.113.2 10.2.0.1
 
-Own address, own inside address, and for the initiator those of the responder. The initiator may be behind
-a NAT. Each end takes root and a kernel with ESP; `natcompat doctor` tells. Lines on standard input are
-commands: ``rekey``, ``quit``. In place of IKE there is one message that says SPIs and keys IN THE CLEAR:
-this shows how to use `natcompat.ipsec`, and protects nothing.
+The arguments are the own outer and inner address, and for the initiator those of the responder. The initiator
+may be behind a NAT. Each end takes root and a kernel with ESP (`natcompat doctor` says so). Lines on standard
+input are commands: ``rekey``, ``quit``. In place of IKE there is one message with SPIs and keys IN THE CLEAR:
+this shows how to use `natcompat.ipsec`, and protects nothing. client.py does the same with `natcompat.ike`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ REQID = 7
 
 
 class Tunnel:
-    """One end of a tunnel: its policies, its present SAs, and the peer's address as IKE sees it."""
+    """One end of a tunnel: its policies, its SAs, and the peer's address as IKE sees it."""
 
     def __init__(self, ipsec: IPsec, sock: socket.socket, own: str, inside: str) -> None:
         self.ipsec, self.sock, self.own, self.inside = ipsec, sock, own, inside
@@ -50,7 +50,7 @@ class Tunnel:
         self.offered: dict[str, Any] = {}
 
     def add_policies(self, peer_inside: str) -> None:
-        """Want everything between the inside addresses in the tunnel: from now on, none in the clear."""
+        """Protect everything between the inner addresses: from now on nothing goes in the clear."""
         for direction, inner, outer in (
             (Direction.OUT, (self.inside, peer_inside), (self.own, self.peer[0])),
             (Direction.IN, (peer_inside, self.inside), (self.peer[0], self.own)),
@@ -83,28 +83,28 @@ class Tunnel:
         self.generations[-1][direction] = self.ipsec.add_sa(sa)
 
     def offer(self) -> None:
-        """Begin a generation: reserve an SPI, choose the keys, and tell the responder."""
+        """Start a generation of SAs: reserve an SPI, choose keys, and send both to the responder."""
         spi = self.ipsec.allocate_spi(self.peer[0], self.own, reqid=REQID)
         keys = [os.urandom(20).hex(), os.urandom(20).hex()]
         self.offered = {"spi": spi, "keys": keys, "inside": self.inside}
         self.sock.sendto(json.dumps(self.offered).encode(), self.peer)
 
     def message(self, data: bytes, source: tuple[str, int]) -> None:
-        """Take what stands for an IKE message: an offer (the responder), an answer, or "delete"."""
-        said: dict[str, Any] = json.loads(data)
-        if "delete" in said:
+        """Handle the stand-in for an IKE message: an offer (at the responder), an answer, or "delete"."""
+        message: dict[str, Any] = json.loads(data)
+        if "delete" in message:
             self.delete_oldest()
             return
-        answer = "answer" in said
+        answer = "answer" in message
         if not answer and not self.policies:
             self.peer = source
-            self.add_policies(said["inside"])
+            self.add_policies(message["inside"])
         self.generations.append({})
-        to_initiator, to_responder = map(bytes.fromhex, (self.offered if answer else said)["keys"])
-        # Inbound first: nobody sends on an SA before the other end can receive on it.
+        to_initiator, to_responder = map(bytes.fromhex, (self.offered if answer else message)["keys"])
+        # Inbound first: no end sends on an SA before the other end can receive on it.
         if answer:
             self.add_sa(Direction.IN, self.offered["spi"], to_initiator)
-            self.add_sa(Direction.OUT, said["answer"], to_responder)
+            self.add_sa(Direction.OUT, message["answer"], to_responder)
             print("tunnel is up", flush=True)
             if len(self.generations) > 1:  # the new SAs carry the traffic now: the old ones may go
                 self.sock.sendto(b'{"delete": true}', self.peer)
@@ -113,11 +113,11 @@ class Tunnel:
             spi = self.ipsec.allocate_spi(self.peer[0], self.own, reqid=REQID)
             self.add_sa(Direction.IN, spi, to_responder)
             self.sock.sendto(json.dumps({"answer": spi}).encode(), source)
-            self.add_sa(Direction.OUT, said["spi"], to_initiator)
+            self.add_sa(Direction.OUT, message["spi"], to_initiator)
             print("tunnel is up", flush=True)
 
     def event(self, event: object) -> None:
-        """Do what a daemon does about an event of the kernel."""
+        """Handle an event of the kernel as a daemon does."""
         if isinstance(event, MappingChange):
             # The kernel has authenticated a packet from there. A daemon may check more (RFC 7296, 2.23).
             if str(event.new_address) != self.peer[0]:
@@ -131,7 +131,7 @@ class Tunnel:
             print(f"peer moved to {self.peer[0]} port {self.peer[1]}", flush=True)
         elif isinstance(event, Expire) and event.hard:
             for generation in self.generations:
-                for direction in [each for each, sa_id in generation.items() if sa_id == event.sa_id]:
+                for direction in [key for key, sa_id in generation.items() if sa_id == event.sa_id]:
                     del generation[direction]
             print(f"{event.sa_id} has expired", flush=True)
         elif isinstance(event, Expire):
@@ -148,7 +148,7 @@ class Tunnel:
         print("old SAs are gone", flush=True)
 
     def close(self) -> None:
-        """Leave nothing in the kernel: policies last, so that nothing goes in the clear before."""
+        """Remove SAs, then policies, so that nothing goes in the clear before the end."""
         for generation in self.generations:
             for sa_id in generation.values():
                 self.ipsec.delete_sa(sa_id)

@@ -1,7 +1,7 @@
-"""A backend of a third party: demultiplexing in line, with more room in the socket's queue.
+"""A complete backend of a third party: classification in line, and a larger receive queue.
 
-Where the kernel does nothing of the four duties, IKE waits behind ESP in one queue; a larger one
-loses less. It shows all that a backend has to do; docs/backends.md explains it.
+Where the kernel does none of the four duties, IKE waits behind ESP in one queue, and a larger queue loses
+less. docs/backends.md explains each part.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _DUTIES = dict.fromkeys(Duty, Performer.PROCESS)
 
 
 class RoomyAttachment:
-    """One socket in this backend's hands."""
+    """One socket that this backend serves."""
 
     mode = "in line"
-    reason = "the roomy backend asks the kernel for room alone"
+    reason = "the roomy backend only asks the kernel for a larger queue"
     duties: Mapping[Duty, Performer] = _DUTIES
-    # when the application chooses the room itself, natcompat detaches, lets it, and attaches again
+    # when the application sets the size itself, natcompat detaches, makes the call, and attaches again
     sensitive: frozenset[str | tuple[int, int]] = frozenset({_QUEUE})
 
     def __init__(self, sock: socket.socket) -> None:
@@ -34,31 +34,33 @@ class RoomyAttachment:
             sock.setsockopt(*_QUEUE, ROOM)
 
     def counters(self) -> Mapping[str, int]:
-        """Return nothing: this backend has no sockets of its own."""
+        """Return no counters: this backend has no sockets of its own."""
         return {}
 
     def detach(self, sock: socket.socket) -> None:
-        """Give the socket back as it was."""
+        """Restore the size of the queue."""
         if self._before < ROOM:
-            sock.setsockopt(*_QUEUE, self._before // 2)  # Linux returns twice what it was given
+            sock.setsockopt(*_QUEUE, self._before // 2)  # Linux reports twice the size that was set
 
     def release(self) -> None:
-        """The socket is closed: there is nothing besides it."""
+        """Do nothing: the closed socket was the only resource."""
 
     def adopt(self) -> None:
-        """A forked child carries on: there is no thread to start again."""
+        """Do nothing: a forked child has no thread to start."""
 
 
 class RoomyBackend:
     """Registered in pyproject.toml: [project.entry-points."natcompat.backends"] roomy = "..."."""
 
     name = "roomy"
-    hands_over_esp = True  # ESP comes to this process, so that `esp=` can have it
+    hands_over_esp = True  # ESP comes to this process, so that `esp=` gets it
 
     def viability(self) -> Viability:
-        """It works everywhere, and is chosen by name only."""
-        return Viability(self.name, True, _DUTIES, "it asks the kernel for nothing but room", automatic=False)
+        """Say that it works everywhere, and only by name."""
+        return Viability(
+            self.name, True, _DUTIES, "it only asks the kernel for a larger queue", automatic=False
+        )
 
     def attach(self, sock: socket.socket, diversion: Diversion) -> Attachment:
-        """Take hold of `sock`; had the backend sockets of its own, what they get would go to `diversion`."""
+        """Attach to `sock`. A backend with sockets of its own would pass their datagrams to `diversion`."""
         return RoomyAttachment(sock)

@@ -1,4 +1,4 @@
-"""The loop that most IKE daemons have: select over port 500 and port 4500, then receive.
+"""The loop of most IKE daemons: select over port 500 and port 4500, then receive.
 
 ``python select_loop.py [PORT PORT]``; the defaults, 0, let the system choose.
 """
@@ -18,12 +18,12 @@ def listen(port: int) -> socket.socket:
 
 
 def esp(packet: memoryview, source: tuple[str, int]) -> None:
-    """Take a packet for IPsec: the SPI is its first word."""
+    """Handle an ESP packet, which begins with the SPI."""
     print(f"ESP of {len(packet)} bytes with SPI {bytes(packet[:4]).hex()} from {source}", flush=True)
 
 
 def main() -> None:
-    """Print what arrives, until a message is empty."""
+    """Print all messages until one is empty."""
     ports = [int(argument) for argument in sys.argv[1:]] or [0, 0]
     plain, nat_t = map(listen, ports)
     endpoint: NatTEndpoint = set_nat_t_endpoint(nat_t, backend="userspace", esp=esp)

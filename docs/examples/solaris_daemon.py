@@ -1,8 +1,8 @@
-"""A daemon written for Solaris: it knows nothing but the socket option.
+"""A daemon written for Solaris, which uses nothing but the socket option.
 
 On Solaris: ``python solaris_daemon.py PORT``; elsewhere:
 ``python -m natcompat.commands.run solaris_daemon.py PORT``.
-Answers every IKE message with an IKE header of its own, until it gets one with exchange type 0.
+It answers every IKE message with an IKE header, and stops at exchange type 0.
 """
 
 import socket

@@ -1,4 +1,4 @@
-"""The backend keeps the contract: this is all that its author has to write."""
+"""The test of a backend: its author has to write no more than this."""
 
 import socket
 
@@ -14,8 +14,8 @@ class TestRoomyBackend(EndpointConformance):
     backends = (RoomyBackend(),)
 
 
-def test_the_room_is_the_applications_when_it_asks() -> None:
-    """An option that the backend uses, too, stays the application's."""
+def test_the_application_can_still_set_its_queue() -> None:
+    """An option that the backend uses too still belongs to the application."""
     with socket.socket(type=socket.SOCK_DGRAM) as sock:
         endpoint = set_nat_t_endpoint(sock, backend=RoomyBackend())
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 30_000)

@@ -1,4 +1,4 @@
-"""The programs in docs/examples run, as a reader would run them."""
+"""Run the programs in docs/examples as a reader would."""
 
 from __future__ import annotations
 

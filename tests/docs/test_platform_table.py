@@ -1,4 +1,4 @@
-"""The table of platforms says what reports of `natcompat verify` say."""
+"""The table of platforms has the contents of the reports of `natcompat verify`."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def report() -> dict[str, Any]:
         "--backend",
         "userspace:in-line",
     ]
-    found: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    return found
+    content: dict[str, Any] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    return content
 
 
 def make(directory: Path) -> list[list[str]]:
@@ -38,13 +38,13 @@ def make(directory: Path) -> list[list[str]]:
 def test_one_row_for_each_backend(tmp_path: Path, report: dict[str, Any]) -> None:
     (tmp_path / "verify-Somewhere, root.json").write_text(json.dumps(report))
     head, _, row = make(tmp_path)
-    found = dict(zip(head, row, strict=True))
-    assert found["platform"] == "Somewhere, root"
-    assert found["kernel"] == f"{report['platform']['system']} {report['platform']['release']}"
-    assert found["backend"] == "userspace:in-line"
-    assert found["ESP diverted by"] == "process"
-    assert int(found["checks"]) == sum(len(trial["outcomes"]) for trial in report["trials"])
-    assert found["differences"] == "0"
+    cells = dict(zip(head, row, strict=True))
+    assert cells["platform"] == "Somewhere, root"
+    assert cells["kernel"] == f"{report['platform']['system']} {report['platform']['release']}"
+    assert cells["backend"] == "userspace:in-line"
+    assert cells["ESP diverted by"] == "process"
+    assert int(cells["checks"]) == sum(len(trial["outcomes"]) for trial in report["trials"])
+    assert cells["differences"] == "0"
 
 
 def test_differences_are_named(tmp_path: Path, report: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ def test_differences_are_named(tmp_path: Path, report: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"platform": {}, "trials": 1}'])
-def test_what_cannot_be_read_is_not_left_out(tmp_path: Path, text: str) -> None:
+def test_a_broken_report_is_a_row(tmp_path: Path, text: str) -> None:
     (tmp_path / "verify-Broken.json").write_text(text)
     *_, row = make(tmp_path)
     assert row[0] == "Broken"
