@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "loop/hand_back_private.h"
 #include "loop/receive_private.h"
 #include "loop/send_private.h"
 
@@ -247,10 +248,19 @@ int loop_stop(struct loop *loop)
     return 0;
 }
 
+static void free_socket(struct loop_socket *socket)
+{
+    hand_back_free(socket->hand_back);
+    free(socket);
+}
+
 void loop_abandon(struct loop *loop)
 {
     close_if_open(loop->tun);
     close_if_open(loop->event_fd);
+    for (int number = 0; number < LOOP_SOCKETS; number++)
+        if (loop->sockets[number])
+            hand_back_abandon(loop->sockets[number]->hand_back);
     for (int number = 0; number < loop->threads; number++) {
         close_if_open(loop->workers[number].epoll);
         close_if_open(loop->workers[number].wake);
@@ -262,7 +272,8 @@ void loop_free(struct loop *loop)
     loop_stop(loop);
     loop_abandon(loop);
     for (int number = 0; number < LOOP_SOCKETS; number++)
-        free(loop->sockets[number]);
+        if (loop->sockets[number])
+            free_socket(loop->sockets[number]);
     pthread_cond_destroy(&loop->passed);
     pthread_mutex_destroy(&loop->event_lock);
     pthread_mutex_destroy(&loop->send_lock);
@@ -286,7 +297,7 @@ static void set_socket(struct loop *loop, int number, struct loop_socket *socket
 }
 
 int loop_add_socket(struct loop *loop, int descriptor, int thread, const struct loop_address *bound,
-                    const uint8_t *prefix)
+                    const struct loop_hand_back *way)
 {
     struct worker *worker = &loop->workers[(unsigned)thread % (unsigned)loop->threads];
     struct loop_socket *added = calloc(1, sizeof *added);
@@ -299,9 +310,12 @@ int loop_add_socket(struct loop *loop, int descriptor, int thread, const struct 
     added->worker = worker;
     added->discover = -1;
     added->segments = 1;
-    if (prefix) {
-        added->hands_back = 1;
-        memcpy(added->prefix, prefix, sizeof added->prefix);
+    if (way) {
+        error = hand_back_new(way, &added->hand_back);
+        if (error) {
+            free(added);
+            return -error;
+        }
     }
     pthread_mutex_lock(&loop->lock);
     for (number = 0; number < LOOP_SOCKETS && loop->sockets[number]; number++)
@@ -316,7 +330,7 @@ int loop_add_socket(struct loop *loop, int descriptor, int thread, const struct 
         set_socket(loop, number, added);
     pthread_mutex_unlock(&loop->lock);
     if (error) {
-        free(added);
+        free_socket(added);
         return -error;
     }
     return number;
@@ -344,9 +358,10 @@ void loop_remove_socket(struct loop *loop, int number)
         }
     }
     pthread_mutex_unlock(&loop->lock);
-    if (removed)
+    if (removed) {
         loop_restore_queue(removed);
-    free(removed);
+        free_socket(removed);
+    }
 }
 
 /* ---- counters */

@@ -23,10 +23,10 @@ int loop_start(struct loop *loop);
 int loop_stop(struct loop *loop);
 
 /* Read, and send from, `descriptor`, a UDP socket that does not block, in thread `thread` (modulo their
- * number). `prefix`: 20 bytes, in front of what is handed back; NULL: nothing can
- * be. Return its number, or a negative errno. */
+ * number). `way`: how IKE returns from it to the application; NULL: it is lost, and counted as an error.
+ * Return its number, or a negative errno. */
 int loop_add_socket(struct loop *loop, int descriptor, int thread, const struct loop_address *bound,
-                    const uint8_t *prefix);
+                    const struct loop_hand_back *way);
 
 /* Return when no thread touches the socket any more. */
 void loop_remove_socket(struct loop *loop, int number);

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "loop/hand_back_private.h"
 #include "loop/receive_private.h"
 #include "loop/write_private.h"
 
@@ -17,7 +18,7 @@
 #define SO_MEMINFO 55
 #endif
 
-enum { MARKER = 4, SOURCE = 16 + 2 + 4 + 4, ENVELOPE = 20 + SOURCE };
+enum { MARKER = 4 };
 enum { MOST_QUEUED = 6 << 20, LARGE_QUEUE = 64 << 20 }; /* bytes as the kernel counts them: half are packets */
 enum { WATCHED = 256 };          /* batches after one with coalesced messages */
 enum { AT_ONCE = 128 * 1024 };   /* bytes of a batch: it is read four times, so it has to stay in the cache */
@@ -26,9 +27,9 @@ enum { AT_ONCE = 128 * 1024 };   /* bytes of a batch: it is read four times, so 
 struct arrival {
     uint32_t size;            /* of the segments; 0: it is one */
     uint8_t traffic_class;
-    uint8_t unicast;          /* `to` is where it was sent to, an address of this host alone */
-    struct sockaddr_in6 to;   /* or a sockaddr_in */
-    socklen_t to_length;
+    uint8_t unicast;          /* it was sent to `destination`, an address of this host alone */
+    uint8_t destination[16];  /* of the socket's family */
+    uint32_t interface;
 };
 
 static void read_ancillary(struct msghdr *message, const struct loop_socket *from, struct arrival *arrival)
@@ -52,17 +53,14 @@ static void read_ancillary(struct msghdr *message, const struct loop_socket *fro
             arrival->traffic_class = (uint8_t)class;
         } else if (each->cmsg_level == IPPROTO_IP && each->cmsg_type == IP_PKTINFO
                    && length >= sizeof(struct in_pktinfo)) {
-            struct sockaddr_in *to = (struct sockaddr_in *)&arrival->to;
             struct in_pktinfo info;
 
             memcpy(&info, data, sizeof info);
             if (from->bound.family != AF_INET)
                 continue;
             arrival->unicast = info.ipi_spec_dst.s_addr == info.ipi_addr.s_addr;
-            to->sin_family = AF_INET;
-            to->sin_addr = info.ipi_addr;
-            to->sin_port = htons(from->bound.address.port);
-            arrival->to_length = sizeof *to;
+            memcpy(arrival->destination, &info.ipi_addr, 4);
+            arrival->interface = (uint32_t)info.ipi_ifindex;
         } else if (each->cmsg_level == IPPROTO_IPV6 && each->cmsg_type == IPV6_PKTINFO
                    && length >= sizeof(struct in6_pktinfo)) {
             struct in6_pktinfo info;
@@ -70,11 +68,8 @@ static void read_ancillary(struct msghdr *message, const struct loop_socket *fro
 
             memcpy(&info, data, sizeof info);
             arrival->unicast = address[0] != 0xFF && !(IN6_IS_ADDR_V4MAPPED(&info.ipi6_addr) && address[12] >= 0xE0);
-            arrival->to.sin6_family = AF_INET6;
-            arrival->to.sin6_addr = info.ipi6_addr;
-            arrival->to.sin6_port = htons(from->bound.address.port);
-            arrival->to.sin6_scope_id = IN6_IS_ADDR_LINKLOCAL(&info.ipi6_addr) ? info.ipi6_ifindex : 0;
-            arrival->to_length = sizeof arrival->to;
+            memcpy(arrival->destination, &info.ipi6_addr, 16);
+            arrival->interface = info.ipi6_ifindex;
         }
     }
 }
@@ -102,54 +97,20 @@ static void read_peer(const struct sockaddr_in6 *name, struct esp_endpoint *peer
 
 /* ---- IKE */
 
-/* Where IKE that came here came from, as natcompat.backends.diversion.HandBack packs it. */
-static void pack_source(const struct sockaddr_in6 *name, uint8_t *to)
-{
-    uint32_t scope;
-
-    memset(to, 0, SOURCE);
-    if (name->sin6_family == AF_INET) {
-        const struct sockaddr_in *v4 = (const struct sockaddr_in *)name;
-
-        memcpy(to, &v4->sin_addr, 4);
-        memcpy(to + 16, &v4->sin_port, 2);
-        return;
-    }
-    scope = htonl(name->sin6_scope_id);
-    memcpy(to, &name->sin6_addr, 16);
-    memcpy(to + 16, &name->sin6_port, 2);
-    memcpy(to + 18, &name->sin6_flowinfo, 4);
-    memcpy(to + 22, &scope, 4);
-}
-
-/* Send IKE that came here, behind ESP to which it was glued, to the application's own socket. */
+/* Return IKE that came here, coalesced with ESP, to the application's own socket. */
 static void hand_back(struct loop_socket *from, const uint8_t *data, uint32_t length, const struct sockaddr_in6 *source,
-                      struct arrival *arrival)
+                      const struct arrival *arrival)
 {
-    uint8_t envelope[ENVELOPE];
-    struct iovec iov[2] = {{envelope, sizeof envelope}, {(void *)(data + MARKER), length - MARKER}};
-    struct msghdr message = {.msg_name = &arrival->to, .msg_namelen = arrival->to_length, .msg_iov = iov, .msg_iovlen = 2};
-
     if (!arrival->unicast)
         return; /* sent to several: the application has a copy of its own */
-    if (!from->hands_back || (length >= 20 && memcmp(data, from->prefix, 20) == 0)) {
-        COUNT(from->counters.errors, 1); /* nothing can go back, or it came again: another program steers this port */
+    if (!from->hand_back || hand_back_made(from->hand_back, data, length)) {
+        COUNT(from->counters.errors, 1); /* there is no way, or an envelope came: another program steers this port */
         return;
     }
-    memcpy(envelope, from->prefix, 20);
-    pack_source(source, envelope + 20);
-    for (int attempt = 0; attempt < 20; attempt++) {
-        struct pollfd room = {.fd = from->fd, .events = POLLOUT};
-
-        if (sendmsg(from->fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL) >= 0) {
-            COUNT(from->counters.handed_back, 1);
-            return;
-        }
-        if (errno != EAGAIN && errno != ENOBUFS && errno != ECONNREFUSED) /* the last: of something sent before */
-            break;
-        poll(&room, 1, 5);
-    }
-    COUNT(from->counters.errors, 1);
+    if (hand_back_send(from->hand_back, data + MARKER, length - MARKER, source, arrival->destination, arrival->interface))
+        COUNT(from->counters.handed_back, 1);
+    else
+        COUNT(from->counters.errors, 1);
 }
 
 /* ---- a full queue */

@@ -25,12 +25,12 @@
 #define READ(counter) __atomic_load_n(&(counter), __ATOMIC_RELAXED)
 
 struct worker;
+struct hand_back;
 
 struct loop_socket {
     int fd;
     struct loop_address bound;
-    uint8_t hands_back;
-    uint8_t prefix[20];
+    struct hand_back *hand_back;   /* NULL: IKE that comes here is lost */
     uint32_t generation;
     struct worker *worker;
     int watched;    /* batches for which its queue is large yet, and kept from getting full */

@@ -52,6 +52,17 @@ struct loop_address {
     int any;                       /* no address of this host's in particular, so each packet says its own */
     int both;                      /* and of either version */
 };
+
+/* How IKE that comes to an ESP socket returns to the application; see natcompat.backends.hand_back. */
+struct loop_hand_back {
+    int descriptor;       /* a UDP socket that sends by the interface lo alone; it is duplicated */
+    int family;           /* of both sockets, AF_INET or AF_INET6 */
+    uint8_t address[16];  /* where `descriptor` reaches the application's socket; 4 bytes for AF_INET */
+    uint16_t port;        /* in host byte order */
+    uint32_t sender;      /* a number that no other sender of the endpoint has */
+    uint8_t tag[8];
+    uint8_t key[32];
+};
 /* cffi: end */
 
 #endif

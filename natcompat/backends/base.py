@@ -93,9 +93,7 @@ class Attachment(Protocol):
     `esp_socket` (optional): a non-blocking socket of the backend on the same port, from which ESP may be
     sent, or None.
 
-    `hand_back` (optional): how IKE that came to a socket of the backend returns to the application:
-    ``loopback``, in an authenticated envelope over the interface lo; ``none``, such IKE is counted and
-    lost, and the backend does nothing that would bring IKE there; empty where the question does not arise.
+    `hand_back` and `hand_back_reason` (optional): see `natcompat.NatTEndpoint.hand_back`.
     """
 
     @property

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from natcompat.backends.base import Attachment, Viability
 from natcompat.backends.diversion import Diversion
 from natcompat.backends.linux_sockets import features, filters
-from natcompat.backends.linux_sockets.steering import UDP_ENCAP
+from natcompat.backends.linux_sockets.options import UDP_ENCAP
 from natcompat.contract import TABLE, Duty, Performer, Verdict
 from natcompat.errors import NatCompatError
 from natcompat.kernel.xfrm.bypass import bypass, undo_bypass

@@ -125,7 +125,7 @@ class _LinuxAttachment(InLineAttachment):
     """Steering, filter and UDP_GRO of one socket on Linux, as far as each is possible."""
 
     def __init__(self, sock: socket.socket, diversion: Diversion) -> None:
-        from natcompat.backends.linux_sockets import features, filters, steering
+        from natcompat.backends.linux_sockets import features, filters, options, steering
 
         super().__init__("")
         self._steering: steering.Steering | None = None
@@ -135,15 +135,17 @@ class _LinuxAttachment(InLineAttachment):
                 "bind",
                 "connect",
                 (socket.SOL_SOCKET, socket.SO_REUSEPORT),
-                (socket.SOL_SOCKET, steering.SO_BINDTODEVICE),
-                (socket.SOL_SOCKET, steering.SO_MARK),
+                (socket.SOL_SOCKET, options.SO_BINDTODEVICE),
+                (socket.SOL_SOCKET, options.SO_MARK),
                 *features.FILTER_OPTIONS,
                 (socket.SOL_SOCKET, filters.SO_ATTACH_REUSEPORT_CBPF),
                 (socket.SOL_SOCKET, filters.SO_ATTACH_REUSEPORT_EBPF),
                 (socket.SOL_SOCKET, filters.SO_DETACH_REUSEPORT_BPF),
-                (socket.IPPROTO_IP, steering.IP_RECVERR),
-                (socket.IPPROTO_IPV6, steering.IPV6_RECVERR),
-                (socket.IPPROTO_UDP, steering.UDP_ENCAP),
+                (socket.IPPROTO_IP, options.IP_RECVERR),
+                (socket.IPPROTO_IPV6, options.IPV6_RECVERR),
+                (socket.IPPROTO_UDP, options.UDP_ENCAP),
+                (socket.IPPROTO_IP, options.IP_TRANSPARENT),
+                (socket.IPPROTO_IPV6, options.IPV6_TRANSPARENT),
             }
         )
         with contextlib.ExitStack() as undo:
@@ -190,6 +192,18 @@ class _LinuxAttachment(InLineAttachment):
             self.duties = _FILTER if strict else _NO_RUNTS
             if strict and self.mode == "in line":
                 self.mode = "filter"
+
+    @property
+    def hand_back(self) -> str:
+        """How IKE that came to an ESP socket returns: ``loopback``, ``none``; empty without steering."""
+        if self._steering is None:
+            return ""
+        return "none" if self._steering.no_hand_back else "loopback"
+
+    @property
+    def hand_back_reason(self) -> str:
+        """Why `hand_back` is ``none``; else empty."""
+        return self._steering.no_hand_back if self._steering is not None else ""
 
     @property
     def esp_socket(self) -> socket.socket | None:

@@ -113,6 +113,21 @@ class NatTEndpoint:
         return attachment.reason if attachment is not None else ""
 
     @property
+    def hand_back(self) -> str:
+        """How IKE that came to a socket of the backend returns: ``loopback``, ``none``, or empty.
+
+        ``loopback``: in an authenticated envelope by the interface lo. ``none``: such IKE is counted as an
+        error and lost, and the backend does without coalesced receives, which would bring it there; see
+        `hand_back_reason`. Empty: IKE comes to the application's socket alone.
+        """
+        return getattr(self._switch.attachment(), "hand_back", "")
+
+    @property
+    def hand_back_reason(self) -> str:
+        """Why `hand_back` is ``none``; else empty."""
+        return getattr(self._switch.attachment(), "hand_back_reason", "")
+
+    @property
     def closed(self) -> bool:
         """Whether the option is off again."""
         self._switch.attachment()

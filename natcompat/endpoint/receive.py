@@ -6,6 +6,7 @@ is in a receive, and the application's class may have methods of any name.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import operator
 import os
@@ -13,14 +14,14 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from natcompat.backends.diversion import HandBack
+from natcompat.backends.hand_back import OVERHEAD
+from natcompat.backends.hand_back_way import open_way
 from natcompat.backends.system_calls import (
     Message,
+    SystemCalls,
     cut,
-    is_connected,
     let_greenlets_run,
     on_event_loop,
-    own_address,
     receive,
     receive_now,
     wait_readable,
@@ -31,8 +32,11 @@ from natcompat.endpoint.state import LARGEST_DATAGRAM, state_of
 if TYPE_CHECKING:
     from natcompat.endpoint.state import EndpointState
 
-HEADROOM: Final = HandBack.HEADROOM
-"""Bytes that a datagram can have in front of an IKE message: the marker, or a whole envelope."""
+HEADROOM: Final = OVERHEAD
+"""Bytes by which a datagram can be longer than the IKE message in it: the marker, or an envelope."""
+SMALLEST_RECEIVE: Final = 9216
+"""Least size in bytes of a receive without `HEADROOM`: a truncated envelope cannot be opened, and IKE that
+was coalesced with ESP is no larger than a packet."""
 
 _MSG_ERRQUEUE: Final = getattr(socket, "MSG_ERRQUEUE", 0)
 _MSG_DONTWAIT: Final = getattr(socket, "MSG_DONTWAIT", 0)
@@ -79,13 +83,17 @@ def receive_ike(
         if datagram.startswith(NON_ESP_MARKER):
             if not flags & socket.MSG_PEEK:
                 state.counters.ike += 1
-            opened = state.open_envelope(datagram)
-            if opened is None:
+            opened = state.open_envelope(datagram, peek=bool(flags & socket.MSG_PEEK))
+            if opened is not None:
+                ancillary = opened.restore_destination(ancillary)
+                return cut((opened.message, ancillary, message_flags, opened.source), 0, size, flags)
+            whole = message is not first or len(datagram) < max(size, SMALLEST_RECEIVE) + HEADROOM
+            if whole or not datagram.startswith(state.envelope_prefix):
                 return cut(message, MARKER_LENGTH, size, flags)
-            return cut((opened[0], ancillary, message_flags, opened[1]), 0, size, flags)
-        if flags & socket.MSG_PEEK:
+            state.diversion.error("an IKE message that was handed back was lost: the buffer is too small")
+        elif flags & socket.MSG_PEEK:
             discard_peeked(sock, root, state)
-        elif message is first and (source is None or len(datagram) == size + HEADROOM):
+        elif message is first and (source is None or len(datagram) == max(size, SMALLEST_RECEIVE) + HEADROOM):
             state.diversion.error(
                 "an ESP packet was lost: it came to a receive that expected IKE alone, and may be truncated"
             )
@@ -118,11 +126,11 @@ def discard_peeked(sock: Any, root: type[socket.socket], state: EndpointState) -
     if not datagram.startswith(NON_ESP_MARKER):
         state.diversion.take([(memoryview(datagram), source)])
         return
-    message, source = state.open_envelope(datagram) or (datagram[MARKER_LENGTH:], source)
+    opened = state.open_envelope(datagram)
+    message, source, destination = opened or (datagram[MARKER_LENGTH:], source, None)
     try:
-        if is_connected(sock):
-            raise OSError(errno.EISCONN, "a connected socket receives nothing from itself")
-        root.sendto(sock, state.diversion.hand_back.wrap(message, source), own_address(sock))
+        with contextlib.closing(open_way(SystemCalls(sock, root))) as way:
+            way.send(state.diversion.hand_back.wrap(message, source, destination))
     except OSError as error:
         state.diversion.error(f"an IKE message displaced by a peek could not be handed back: {error}")
 

@@ -19,7 +19,7 @@ from natcompat.backends.system_calls import Message, option_answer, option_value
 from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER, UDP_NAT_T_ENDPOINT
 from natcompat.endpoint.admission import REFUSED_OPTIONS, refuse_option
 from natcompat.endpoint.bypassing_loops import object_to_bypassing_loop
-from natcompat.endpoint.receive import HEADROOM, receive_ike
+from natcompat.endpoint.receive import HEADROOM, SMALLEST_RECEIVE, receive_ike
 from natcompat.endpoint.send import send_buffers, send_message
 from natcompat.endpoint.state import EndpointState, root_of, state_of
 
@@ -59,7 +59,8 @@ class NatTSocket(_Socket):
         if flags or state.receive_size or state.draining:  # an ESP consumer needs the source
             return NatTSocket.recvfrom(self, bufsize, flags)[0]
         root = state.root
-        datagram = root.recv(self, bufsize + HEADROOM)
+        size = bufsize if bufsize > SMALLEST_RECEIVE else SMALLEST_RECEIVE  # max() takes longer
+        datagram = root.recv(self, size + HEADROOM)
         # the option may have been switched off while this thread waited
         if (
             state.enabled
@@ -81,7 +82,8 @@ class NatTSocket(_Socket):
             message = receive_ike(self, root, bufsize, 0, flags)
             return message[0], message[3]
         begun = time.monotonic() if state.receive_size else None
-        datagram, source = root.recvfrom(self, state.receive_size or bufsize + HEADROOM)
+        size = bufsize if bufsize > SMALLEST_RECEIVE else SMALLEST_RECEIVE
+        datagram, source = root.recvfrom(self, state.receive_size or size + HEADROOM)
         # the option may have been switched off while this thread waited
         if (
             state.enabled

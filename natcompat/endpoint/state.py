@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from natcompat.backends.diversion import Counters, Diversion
+from natcompat.backends.hand_back import Enveloped
 from natcompat.backends.system_calls import root_class
 
 LARGEST_DATAGRAM: Final = 65535
@@ -54,7 +55,7 @@ class EndpointState:
         self.diversion: Diversion = diversion
         self.counters: Counters = diversion.counters
         self.envelope_prefix: bytes = diversion.hand_back.prefix
-        self.open_envelope: Callable[[bytes], tuple[bytes, Any] | None] = diversion.hand_back.unwrap
+        self.open_envelope: Callable[..., Enveloped | None] = diversion.hand_back.open
         self.receive_size: int = LARGEST_DATAGRAM
         """Least size in bytes of a receive, so that ESP is not truncated; 0 once the kernel delivers IKE
         alone."""

@@ -18,7 +18,7 @@ from natcompat import get_nat_t_endpoint, set_nat_t_endpoint
 from natcompat.backends.base import Viability
 from natcompat.backends.diversion import Diversion
 from natcompat.backends.linux import LinuxBackend
-from natcompat.backends.linux_sockets import features, steering
+from natcompat.backends.linux_sockets import features, options, steering
 from natcompat.backends.linux_sockets import filters as bpf
 from natcompat.backends.userspace import InLineAttachment, UserspaceBackend
 from natcompat.contract import Duty, Performer
@@ -40,8 +40,8 @@ from tests.support.linux import (
 
 pytestmark = LINUX
 
-GRO = socket.IPPROTO_UDP, steering.UDP_GRO
-ENCAP = socket.IPPROTO_UDP, steering.UDP_ENCAP
+GRO = socket.IPPROTO_UDP, options.UDP_GRO
+ENCAP = socket.IPPROTO_UDP, options.UDP_ENCAP
 REUSEPORT = socket.SOL_SOCKET, socket.SO_REUSEPORT
 
 
@@ -204,7 +204,7 @@ def test_a_failed_socket_operation_leaves_the_endpoint_steering() -> None:
         failing: list[Callable[[], object]] = [
             lambda: sock.bind(peer.getsockname()),
             lambda: sock.connect(("no address", 1)),
-            lambda: sock.setsockopt(socket.SOL_SOCKET, steering.SO_BINDTODEVICE, b"no such device"),
+            lambda: sock.setsockopt(socket.SOL_SOCKET, options.SO_BINDTODEVICE, b"no such device"),
             lambda: sock.setsockopt(*ENCAP, 250),
         ]
         for operation in failing:

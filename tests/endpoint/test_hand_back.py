@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from natcompat.backends.diversion import HandBack
+from natcompat.backends.hand_back import OVERHEAD, HandBack
 from natcompat.endpoint.receive import discard_peeked
 from natcompat.endpoint.state import state_of
 from tests.support.pairs import (
@@ -38,11 +38,12 @@ def test_an_envelope_returns_message_and_source(family: socket.AddressFamily, me
     for host, *rest in SOURCES[family]:
         datagram = envelope.wrap(message, (host, *rest))
         assert datagram.startswith(MARKER)  # steered and filtered like IKE
-        assert len(datagram) == HandBack.HEADROOM + len(message)
-        assert envelope.unwrap(datagram) == (message, (host.partition("%")[0], *rest))
-        assert other.unwrap(datagram) is None, "the secret is per endpoint"
-        assert envelope.unwrap(datagram[: HandBack.HEADROOM - 1]) is None
-        assert envelope.unwrap(b"\1" + datagram[1:]) is None
+        assert len(datagram) == OVERHEAD + len(message)
+        assert other.open(datagram) is None, "the key is per endpoint"
+        assert envelope.open(datagram[:-1]) is None
+        assert envelope.open(b"\1" + datagram[1:]) is None
+        opened = envelope.open(datagram)
+        assert opened == (message, (host.partition("%")[0], *rest), None)
 
 
 @pytest.mark.parametrize("receive", list(RECEIVES.values())[:6], ids=list(RECEIVES)[:6])

@@ -98,8 +98,9 @@ static void renew(struct end *end, struct end *peer, int life)
 static void add_socket(struct end *end)
 {
     struct loop_address bound = {.address = end->address, .family = AF_INET};
-    static const uint8_t prefix[20];
-    end->number = loop_add_socket(end->loop, end->socket, 1, &bound, prefix);
+    struct loop_hand_back way = {.descriptor = end->socket, .family = AF_INET, .address = {127, 0, 0, 1},
+                                 .port = end->address.port, .sender = 1};
+    end->number = loop_add_socket(end->loop, end->socket, 1, &bound, &way);
     REQUIRE(end->number >= 0);
 }
 

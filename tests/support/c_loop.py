@@ -23,6 +23,9 @@ _datapath = pytest.importorskip("natcompat.esp.datapath.compiled", reason="the C
 ffi: Any = _datapath.ffi
 lib: Any = _datapath.lib
 
+# below the skip, since it takes the C data path
+from natcompat.esp.carrier.native import c_hand_back as c_hand_back  # noqa: E402
+
 Result = TypeVar("Result")
 
 UDP_SEGMENT, UDP_GRO = 103, 104  # include/uapi/linux/udp.h
@@ -66,9 +69,7 @@ def endpoint(address: tuple[str, int]) -> Any:
 class End:
     """One end. Its TUN is in a network namespace of its own, its socket on loopback."""
 
-    def __init__(
-        self, number: int, sock: socket.socket, *, threads: int = 2, prefix: bytes = bytes(20)
-    ) -> None:
+    def __init__(self, number: int, sock: socket.socket, *, threads: int = 2, way: Any = ffi.NULL) -> None:
         """`number`: 1 or 2. `sock` is read by the loop."""
         self.number = number
         self.sock = sock
@@ -80,7 +81,7 @@ class End:
         self.ivs = ffi.new("uint64_t *", number << 60)
         self.loop = lib.loop_new(self.path, threads)
         assert lib.loop_set_tun(self.loop, self.tun, 15 if self.udp else 3) == 0
-        self.slot = self.add_socket(prefix)
+        self.slot = self.add_socket(way)
         assert self.slot >= 0
         self.outbound = self.inbound = ffi.NULL
         self.events: list[tuple[int, bytes]] = []
@@ -107,13 +108,13 @@ class End:
         """Run the command ``ip`` in the namespace of this thread."""
         subprocess.run(["ip", *command.split()], check=True)
 
-    def add_socket(self, prefix: bytes = bytes(20)) -> int:
+    def add_socket(self, way: Any = ffi.NULL) -> int:
         """Let the loop read and send by the socket; return its number."""
         address = self.sock.getsockname()
         bound = ffi.new("struct loop_address *")
         bound.address, bound.family = endpoint(address)[0], socket.AF_INET
         bound.any = address[0] == "0.0.0.0"
-        return int(lib.loop_add_socket(self.loop, self.sock.fileno(), 1, bound, prefix))
+        return int(lib.loop_add_socket(self.loop, self.sock.fileno(), 1, bound, way))
 
     def inside(self, function: Callable[[], Result]) -> Result:
         """Run `function` in the namespace of the TUN."""

@@ -24,7 +24,7 @@ import pytest
 
 from natcompat import NON_ESP_MARKER, NatTEndpoint, probe
 from natcompat.backends.linux_sockets import filters as bpf
-from natcompat.backends.linux_sockets import steering
+from natcompat.backends.linux_sockets import options
 from tests.support.running import can_become_nobody
 
 P = ParamSpec("P")
@@ -127,10 +127,10 @@ _OPTIONS = {
     "SO_REUSEPORT": (socket.SOL_SOCKET, 15),
     "SO_REUSEADDR": (socket.SOL_SOCKET, socket.SO_REUSEADDR),
     "SO_RCVBUF": (socket.SOL_SOCKET, socket.SO_RCVBUF),
-    "UDP_ENCAP": (socket.IPPROTO_UDP, steering.UDP_ENCAP),
-    "UDP_GRO": (socket.IPPROTO_UDP, steering.UDP_GRO),
-    "IP_RECVERR": (socket.IPPROTO_IP, steering.IP_RECVERR),
-    "IP_PKTINFO": (socket.IPPROTO_IP, steering.IP_PKTINFO),
+    "UDP_ENCAP": (socket.IPPROTO_UDP, options.UDP_ENCAP),
+    "UDP_GRO": (socket.IPPROTO_UDP, options.UDP_GRO),
+    "IP_RECVERR": (socket.IPPROTO_IP, options.IP_RECVERR),
+    "IP_PKTINFO": (socket.IPPROTO_IP, options.IP_PKTINFO),
 }
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from natcompat import NatTEndpoint, set_nat_t_endpoint
 from natcompat.backends.linux_sockets import filters as bpf
-from natcompat.backends.linux_sockets import steering
+from natcompat.backends.linux_sockets import options
 from tests.support.linux import (
     Collector,
     ike,
@@ -22,9 +22,9 @@ from tests.support.linux import (
 
 V6ONLY = socket.IPPROTO_IPV6, socket.IPV6_V6ONLY
 REUSEPORT = socket.SOL_SOCKET, socket.SO_REUSEPORT
-RECVERR = socket.IPPROTO_IP, steering.IP_RECVERR
-GRO = socket.IPPROTO_UDP, steering.UDP_GRO
-ENCAP = socket.IPPROTO_UDP, steering.UDP_ENCAP
+RECVERR = socket.IPPROTO_IP, options.IP_RECVERR
+GRO = socket.IPPROTO_UDP, options.UDP_GRO
+ENCAP = socket.IPPROTO_UDP, options.UDP_ENCAP
 UDP_SEGMENT = 103  # include/uapi/linux/udp.h
 
 
@@ -38,17 +38,18 @@ def steered(sock: socket.socket, consumer: Any = None) -> NatTEndpoint:
 
 
 def veth_pair() -> None:
-    """Make the device ``here`` with 192.0.2.1 and its other end ``there``; the interface lo is up."""
+    """Make the device ``here`` with 192.0.2.1 and 2001:db8::1, its other end ``there``; set lo up."""
     set_up("lo")
     ip("link", "add", "here", "type", "veth", "peer", "there")
     ip("address", "add", "192.0.2.1/24", "broadcast", "192.0.2.255", "dev", "here")
+    ip("address", "add", "2001:db8::1/64", "dev", "here", "nodad")
     ip("address", "add", "198.51.100.1/24", "dev", "there")
     ip("link", "set", "here", "up")
     ip("link", "set", "there", "up")
 
 
-def peer_behind_veth() -> socket.socket:
-    """Return a socket in a new network namespace, to which the device ``there`` goes as 192.0.2.2."""
+def peer_behind_veth(version: int = 4) -> socket.socket:
+    """Return a socket in a new network namespace, to which ``there`` goes as 192.0.2.2 and 2001:db8::2."""
     ours = os.open("/proc/self/ns/net", os.O_RDONLY)
     try:
         unshare_network()
@@ -58,8 +59,10 @@ def peer_behind_veth() -> socket.socket:
         ip("link", "set", "there", "netns", f"/proc/{os.getpid()}/fd/{theirs}")
         set_network(theirs)
         ip("address", "add", "192.0.2.2/24", "broadcast", "192.0.2.255", "dev", "there")
+        ip("address", "add", "2001:db8::2/64", "dev", "there", "nodad")
         ip("link", "set", "there", "up")
-        peer = udp(host="0.0.0.0")
+        ip("route", "add", "default", "via", "192.0.2.1")
+        peer = udp(socket.AF_INET6, "::") if version == 6 else udp(host="0.0.0.0")
         os.close(theirs)
         return peer
     finally:

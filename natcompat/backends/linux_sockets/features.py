@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import socket
@@ -10,7 +11,9 @@ from typing import Final
 
 from natcompat.backends.diversion import Diversion
 from natcompat.backends.linux_sockets import filters
-from natcompat.backends.linux_sockets.steering import UDP_GRO, Steering
+from natcompat.backends.linux_sockets.loopback import LOOPBACK, LoopbackWay
+from natcompat.backends.linux_sockets.options import SO_BINDTODEVICE, UDP_GRO
+from natcompat.backends.linux_sockets.steering import Steering
 from natcompat.contract import NON_ESP_MARKER
 
 FILTER_OPTIONS: Final[frozenset[tuple[int, int]]] = frozenset(
@@ -83,6 +86,17 @@ def steering_refused() -> str:
     return _answer(_steering_proof)
 
 
+def hand_back_refused() -> str:
+    """Return why IKE cannot return from an ESP socket to one bound to 0.0.0.0; empty if it can."""
+    try:
+        with socket.socket(type=socket.SOCK_DGRAM) as sock:
+            sock.bind(("", 0))
+            LoopbackWay(sock).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
 def _answer(proof: Callable[[], str]) -> str:
     try:
         return proof()
@@ -129,6 +143,8 @@ def _only_ike_arrives(sock: socket.socket) -> str:
     ike = NON_ESP_MARKER + b"IKE"
     sock.settimeout(1)
     with socket.socket(type=socket.SOCK_DGRAM) as peer:
+        with contextlib.suppress(OSError):  # before Linux 5.7; then routes decide
+            peer.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, LOOPBACK)
         for payload in (b"\xff", b"\1" * 32, ike):
             peer.sendto(payload, ("127.0.0.1", sock.getsockname()[1]))
     try:

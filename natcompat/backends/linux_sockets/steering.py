@@ -1,8 +1,8 @@
-"""Steering (Linux): a second socket on the application's port takes all that is not IKE.
+"""Steering (Linux): a second socket on the application's port receives every datagram that is not IKE.
 
-The application's socket and ours are one SO_REUSEPORT group; a classic BPF program of the group
-decides by the first word. ESP has its own queue and thread, so that no flood of it costs IKE.
-Unprivileged; ``reuseport_select_sock()`` in net/core/sock_reuseport.c.
+The application's socket and the ESP sockets form one SO_REUSEPORT group, whose classic BPF program decides
+by the first word. ESP has its own queue and thread, so that a flood of ESP costs no IKE. Needs no privilege;
+see ``reuseport_select_sock()`` in net/core/sock_reuseport.c.
 """
 
 from __future__ import annotations
@@ -12,72 +12,75 @@ import socket
 import struct
 from typing import Any, Final, TypeAlias
 
-from natcompat.backends.base import Address, SocketReader
-from natcompat.backends.diversion import Diversion, HandBack
+from natcompat.backends.consumer import Address, SocketReader
+from natcompat.backends.diversion import Diversion
+from natcompat.backends.hand_back import Destination
 from natcompat.backends.linux_sockets import filters
+from natcompat.backends.linux_sockets.loopback import LoopbackWay, bound_device
+from natcompat.backends.linux_sockets.options import (
+    IP_FREEBIND,
+    IP_PKTINFO,
+    IP_RECVERR,
+    IP_RECVTOS,
+    IP_TRANSPARENT,
+    IPV6_FREEBIND,
+    IPV6_RECVERR,
+    IPV6_RECVTCLASS,
+    IPV6_TCLASS,
+    IPV6_TRANSPARENT,
+    SO_BINDTODEVICE,
+    SO_MARK,
+    UDP_ENCAP,
+    UDP_GRO,
+    UDP_NO_CHECK6_RX,
+)
 from natcompat.backends.linux_sockets.overload import QueueWatch
 from natcompat.backends.linux_sockets.reading import SocketsOfThread
 from natcompat.backends.system_calls import is_connected
 from natcompat.contract import MARKER_LENGTH, NON_ESP_MARKER
 
-# Option numbers of Linux that Python does not name in every version
-IP_PKTINFO: Final = 8  # include/uapi/linux/in.h
-IP_RECVERR: Final = 11
-_IP_RECVTOS: Final = 13
-_IP_FREEBIND: Final = 15
-_IP_TRANSPARENT: Final = 19
-IPV6_RECVERR: Final = 25  # include/uapi/linux/in6.h
-_IPV6_RECVTCLASS: Final = 66
-_IPV6_TCLASS: Final = 67
-_IPV6_TRANSPARENT: Final = 75
-_IPV6_FREEBIND: Final = 78
-SO_BINDTODEVICE: Final = 25  # include/uapi/asm-generic/socket.h
-SO_MARK: Final = 36
-UDP_ENCAP: Final = 100  # include/uapi/linux/udp.h
-_UDP_NO_CHECK6_RX: Final = 102
-UDP_GRO: Final = 104
-
 _COPIED_BEFORE_BIND: Final[tuple[tuple[int, int], ...]] = (
     (socket.SOL_SOCKET, socket.SO_REUSEADDR),  # else EADDRINUSE when the port is used on several addresses
-    (socket.IPPROTO_IP, _IP_FREEBIND),  # addresses that are not there yet
-    (socket.IPPROTO_IP, _IP_TRANSPARENT),
+    (socket.IPPROTO_IP, IP_FREEBIND),  # addresses that the host does not have yet
 )
 _COPIED_BEFORE_BIND_6: Final[tuple[tuple[int, int], ...]] = (
     (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY),
-    (socket.IPPROTO_IPV6, _IPV6_FREEBIND),
-    (socket.IPPROTO_IPV6, _IPV6_TRANSPARENT),
-    (socket.IPPROTO_UDP, _UDP_NO_CHECK6_RX),
+    (socket.IPPROTO_IPV6, IPV6_FREEBIND),
+    (socket.IPPROTO_UDP, UDP_NO_CHECK6_RX),
 )
 
-_Destination: TypeAlias = tuple[str, int] | None
-"""Local address and interface that a datagram was sent to; None: to several hosts."""
-_Stray: TypeAlias = tuple[memoryview, Address, _Destination]
-"""IKE that came to the engine: datagram, source, destination."""
+_StrayIke: TypeAlias = tuple[memoryview, Address, Destination | None]
+"""IKE that came to an ESP socket: datagram, source, destination (None: multicast or broadcast)."""
 _Diverted: TypeAlias = tuple[list[tuple[memoryview, Address]], list[int]]
-"""What is not IKE, with its sources, and the outer traffic class of each."""
+"""Datagrams that are not IKE, with their sources, and the outer traffic class of each."""
 
-_BURST: Final = 64  # datagrams taken from one socket before the next has its turn; a few more if coalesced
+_BURST: Final = 64  # datagrams read from one socket before the next has its turn; a few more if coalesced
 _LARGEST: Final = 65535
 _ANCILLARY: Final = 3 * socket.CMSG_SPACE(4) + socket.CMSG_SPACE(20) + socket.CMSG_SPACE(12)
-_TRAFFIC_CLASS: Final = ((socket.IPPROTO_IP, socket.IP_TOS), (socket.IPPROTO_IPV6, _IPV6_TCLASS))
-_ENVELOPE: Final = HandBack.HEADROOM
+_TRAFFIC_CLASS: Final = ((socket.IPPROTO_IP, socket.IP_TOS), (socket.IPPROTO_IPV6, IPV6_TCLASS))
 
 
 class Steering:
-    """The engine's sockets of one application socket, and the thread that reads them.
+    """The ESP sockets of one application socket, and their reader.
 
-    `engines` sockets share the load by SPI. Raises OSError from the constructor, with the
-    application's socket as it was, when the kernel refuses a step: EADDRINUSE when the user id has
-    changed since the socket was made or somebody else holds the port, EPERM by a seccomp profile.
+    `engines`: the number of ESP sockets, which share the load by SPI. Raises OSError from the constructor,
+    with the application's socket as it was, when the kernel refuses a step: EADDRINUSE when the user id has
+    changed since the socket was made or another program holds the port, EPERM by a seccomp profile.
     """
 
     def __init__(self, sock: socket.socket, diversion: Diversion, engines: int = 1) -> None:
         self._diversion = diversion
-        self._port: int = sock.getsockname()[1]
-        self._on_device = bool(_device(sock))
         self._queues: dict[socket.socket, QueueWatch] = {}
         self._engines: list[socket.socket] = []
+        self._way: LoopbackWay | None = None
+        self.no_hand_back: str = ""
+        """Why IKE that comes to an ESP socket cannot go back to the application; empty if it can."""
         with contextlib.ExitStack() as undo:
+            try:
+                self._way = undo.enter_context(contextlib.closing(LoopbackWay(sock)))
+            except OSError as error:
+                self.no_hand_back = error.strerror or str(error)
+            diversion.hand_back.way = self._way
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             undo.callback(self._leave, sock)
             for _ in range(engines):
@@ -87,30 +90,39 @@ class Steering:
             undo.pop_all()
 
     def detach(self, sock: socket.socket) -> None:
-        """Leave `sock` alone on its port, as it was, with nothing of ours left."""
+        """Leave `sock` alone on its port, as it was, and close the ESP sockets."""
         self._reader.close()
-        self._leave(sock)
+        try:
+            self._leave(sock)
+        finally:
+            self._close_way()
 
     def release(self) -> None:
-        """Close what is ours. In a forked child nothing but the child's descriptors is touched."""
+        """Close the ESP sockets. In a forked child only the child's descriptors are closed."""
         self._reader.abandon()
+        self._close_way()
 
     def adopt(self) -> None:
-        """Read the inherited sockets in this process, a forked child, too."""
+        """Read the inherited ESP sockets in this process, a forked child."""
         self._reader.close()
         self._reader = self._read()
 
     def _read(self) -> SocketReader:
-        """Have the sockets read by whoever takes ESP, if he wants to, else by a thread of ours."""
-        own: Any = getattr(self._diversion.consumer, "read_sockets", None)
+        """Start reading: by the consumer of ESP if it wants to, else by a thread of natcompat."""
+        read_sockets: Any = getattr(self._diversion.consumer, "read_sockets", None)
         reader: SocketReader | None = None
-        if own is not None and not self._on_device:  # which cannot be handed anything back
-            reader = own(self._engines, self._diversion, self._take)
+        if read_sockets is not None:
+            reader = read_sockets(self._engines, self._diversion, self._take)
         return reader or SocketsOfThread(self._engines, self._take)
+
+    def _close_way(self) -> None:
+        if self._way is not None:
+            self._diversion.hand_back.way = None
+            self._way.close()
 
     @property
     def esp_socket(self) -> socket.socket:
-        """One of the engine's sockets, for what leaves without the marker."""
+        """One of the ESP sockets, for sends without the marker."""
         return self._engines[0]
 
     def count(self) -> None:
@@ -118,20 +130,20 @@ class Steering:
         self._reader.count()
 
     def drops(self) -> int:
-        """Return how many datagrams the kernel dropped because the queues of ours were full."""
+        """Return the number of datagrams that the kernel dropped because the queues of ESP were full."""
         return sum(filters.drops(engine) or 0 for engine in self._engines)
 
     def _leave(self, sock: socket.socket) -> None:
-        # The program goes last: until then it keeps IKE out of our sockets, and when these are gone
-        # it names one that is not there, for which the kernel takes the only one that is.
-        with contextlib.ExitStack() as each:
-            each.callback(sock.setsockopt, socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
-            each.callback(_take_off_program, sock)
+        # The program goes last: until then it keeps IKE out of the ESP sockets. Once these are closed it
+        # selects an index that does not exist, and the kernel takes the only socket of the group.
+        with contextlib.ExitStack() as steps:
+            steps.callback(sock.setsockopt, socket.SOL_SOCKET, socket.SO_REUSEPORT, 0)
+            steps.callback(_detach_program, sock)
             for engine in self._engines:
-                each.callback(self._empty, engine, sock)
+                steps.callback(self._drain, engine)
 
     def _join(self, sock: socket.socket) -> socket.socket:
-        """Return a socket of ours that shares the address and port of `sock`."""
+        """Return a new ESP socket that shares the address and port of `sock`."""
         engine = socket.socket(sock.family, sock.type, sock.proto)
         try:
             engine.settimeout(0)
@@ -139,33 +151,31 @@ class Steering:
             if sock.family == socket.AF_INET6:
                 options += _COPIED_BEFORE_BIND_6
             for level, option in options:
-                with contextlib.suppress(
-                    OSError
-                ):  # an option that this kernel does not know is not set either
+                with contextlib.suppress(OSError):  # an option that this kernel does not know is not set
                     value = sock.getsockopt(level, option)
                     if value != engine.getsockopt(level, option):
                         engine.setsockopt(level, option, value)
-            device = _device(sock)
+            device = bound_device(sock)
             if device:
                 engine.setsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, device)
             mark = sock.getsockopt(socket.SOL_SOCKET, SO_MARK)
-            if mark:  # ESP that leaves here shall go the way of IKE
+            if mark:  # ESP leaves by the same routes as IKE
                 engine.setsockopt(socket.SOL_SOCKET, SO_MARK, mark)
-            # what the application gave its own queue, ESP shall have too (the kernel reports it doubled)
+            # the queue of ESP is as large as the application's (the kernel reports the size doubled)
             engine.setsockopt(
                 socket.SOL_SOCKET, socket.SO_RCVBUF, sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 2
             )
-            # where a datagram was sent to, so that IKE among it can go there again
+            # the local address of a datagram, which IKE that goes back brings along
             if sock.family == socket.AF_INET6:
                 engine.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RECVPKTINFO, 1)
             else:
                 engine.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)
             if self._diversion.wants_traffic_classes:
-                engine.setsockopt(socket.IPPROTO_IP, _IP_RECVTOS, 1)  # an IPv6 socket has IPv4 peers, too
+                engine.setsockopt(socket.IPPROTO_IP, IP_RECVTOS, 1)  # an IPv6 socket has IPv4 peers, too
                 if sock.family == socket.AF_INET6:
-                    engine.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVTCLASS, 1)
-            # GRO glues IKE behind ESP, and a socket bound to a device cannot be handed anything back
-            if self._diversion.coalesce and not device:
+                    engine.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVTCLASS, 1)
+            # GRO coalesces IKE with ESP, so it takes a way back
+            if self._diversion.coalesce and self._way is not None:
                 with contextlib.suppress(OSError):
                     engine.setsockopt(socket.IPPROTO_UDP, UDP_GRO, 1)
             engine.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -180,12 +190,12 @@ class Steering:
         """Take one burst from `engine`."""
         strays, diverted, _ = self._receive(engine)
         for stray in strays:
-            self._hand_back(engine, *stray)
+            self._hand_back(*stray)
         self._diversion.take(*diverted)
 
-    def _receive(self, engine: socket.socket) -> tuple[list[_Stray], _Diverted, bool]:
-        """Return one burst from `engine`: IKE, everything else, and whether there may be more."""
-        strays: list[_Stray] = []
+    def _receive(self, engine: socket.socket) -> tuple[list[_StrayIke], _Diverted, bool]:
+        """Return one burst from `engine`: IKE, everything else, and whether more may be queued."""
+        strays: list[_StrayIke] = []
         diverted: list[tuple[memoryview, Address]] = []
         traffic_classes: list[int] = []
         shed: list[tuple[memoryview, Address]] = []
@@ -200,15 +210,15 @@ class Steering:
             except BlockingIOError:
                 more = False
                 break
-            except OSError as error:  # an ICMP error of something sent by this socket
+            except OSError as error:  # an ICMP error of an earlier send by this socket
                 self._diversion.error(f"receive of ESP: {error}")
                 break
             destination, segment_size, traffic_class = _read_ancillary(ancillary)
             whole, size = memoryview(data), segment_size or len(data) or 1
             segments = [(whole[start : start + size], source) for start in range(0, len(data) or 1, size)]
-            if b"\0" in data[::size]:  # some begin as IKE does
-                strays += [(each, source, destination) for each, _ in segments if _is_ike(each)]
-                segments = [each for each in segments if not _is_ike(each[0])]
+            if b"\0" in data[::size]:  # some may be IKE
+                strays += [(datagram, source, destination) for datagram, _ in segments if _is_ike(datagram)]
+                segments = [segment for segment in segments if not _is_ike(segment[0])]
             if size < len(data):
                 coalesced = True
             elif len(data) > longest:
@@ -221,54 +231,45 @@ class Steering:
         queue.note(longest, coalesced)
         if shedding:
             self._diversion.shed(shed)
-            queue.shedding()  # again: when nothing is left that is let through, nobody would ask any more
+            queue.shedding()  # again: once the filter drops everything, no datagram would bring us here
         return strays, (diverted, traffic_classes), more
 
-    def _hand_back(
-        self, sender: socket.socket, datagram: memoryview, source: Address, destination: _Destination
-    ) -> None:
-        """Send IKE that came here to the application's socket.
+    def _hand_back(self, datagram: memoryview, source: Address, destination: Destination | None) -> None:
+        """Return IKE that came to an ESP socket to the application.
 
-        It comes here behind ESP, glued to it by GRO, and between the join and the program.
+        It comes there coalesced with ESP by GRO, and between the join of the ESP socket and the program.
         """
         diversion = self._diversion
         if bytes(datagram[: len(diversion.hand_back.prefix)]) == diversion.hand_back.prefix:
-            diversion.error(
-                "a datagram that had been handed back came again: another program steers this port"
-            )
-            return
-        if destination is None:
-            return  # multicast or broadcast: the application has a copy of its own
-        if self._on_device:
-            diversion.error("IKE was lost: a socket bound to a device takes nothing from loopback")
-            return
-        host, interface = destination
-        address: Address = (host, self._port)
-        if sender.family == socket.AF_INET6:
-            address += (0, interface if host.startswith("fe80:") else 0)
-        try:
-            sender.sendto(diversion.hand_back.wrap(datagram[MARKER_LENGTH:], source), address)
-        except OSError as error:
-            diversion.error(f"IKE could not be handed back: {error}")
+            diversion.error("an envelope came to the socket of ESP: another program steers this port")
+        elif destination is None:
+            pass  # multicast or broadcast: the application has its own copy
+        elif self._way is None:
+            diversion.error(f"IKE that came to the socket of ESP was lost: {self.no_hand_back}")
         else:
-            diversion.counters.handed_back += 1
+            try:
+                self._way.send(diversion.hand_back.wrap(datagram[MARKER_LENGTH:], source, destination))
+            except OSError as error:
+                diversion.error(f"IKE could not be handed back: {error}")
+            else:
+                diversion.counters.handed_back += 1
 
-    def _empty(self, engine: socket.socket, sock: socket.socket) -> None:
-        """Close `engine`. What is queued came while the option was on: ESP is taken, IKE handed back."""
-        kept: list[_Stray] = []
+    def _drain(self, engine: socket.socket) -> None:
+        """Close `engine`, and take what is queued: it came while the option was on."""
+        strays: list[_StrayIke] = []
         with engine:
             more, bursts = True, 0
-            while more and bursts < 64:  # for ESP may come without end
-                strays, diverted, more = self._receive(engine)
-                kept += strays
+            while more and bursts < 64:  # a peer may send ESP without end
+                ike, diverted, more = self._receive(engine)
+                strays += ike
                 self._diversion.take(*diverted)
                 bursts += 1
-        for stray in kept:  # now that the application's socket is the only one that it can come to
-            self._hand_back(sock, *stray)
+        for stray in strays:  # the application's socket is now the only one that can receive them
+            self._hand_back(*stray)
 
 
 def refusal(sock: socket.socket) -> str:
-    """Return why the bound `sock` cannot be steered, in words; empty if it can be tried."""
+    """Return why the bound `sock` must not be steered; empty if it may."""
     v6 = sock.family == socket.AF_INET6
     if sock.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT):
         return "the application set SO_REUSEPORT, so its group is its own"
@@ -281,31 +282,28 @@ def refusal(sock: socket.socket) -> str:
         return "the application set IP_RECVERR, and errors would reach either socket of the group"
     if sock.getsockopt(socket.IPPROTO_UDP, UDP_ENCAP):
         return "the application set UDP_ENCAP, so the kernel takes ESP itself"
+    if sock.getsockopt(socket.IPPROTO_IP, IP_TRANSPARENT) or (
+        v6 and sock.getsockopt(socket.IPPROTO_IPV6, IPV6_TRANSPARENT)
+    ):
+        # nf_tproxy_get_sock_v4() looks the socket up without the packet, so no program decides
+        return "the application set IP_TRANSPARENT, and TPROXY gives ESP to any socket of a group"
     return ""
 
 
-def _take_off_program(sock: socket.socket) -> None:
-    with contextlib.suppress(
-        OSError
-    ):  # before Linux 5.3 it cannot be taken off; alone in its group a socket ignores it
+def _detach_program(sock: socket.socket) -> None:
+    # before Linux 5.3 it stays; alone in its group a socket ignores it
+    with contextlib.suppress(OSError):
         filters.detach_steering(sock)
-
-
-def _device(sock: socket.socket) -> bytes:
-    try:
-        return sock.getsockopt(socket.SOL_SOCKET, SO_BINDTODEVICE, 16).rstrip(b"\0")
-    except OSError:
-        return b""
 
 
 def _is_ike(datagram: memoryview) -> bool:
     return datagram[:MARKER_LENGTH] == NON_ESP_MARKER
 
 
-def _read_ancillary(ancillary: list[tuple[int, int, bytes]]) -> tuple[_Destination, int, int]:
-    """Return (local address, interface) that a datagram was sent to, the size of its segments, its TOS.
+def _read_ancillary(ancillary: list[tuple[int, int, bytes]]) -> tuple[Destination | None, int, int]:
+    """Return the destination of a datagram, the size of its segments in bytes, and its traffic class.
 
-    None for what went to several hosts, 0 for what is in one piece.
+    The destination of multicast and broadcast is None; the size of a datagram in one piece is 0.
     """
     destination = None
     segment_size = traffic_class = 0

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from natcompat.backends.base import SocketReader, TakeBurst
 from natcompat.backends.diversion import Diversion
+from natcompat.backends.hand_back import HandBack
 from natcompat.backends.linux_sockets.reading import SocketsOfThread
 from natcompat.errors import NatCompatError, get_logger
 from natcompat.esp.carrier.portable import PortableCarrier
@@ -271,8 +272,8 @@ class _LoopReader:
             with contextlib.suppress(OSError):
                 if sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) < 2 * _RECEIVE_BUFFER:
                     sock.setsockopt(socket.SOL_SOCKET, option, _RECEIVE_BUFFER)
-        prefix = self._diversion.hand_back.prefix
-        number = lib.loop_add_socket(self._carrier.loop, sock.fileno(), thread, _bound(sock), prefix)
+        way = c_hand_back(self._diversion.hand_back)
+        number = lib.loop_add_socket(self._carrier.loop, sock.fileno(), thread, _bound(sock), way)
         if number < 0:
             raise OSError(-number, os.strerror(-number))
         return int(number)
@@ -363,6 +364,20 @@ def _bound(sock: socket.socket) -> Any:
     packed = ENDPOINT.pack(address.packed, port, address.version)
     ffi.memmove(ffi.addressof(bound.address), packed, ENDPOINT.size)
     return bound
+
+
+def c_hand_back(hand_back: HandBack) -> Any:
+    """Return the way of IKE back to the application as C has it; NULL without one."""
+    if hand_back.way is None:
+        return ffi.NULL
+    host, port = hand_back.way.address[:2]
+    way = ffi.new("struct loop_hand_back *")
+    way.descriptor, way.family, way.port = hand_back.way.sock.fileno(), hand_back.family, port
+    ffi.memmove(way.address, packed := socket.inet_pton(hand_back.family, host), len(packed))
+    tag, key, way.sender = hand_back.parameters()
+    ffi.memmove(way.tag, tag, len(tag))
+    ffi.memmove(way.key, key, len(key))
+    return way
 
 
 def _address(peer: Any) -> tuple[str, int]:

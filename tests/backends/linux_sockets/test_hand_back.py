@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from natcompat import NON_ESP_MARKER, set_nat_t_endpoint
-from natcompat.backends.diversion import Diversion, HandBack
+from natcompat.backends.diversion import Diversion
+from natcompat.backends.hand_back import HandBack
 from natcompat.backends.linux_sockets import filters as bpf
-from natcompat.backends.linux_sockets import steering
+from natcompat.backends.linux_sockets import options, steering
 from tests.support.linux import (
     ESP,
     FAMILIES,
@@ -78,7 +79,7 @@ def test_gro_is_on_where_it_is_asked_for_and_ike_can_be_handed_back(
     coalesce: bool, device: bytes, gro: int
 ) -> None:
     with udp() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, steering.SO_BINDTODEVICE, device)
+        sock.setsockopt(socket.SOL_SOCKET, options.SO_BINDTODEVICE, device)
         group = steering.Steering(sock, Diversion(Collector(coalesce=coalesce), socket.AF_INET))
         assert [engine.getsockopt(*GRO) for engine in group._engines] == [gro]
         group.detach(sock)
@@ -155,7 +156,7 @@ def test_a_handed_back_datagram_never_loops(caplog: pytest.LogCaptureFixture) ->
 def test_ike_to_a_device_that_cannot_be_handed_back_is_counted(caplog: pytest.LogCaptureFixture) -> None:
     diversion = Diversion(lambda *_: None, socket.AF_INET)
     with udp() as sock, udp() as peer:
-        sock.setsockopt(socket.SOL_SOCKET, steering.SO_BINDTODEVICE, b"lo")
+        sock.setsockopt(socket.SOL_SOCKET, options.SO_BINDTODEVICE, b"lo")
         group = steering.Steering(sock, diversion)
         bpf._attach(sock, bpf.SO_ATTACH_REUSEPORT_CBPF, ((0x06, 0, 0, 1),))
         send_ike(peer, at(sock), 1)

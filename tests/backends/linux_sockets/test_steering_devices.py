@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from natcompat import NON_ESP_MARKER, set_nat_t_endpoint
-from natcompat.backends.linux_sockets import features, steering
+from natcompat.backends.linux_sockets import features, options
 from tests.support.linux import (
     ESP,
     FAMILIES,
@@ -42,7 +42,7 @@ pytestmark = LINUX
 def test_a_socket_bound_to_a_device(when: str) -> None:
     veth_pair()
     consumer = Collector()
-    to_device = (socket.SOL_SOCKET, steering.SO_BINDTODEVICE, b"here")
+    to_device = (socket.SOL_SOCKET, options.SO_BINDTODEVICE, b"here")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, peer_behind_veth() as peer:
         sock.settimeout(5)
         if when == "before bind":
@@ -70,7 +70,7 @@ def test_broadcast_reaches_each_side_once(on_device: bool) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, peer_behind_veth() as peer:
         sock.settimeout(5)
         if on_device:
-            sock.setsockopt(socket.SOL_SOCKET, steering.SO_BINDTODEVICE, b"here")
+            sock.setsockopt(socket.SOL_SOCKET, options.SO_BINDTODEVICE, b"here")
         sock.bind(("0.0.0.0", 0))
         endpoint = steered(sock, consumer)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_BROADCAST, 1)
@@ -90,7 +90,6 @@ def test_broadcast_reaches_each_side_once(on_device: bool) -> None:
 @FAMILIES
 def test_multicast_reaches_each_side_once(family: socket.AddressFamily) -> None:
     veth_pair()
-    ip("address", "add", "2001:db8::1/64", "dev", "here", "nodad")
     here = socket.if_nametoindex("here")
     consumer = Collector()
     with (

@@ -12,7 +12,7 @@ import pytest
 
 from natcompat import NON_ESP_MARKER, get_nat_t_endpoint, set_nat_t_endpoint
 from natcompat.backends.linux_sockets import filters as bpf
-from natcompat.backends.linux_sockets import steering
+from natcompat.backends.linux_sockets import options
 from tests.support.linux import (
     ESP,
     FAMILIES,
@@ -94,7 +94,7 @@ def test_the_application_may_take_it_back(kind: str) -> None:
 
 @pytest.mark.parametrize("level", ["IP_RECVERR", "IPV6_RECVERR"])
 def test_an_ipv6_socket_may_ask_for_errors_by_either_option(level: str) -> None:
-    option = RECVERR if level == "IP_RECVERR" else (socket.IPPROTO_IPV6, steering.IPV6_RECVERR)
+    option = RECVERR if level == "IP_RECVERR" else (socket.IPPROTO_IPV6, options.IPV6_RECVERR)
     with udp(socket.AF_INET6, "::") as sock:
         endpoint = steered(sock)
         sock.setsockopt(*option, 1)

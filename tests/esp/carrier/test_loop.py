@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 
 from natcompat import NON_ESP_MARKER
-from natcompat.backends.diversion import HandBack
+from natcompat.backends.hand_back import HandBack
 from natcompat.backends.linux_sockets import filters
+from natcompat.backends.linux_sockets.loopback import LoopbackWay
 from tests.support.c_loop import (
     IP_RECVTOS,
     UDP_SEGMENT,
     End,
+    c_hand_back,
     esp_socket,
     ffi,
     lib,
@@ -111,7 +113,8 @@ def test_ike_that_is_glued_to_esp_reaches_the_application() -> None:
         application.bind(("127.0.0.1", 0))
         application.settimeout(20)
         address = application.getsockname()
-        end = End(1, esp_socket(port=address[1]), prefix=hand_back.prefix)
+        hand_back.way = stack.enter_context(contextlib.closing(LoopbackWay(application)))
+        end = End(1, esp_socket(port=address[1]), way=c_hand_back(hand_back))
         stack.callback(end.close)
         filters.attach_steering(application, 1)
         peer = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
@@ -127,9 +130,11 @@ def test_ike_that_is_glued_to_esp_reaches_the_application() -> None:
         got: list[int] = []
         while len(got) < 1000:
             datagram, source = application.recvfrom(2048)
-            unwrapped = hand_back.unwrap(datagram)
-            if unwrapped:
-                datagram, source = NON_ESP_MARKER + unwrapped[0], unwrapped[1]
+            opened = hand_back.open(datagram)
+            if opened is not None:
+                assert opened.destination == ("127.0.0.1", socket.if_nametoindex("lo"))
+                assert hand_back.open(datagram) is None, "an envelope counts once"
+                datagram, source = NON_ESP_MARKER + opened.message, opened.source
             assert source == peer.getsockname()
             got.append(int(datagram[8:14]))
         assert sorted(got) == list(range(1000))
@@ -152,7 +157,12 @@ def test_keepalives_and_runts_are_counted_and_go_nowhere() -> None:
 def test_what_was_handed_back_does_not_go_round() -> None:
     """Nothing steers here, so what goes back to the port comes to the loop again."""
     set_up("lo")
-    with tunnel(prefix=b"\0\0\0\0" + bytes(range(16))) as (one, _):
+    hand_back, sock = HandBack(socket.AF_INET), esp_socket()
+    with contextlib.closing(LoopbackWay(sock)) as way, contextlib.ExitStack() as stack:
+        hand_back.way = way
+        one = End(1, sock, way=c_hand_back(hand_back))
+        stack.callback(one.close)
+        one.install(("127.0.0.1", 9))
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
             send_ike(peer, one.sock.getsockname(), 1)
         one.wait_for("errors")
