@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import pickle
 import socket
 from typing import Any
 
@@ -92,3 +95,91 @@ def discard(app: socket.socket) -> None:
     state = state_of(app)
     assert state is not None
     discard_peeked(app, socket.socket, state)
+
+
+# --- copies and other senders -----------------------------------------------------------------------
+
+
+def test_an_envelope_is_opened_once_and_a_peek_leaves_it(family: socket.AddressFamily) -> None:
+    hand_back = HandBack(family)
+    source = SOURCES[family][0]
+    datagrams = [hand_back.wrap(b"%d" % number, source) for number in range(3000)]
+    for datagram in reversed(datagrams[:1024]):  # as many may overtake each other
+        assert hand_back.open(datagram, peek=True) is not None
+        assert hand_back.open(datagram) is not None
+        assert hand_back.open(datagram, peek=True) is None
+        assert hand_back.open(datagram) is None
+    assert hand_back.open(datagrams[2999]) is not None
+    assert hand_back.open(datagrams[1500]) is None, "too far behind to be told from a copy"
+    assert hand_back.open(datagrams[2999 - 1023]) is not None
+
+
+def test_a_peeked_message_is_received_once(pair: Pair) -> None:
+    state = state_of(pair.app)
+    assert state is not None
+    datagram = state.diversion.hand_back.wrap(MESSAGE, SOURCES[socket.AddressFamily(pair.family)][0])
+    pair.peer.sendto(datagram, pair.address)
+    assert pair.app.recv(100, socket.MSG_PEEK) == MESSAGE
+    assert pair.app.recv(100, socket.MSG_PEEK) == MESSAGE
+    assert pair.app.recv(100) == MESSAGE
+    pair.peer.sendto(datagram, pair.address)
+    assert pair.app.recvfrom(100) == (datagram[len(MARKER) :][:100], pair.peer.getsockname())
+
+
+@pytest.mark.parametrize("changed", range(len(MARKER), OVERHEAD + 1))
+def test_an_envelope_with_a_changed_byte_is_none(changed: int) -> None:
+    hand_back = HandBack(socket.AF_INET)
+    datagram = bytearray(hand_back.wrap(b"m", ("192.0.2.7", 500), ("192.0.2.1", 2)))
+    datagram[changed] ^= 1
+    assert hand_back.open(bytes(datagram)) is None
+
+
+def test_a_message_that_is_larger_than_the_receive_is_lost_and_counted(pair: Pair) -> None:
+    """What is truncated cannot be authenticated."""
+    state = state_of(pair.app)
+    assert state is not None
+    pair.ike(MESSAGE)
+    assert pair.app.recvfrom(100)[0] == MESSAGE
+    exact = state.receive_size == 0
+    source = SOURCES[socket.AddressFamily(pair.family)][0]
+    pair.peer.sendto(state.diversion.hand_back.wrap(bytes(20_000), source), pair.address)
+    pair.ike(b"later")
+    assert pair.app.recvfrom(100)[0] == (b"later" if exact else bytes(100))
+    assert pair.endpoint.stats().errors == exact
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes fork on Unix")
+def test_a_forked_child_counts_as_another_sender() -> None:
+    hand_back = HandBack(socket.AF_INET)
+    source = ("192.0.2.7", 500)
+    assert hand_back.open(hand_back.wrap(b"the parent's", source)) is not None
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writer, hand_back.wrap(b"the child's", source))
+        os._exit(0)
+    os.waitpid(child, 0)
+    opened = hand_back.open(os.read(reader, 4096))
+    os.close(reader)
+    os.close(writer)
+    assert opened is not None
+    assert opened.message == b"the child's"
+    assert hand_back.open(hand_back.wrap(b"the parent's", source)) is not None
+
+
+def test_the_windows_of_senders_are_bounded() -> None:
+    hand_back = HandBack(socket.AF_INET)
+    for _ in range(3000):
+        hand_back._begin_sender()
+        assert hand_back.open(hand_back.wrap(b"m", ("192.0.2.7", 500))) is not None
+    assert len(hand_back._windows) <= 1024
+
+
+def test_the_key_is_not_shown_and_not_copied() -> None:
+    hand_back = HandBack(socket.AF_INET)
+    key = hand_back._key
+    assert key.hex() not in repr(hand_back)
+    assert repr(key) not in repr(hand_back)
+    for copier in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(TypeError, match="not copied"):
+            copier(hand_back)
