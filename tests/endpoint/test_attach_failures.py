@@ -324,7 +324,7 @@ def test_a_failed_step_of_detaching_does_not_stop_the_others(
         monkeypatch.setattr(socket.socket, "setsockopt", setsockopt)
         match step:
             case "program":
-                monkeypatch.setattr(steering, "_take_off_program", raising)
+                monkeypatch.setattr(steering, "_detach_program", raising)
             case "filter":
                 monkeypatch.setattr(bpf, "detach_filter", raising)
             case "GRO":

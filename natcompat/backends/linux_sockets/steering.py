@@ -77,10 +77,10 @@ class Steering:
         """Why IKE that comes to an ESP socket cannot go back to the application; empty if it can."""
         with contextlib.ExitStack() as undo:
             try:
-                self._way = undo.enter_context(contextlib.closing(LoopbackWay(sock)))
+                self._way = diversion.hand_back.way = LoopbackWay(sock)
+                undo.callback(self._close_way)
             except OSError as error:
                 self.no_hand_back = error.strerror or str(error)
-            diversion.hand_back.way = self._way
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             undo.callback(self._leave, sock)
             for _ in range(engines):
