@@ -206,6 +206,17 @@ def families_of(backend: Backend) -> tuple[int, ...]:
     return families
 
 
+def own_esp_of(backend: Backend) -> OwnEsp | None:
+    """Return the default consumer of ESP that `backend` has (its `own_esp`); None: it has none."""
+    own_esp: OwnEsp | None = getattr(backend, "own_esp", None)
+    return own_esp
+
+
+def leaks_of(attachment: Attachment | None) -> frozenset[str]:
+    """Return the rows of the contract that reach the process though the kernel has the duty."""
+    return attachment.leaks if isinstance(attachment, LeakingAttachment) else frozenset()
+
+
 class IPsecBackend(Backend, Protocol):
     """A `Backend` that also has a SAD and an SPD."""
 

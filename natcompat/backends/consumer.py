@@ -35,6 +35,9 @@ class EspInbound(Protocol):
     `attached(outlet)` and `detached(outlet)` report the endpoints that hand their ESP to the consumer, for a
     consumer that sends ESP: see `EspOutlet`. `detached` runs in finalizers and takes no lock.
 
+    `process` (default: any) is the number of the only process in which the consumer works, for one that a
+    forked child cannot use.
+
     `exempt(sock)` keeps what an endpoint's socket sends out of the consumer's IPsec policies. An endpoint
     calls it before its socket can send, bound or not, and calls the function that it returns with the
     socket when the option is cleared. What it raises fails the call that set the option.

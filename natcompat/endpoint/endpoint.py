@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from natcompat import backends
-from natcompat.backends.base import Address, Backend, EspConsumer
+from natcompat.backends.base import Address, Backend, EspConsumer, leaks_of
 from natcompat.backends.diversion import Diversion
 from natcompat.backends.local_address import (
     ANCILLARY_SIZE,
@@ -24,10 +24,10 @@ from natcompat.backends.system_calls import SystemCalls, root_class
 from natcompat.contract import NAT_KEEPALIVE, Duty, Performer
 from natcompat.endpoint.datagram import Datagram
 from natcompat.endpoint.receive import receive_ike
-from natcompat.endpoint.send import bind_implicitly, send_buffers
+from natcompat.endpoint.send import prepare_send, send_buffers
 from natcompat.endpoint.state import LARGEST_DATAGRAM, EndpointState
 from natcompat.endpoint.stats import Stats
-from natcompat.endpoint.switch import Switch, leaks_of
+from natcompat.endpoint.switch import Switch
 from natcompat.errors import NatCompatError
 
 if TYPE_CHECKING:
@@ -215,8 +215,8 @@ class NatTEndpoint:
         self._switch.attachment()
         sock = self._living_socket()
         root = self._state.root
-        if self._state.unbound:
-            bind_implicitly(sock, self._state)
+        if self._state.unprepared:
+            prepare_send(sock, self._state)
         sender = self._switch.sender_of_keepalives()
         if sender is not None:
             sender.send_keepalive(SystemCalls(sock, root), address, *_without_none(local_address))

@@ -67,6 +67,9 @@ def receive_ike(
     deadline = (begun or time.monotonic()) + timeout if timeout else None
     never_waits = timeout == 0 or (timeout is None and bool(flags & _MSG_DONTWAIT))
     dropped = 0
+    state = state_of(sock)
+    if state is not None and state.in_child is not None:
+        state.in_child()
     # ESP must not be truncated, even where the application's buffer is small
     receive_size = max(size + HEADROOM, LARGEST_DATAGRAM)
     message = first or receive(root, sock, receive_size, ancillary_size, flags)
@@ -77,7 +80,7 @@ def receive_ike(
         if flags & _MSG_ERRQUEUE:
             marked = message[0].startswith(NON_ESP_MARKER)
             return cut(message, MARKER_LENGTH if marked else 0, size, flags)
-        if state.draining and not wait_readable(root, sock, 0):
+        if state.draining and state.in_child is None and not wait_readable(root, sock, 0):
             state.draining, state.receive_size = False, 0
         datagram, ancillary, message_flags, source = message
         if datagram.startswith(NON_ESP_MARKER):

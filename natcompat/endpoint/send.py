@@ -73,8 +73,8 @@ def _send_behind_marker(
     send: Callable[[bytes], int],
 ) -> int:
     """Call `send` with the marker, or with nothing where MSG_MORE has sent the marker already."""
-    if state.unbound:
-        bind_implicitly(sock, state)
+    if state.unprepared:
+        prepare_send(sock, state)
     marker = b"" if state.message_open else NON_ESP_MARKER
     try:
         sent = send(marker)
@@ -96,7 +96,15 @@ def _send_behind_marker(
     return sent - len(marker)
 
 
-def bind_implicitly(sock: Any, state: EndpointState) -> None:
+def prepare_send(sock: Any, state: EndpointState) -> None:
+    """Do what `EndpointState.unprepared` announces."""
+    if state.in_child is not None:
+        state.in_child()
+    if state.unbound:
+        _bind_implicitly(sock, state)
+
+
+def _bind_implicitly(sock: Any, state: EndpointState) -> None:
     """Bind to any address and port, as the kernel does at a first send, and attach the bound socket."""
 
     def bind() -> None:

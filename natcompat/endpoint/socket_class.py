@@ -133,7 +133,7 @@ class NatTSocket(_Socket):
         state: EndpointState | None = getattr(self, "_nat_t", None)
         if state is None:
             return root_of(self).send(self, data, flags, **timeout)
-        if flags or timeout or state.unbound or state.message_open or state.note_sent is not None:
+        if flags or timeout or state.unprepared or state.message_open or state.note_sent is not None:
             return send_message(self, state, data, flags, **timeout)
         datagram = NON_ESP_MARKER + data if type(data) is bytes else b"".join((NON_ESP_MARKER, data))
         sent = state.root.send(self, datagram)
@@ -157,7 +157,7 @@ class NatTSocket(_Socket):
             state = self._nat_t
         except AttributeError:
             return root_of(self).sendto(self, data, flags, address)
-        if flags or state.unbound or state.message_open or state.note_sent is not None:
+        if flags or state.unprepared or state.message_open or state.note_sent is not None:
             if address is None:  # for sendmsg() None is the peer
                 raise TypeError("sendto() takes an address, not None")
             return send_message(self, state, data, flags, (address,))

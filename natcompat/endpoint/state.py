@@ -31,6 +31,7 @@ class EndpointState:
         "endpoint",
         "envelope_prefix",
         "hidden",
+        "in_child",
         "message_open",
         "note_sent",
         "open_envelope",
@@ -42,6 +43,7 @@ class EndpointState:
         "sensitive",
         "set_option",
         "unbound",
+        "unprepared",
         "warned_of_loop",
     )
 
@@ -60,11 +62,16 @@ class EndpointState:
         """Least size in bytes of a receive, so that ESP is not truncated; 0 once the kernel delivers IKE
         alone."""
         self.draining: bool = False
-        """Whether `receive_size` becomes 0 as soon as the queue holds no datagram from before."""
+        """Whether `receive_size` becomes 0 as soon as the queue holds no datagram from before, and `in_child`
+        is None."""
         self.enabled: bool = True
         """False once the option is off: a receive that began before delivers its datagram unchanged."""
         self.unbound: bool = False
         """Whether the implicit bind of a first send has to attach the socket anew."""
+        self.in_child: Callable[[], None] | None = None
+        """Called before every receive and send in a forked child, until it is clear who runs ESP."""
+        self.unprepared: bool = False
+        """Whether a send has something to do first: because of `unbound` or `in_child`."""
         self.message_open: bool = False
         """Whether MSG_MORE has begun a datagram, which already has its marker."""
         self.warned_of_loop: bool = False

@@ -16,9 +16,9 @@ from natcompat.backends.base import (
     Attachment,
     Backend,
     EspConsumer,
-    LeakingAttachment,
-    OwnEsp,
     WholeAttachment,
+    leaks_of,
+    own_esp_of,
 )
 from natcompat.backends.linux_sockets.reading import is_reading_thread
 from natcompat.backends.system_calls import SystemCalls
@@ -26,6 +26,7 @@ from natcompat.contract import Duty, Performer
 from natcompat.endpoint.aliases import Aliases
 from natcompat.endpoint.exemption import Exemption
 from natcompat.endpoint.outlet import Outlet
+from natcompat.endpoint.ownership import Ownership, works_here
 from natcompat.endpoint.socket_class import change_class, make_class
 from natcompat.endpoint.state import LARGEST_DATAGRAM, EndpointState
 from natcompat.errors import NatCompatError
@@ -56,7 +57,7 @@ class Switch:
         self._outlet: Outlet | None = None
         self._exemption = Exemption(state)
         self._undo_at_close: list[Callable[[socket.socket], object]] = []
-        self._pid = self._served_in = os.getpid()
+        self._ownership = Ownership()
         self._lock = threading.RLock()
         self._attachment: Attachment | None = None  # None also while it is being exchanged
         self._kernel_has_all = False  # the class of the socket then stays the original
@@ -67,7 +68,7 @@ class Switch:
         state.remove_alias = self._remove_alias
         self.aliases = Aliases(state, self._release)
         self._class = make_class(state)
-        own_esp = _own_esp(backend)
+        own_esp = own_esp_of(backend)
         if own_esp is not None:
             own_esp.follow(self._follow_own_esp)
         with self._lock:  # a change of the backend's own ESP comes before or after, not in between
@@ -79,7 +80,7 @@ class Switch:
                 try:
                     self._detach(sock)
                 finally:
-                    self._exemption.end(sock, owned=self._owned())
+                    self._exemption.end(sock, owned=self._ownership.is_ours())
                     self.aliases.forget(sock)
                 raise
         _switches.add(self)
@@ -119,28 +120,29 @@ class Switch:
             if sock is None or self._attachment is None or self.closed:
                 raise NatCompatError(errno.EBADF, "the endpoint's socket is closed")
             same_backend = backend is None or backend is self.backend
-            if self._served_in != os.getpid() and (esp is not None or self._consumer() is not None):
-                self._attachment.adopt()
-                self._served_in = os.getpid()
+            if not self._ownership.runs_esp() and (esp is not None or self._consumer() is not None):
+                self._adopt(self._attachment)
+            if same_backend and esp is None and self.state.in_child is not None:
+                self._succeed()
             if same_backend and (esp is None or esp is self._esp):
                 return
-            if not self._owned() and self._attachment.mode == "steering":
+            if not self._ownership.is_ours() and self._attachment.mode == "steering":
                 if same_backend:
                     self._esp = esp
                     self._change_consumer(sock)
                     return
                 raise NatCompatError(
                     errno.EBUSY,
-                    f"the backend cannot be changed here while process {self._pid}, which made the endpoint, "
-                    "steers its ESP",
+                    f"the backend cannot be changed here while process {self._ownership.maker}, which made "
+                    "the endpoint, steers its ESP",
                     "Choose the backend in that process",
                 )
-            self._pid = os.getpid()
+            self._ownership.take()
             chosen = backend or self.backend
             if (esp is not None or self._esp is not None) and not chosen.hands_over_esp:
                 chosen = backends.select(backend, hands_over_esp=True)  # or the reason why there is none
             before = self.backend, self._esp
-            own_esp = _own_esp(chosen)
+            own_esp = own_esp_of(chosen)
             if own_esp is not None:
                 own_esp.follow(self._follow_own_esp)
             try:
@@ -173,8 +175,8 @@ class Switch:
             try:
                 self._detach(sock)
             finally:  # whatever the kernel refuses to undo, the process ends its part
-                self._exemption.end(sock, owned=self._owned())
-                for undo in self._undo_at_close if self._owned() else ():
+                self._exemption.end(sock, owned=self._ownership.is_ours())
+                for undo in self._undo_at_close if self._ownership.is_ours() else ():
                     with contextlib.suppress(OSError):
                         undo(SystemCalls(sock, self.state.root))
                 for alias in self.aliases.living():
@@ -184,7 +186,7 @@ class Switch:
 
     def _reattach_around(self, sock: socket.socket, operation: Callable[[], Any]) -> Any:
         with self._locked():
-            if self.closed or not self._owned():
+            if self.closed or not self._ownership.is_ours():
                 return operation()
             try:
                 self._detach(sock)
@@ -224,16 +226,20 @@ class Switch:
         exact = not leaks_of(attachment) and Performer.PROCESS not in performers
         # until the queue has been empty once, it may hold datagrams from before
         state.receive_size, state.draining = LARGEST_DATAGRAM, exact
+        if self._consumer() is not None and works_here(self._consumer()):
+            self._run_esp_here()
+        state.unprepared = state.unbound or state.in_child is not None
         self._change_consumer(sock)
 
     def _detach(self, sock: socket.socket) -> None:
         state = self.state
         self._end_outlet()
         state.receive_size, state.draining, state.unbound = LARGEST_DATAGRAM, False, False
+        state.unprepared = state.in_child is not None
         attachment, self._attachment = self._attachment, None
         if attachment is None:
             return
-        if self._owned():
+        if self._ownership.is_ours():
             attachment.detach(SystemCalls(sock, state.root))
         else:
             attachment.release()  # the kernel's part is the parent's
@@ -271,7 +277,7 @@ class Switch:
 
     def _consumer(self) -> EspConsumer | None:
         """Return the consumer of ESP: the application's, else the one of the backend's own ESP."""
-        own_esp = _own_esp(self.backend)
+        own_esp = own_esp_of(self.backend)
         return self._esp if self._esp is not None or own_esp is None else own_esp.consumer
 
     def _change_consumer(self, sock: socket.socket) -> None:
@@ -285,9 +291,9 @@ class Switch:
             self._outlet.begin()
 
     def _exempt(self, sock: socket.socket) -> None:
-        own_esp = _own_esp(self.backend)
+        own_esp = own_esp_of(self.backend)
         consumers = self._esp, own_esp.consumer if own_esp is not None else None
-        self._exemption.renew(sock, consumers, owned=self._owned())
+        self._exemption.renew(sock, consumers, owned=self._ownership.is_ours())
 
     def _end_outlet(self) -> None:
         outlet, self._outlet = self._outlet, None
@@ -304,13 +310,13 @@ class Switch:
             if self._consumer() is self.state.diversion.consumer:
                 return
             steering = self._attachment is not None and self._attachment.mode == "steering"
-            if not self._owned() and steering:  # the parent goes on; each gets a part of the ESP
-                if self._served_in != os.getpid() and self._attachment is not None:
-                    self._attachment.adopt()
-                    self._served_in = os.getpid()
+            if self._attachment is not None and not self._ownership.is_ours() and steering:
+                # the parent goes on; each process gets a part of the ESP
+                if not self._ownership.runs_esp():
+                    self._adopt(self._attachment)
                 self._change_consumer(sock)
                 return
-            self._pid = os.getpid()
+            self._ownership.take()
             try:
                 self._detach(sock)
             except OSError as error:
@@ -319,11 +325,27 @@ class Switch:
 
     # --- processes and threads --------------------------------------------------------------------
 
-    def _owned(self) -> bool:
-        """Tell whether this process may change the kernel's socket: the endpoint's maker, or its heir."""
-        if self._pid != os.getpid() and not _lives(self._pid):
-            self._pid = os.getpid()
-        return self._pid == os.getpid()
+    def _adopt(self, attachment: Attachment) -> None:
+        attachment.adopt()
+        self._run_esp_here()
+
+    def _run_esp_here(self) -> None:
+        self._ownership.run_esp()
+        self.state.in_child = None
+        self.state.unprepared = self.state.unbound
+
+    def _succeed(self) -> None:
+        """Take over ESP in a forked child whose parent has ended, or raise that ESP has ended, too."""
+        if not self._ownership.is_ours():
+            return  # the parent runs ESP
+        with self._locked():
+            attachment = self._attachment
+            if self.state.in_child is None or attachment is None:
+                return
+            consumer = self.state.diversion.consumer
+            if consumer is None or not works_here(consumer):
+                raise self._ownership.lost_esp()
+            self._adopt(attachment)
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -346,29 +368,13 @@ class Switch:
             lock.release()
 
     def forked(self) -> None:
-        """Forget the locks and calls of threads that do not exist in this child."""
+        """Forget the locks and calls of threads that do not exist in this child, which runs no ESP yet."""
         self._lock = threading.RLock()
         self.state.diversion.calling.clear()
-
-
-def leaks_of(attachment: Attachment | None) -> frozenset[str]:
-    """Return the rows of the contract that reach the process though the kernel has the duty."""
-    return attachment.leaks if isinstance(attachment, LeakingAttachment) else frozenset()
-
-
-def _own_esp(backend: Backend) -> OwnEsp | None:
-    own_esp: OwnEsp | None = getattr(backend, "own_esp", None)
-    return own_esp
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is another user's
-        pass
-    return True
+        if self.state.diversion.consumer is not None and not self.closed:
+            self.state.in_child = self._succeed
+            self.state.unprepared = True
+            self.state.receive_size, self.state.draining = LARGEST_DATAGRAM, True
 
 
 _switches: weakref.WeakSet[Switch] = weakref.WeakSet()

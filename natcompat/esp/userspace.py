@@ -138,6 +138,11 @@ class UserspaceIPsec(EspEngine):
         if self._host is not None:
             self._host.wake()
 
+    @property
+    def process(self) -> int:
+        """To an endpoint: the number of the only process in which this object works."""
+        return self._pid
+
     def exempt(self, sock: socket.socket) -> Callable[[socket.socket], object] | None:
         """Keep what an endpoint's socket sends out of the device; return the function that undoes it.
 
