@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from natcompat.errors import printable
+from natcompat.errors import get_logger, printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -146,6 +146,24 @@ def print_json(report: object, *, stream: TextIO | None = None, one_line: bool =
     if stream is not None:
         text = json.dumps(report, indent=None if one_line else 2)
         stream.write(text.replace("\x7f", "\\u007f") + "\n")
+
+
+def log_to_stderr(level: str) -> None:
+    """Write records of natcompat's loggers from `level` on ("debug", "info", ...) to the standard error."""
+    import logging
+
+    class _Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if sys.stderr is not None:  # looked up each time: Rich replaces it while it draws
+                for line in self.format(record).splitlines():
+                    write_line(line, sys.stderr)
+
+    handler = _Handler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger = get_logger()
+    logger.addHandler(handler)
+    logger.setLevel(level.upper())
+    logger.propagate = False
 
 
 def flush() -> None:

@@ -40,7 +40,7 @@ def sa_columns(row: Row) -> Row:
         "packets": row["packets"],
         "bytes": row["octets"],
         "drops": drops,
-        "age": _duration(row["added"]),
+        "age": duration(row["added"]),
         **{name: row[name] for name in ("encryption_key", "integrity_key") if row.get(name)},
     }
 
@@ -58,7 +58,7 @@ def policy_columns(row: Row) -> Row:
         "reqid": row["reqid"],
         "priority": row["priority"],
         "mark": row["mark"] or "",
-        "last used": _duration(row["last_used"]) if row["last_used"] else "never",
+        "last used": duration(row["last_used"]) if row["last_used"] else "never",
     }
 
 
@@ -69,7 +69,8 @@ def _engine_column(row: Row) -> Row:
     return {"engine": "kernel" if row["engine"] == "kernel" else f"pid {row['pid']}"}
 
 
-def _duration(since: float) -> str:
+def duration(since: float) -> str:
+    """Return the time that has passed since `since`, in seconds since the epoch, as in "90 s" or "3 h"."""
     seconds = max(0, int(time.time() - min(since, sys.float_info.max)))
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if seconds >= 2 * size:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from natcompat.commands.report import write_line
+from natcompat.commands.report import log_to_stderr, write_line
 
 
 def _example(context: click.Context, _: click.Parameter, asked_for: bool) -> None:
@@ -21,7 +21,7 @@ def _example(context: click.Context, _: click.Parameter, asked_for: bool) -> Non
 
 
 @click.command("tunnel", short_help="Run a tunnel with manual keys: ESP in UDP, described in a file.")
-@click.argument("file", metavar="FILE.toml", type=click.Path(path_type=Path))
+@click.argument("file", metavar="FILE.toml | status", type=click.Path(path_type=Path))
 @click.option("--check", is_flag=True, help="Check the file and its keys, say what it asks for, do nothing.")
 @click.option("--create-state", is_flag=True, help="Make the state file, and run: for keys never used.")
 @click.option(
@@ -31,6 +31,11 @@ def _example(context: click.Context, _: click.Parameter, asked_for: bool) -> Non
 @click.option("--count", type=click.IntRange(1), help="End after so many rounds of counters.")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print JSON; natcompat/commands/tunnel/display.py has the keys."
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    help="Write a log to the standard error: info for changes, debug for their causes, too.",
 )
 @click.option(
     "--example",
@@ -48,6 +53,7 @@ def command(
     interval: float,
     count: int | None,
     as_json: bool,
+    log_level: str | None,
 ) -> int:
     """Run a tunnel with manual keys: ESP in UDP (RFC 3948), described in a file.
 
@@ -75,11 +81,23 @@ def command(
     older one. It also has the highest number that was received, as of the end or, after a crash, of
     ten seconds before or less: what came since then could be replayed once.
 
+    An idle outbound SA sends dummy packets (RFC 4303, 2.6), which keep the mapping of a NAT and tell a peer
+    that follows mappings (follow_mapping) of a new one; keepalive in [endpoint] chooses NAT-keepalives
+    instead, or none. The learnt address of a peer is kept in the state file for the next start. If nothing
+    authentic comes for a minute (silence in [endpoint]) although this end sends, that is reported and logged.
+
+    With lockdown in [device], what the policies cover stays blocked if the process dies, until the next
+    start or natcompat doctor --clean.
+
+    natcompat tunnel status shows the tunnels that run: peer and mapping, last packet, bytes, drops by cause,
+    and when keys have to be replaced; with --json as natcompat/commands/tunnel/status.py documents. A file of
+    that name is ./status.
+
     \b
     Exit status:
-      0    --check found nothing wrong, or --count was reached
-      1    the file is wrong, the tunnel cannot be, or its last SA has expired; the
-           last line says why and what to do
+      0    --check found nothing wrong, --count was reached, or status shows a tunnel
+      1    the file is wrong, the tunnel cannot be, its last SA has expired, or status
+           finds no tunnel; the last line says why and what to do
       2    the command line is wrong
       129, 130, 143  ended by SIGHUP, SIGINT, SIGTERM; all was taken down
 
@@ -89,8 +107,15 @@ def command(
       natcompat tunnel --check tunnel.toml
       natcompat tunnel --create-state tunnel.toml      # the first time
       natcompat tunnel tunnel.toml
+      natcompat tunnel status
       natcompat tunnel --json --interval 60 tunnel.toml >> counters.jsonl
     """
+    if log_level is not None:
+        log_to_stderr(log_level)
+    if os.fspath(file) == "status":
+        from natcompat.commands.tunnel.status import show_status
+
+        return show_status(as_json=as_json)
     from natcompat.commands.tunnel.file import read_tunnel
 
     tunnel = read_tunnel(file, backend=backend)

@@ -19,6 +19,14 @@ _UNUSED = Usage(
     sequence=0,
 )
 _NOT_YET = frozenset(_UNUSED.__slots__) | {"state", "description", "mark", "interface_id"}
+_KEEPALIVES = {
+    "esp": "authentic dummy packets, which a peer can follow to a new mapping",
+    "nat": "NAT-keepalives, of SAs with nat_keepalive",
+    "none": "none",
+}
+_LOCKDOWN = (
+    "what the policies cover stays blocked if the process dies, until the next start or doctor --clean"
+)
 
 
 def describe(tunnel: Tunnel) -> Row:
@@ -34,6 +42,8 @@ def describe(tunnel: Tunnel) -> Row:
             "remote_address": str(endpoint.remote_address),
             "remote_port": endpoint.remote_port,
             "follow_mapping": endpoint.follow_mapping,
+            "keepalive": endpoint.keepalive,
+            "silence": endpoint.silence,
         },
         "device": None
         if device is None
@@ -71,6 +81,11 @@ def show(tunnel: Tunnel) -> None:
         ["endpoint", f"{endpoint['local_address']} port {endpoint['local_port']}"],
         ["peer", f"{endpoint['remote_address']} port {endpoint['remote_port']}"],
         ["its mapping", "is followed when it changes" if endpoint["follow_mapping"] else "is not followed"],
+        ["keepalive", _KEEPALIVES[endpoint["keepalive"]]],
+        [
+            "silence",
+            f"is reported after {endpoint['silence']} s" if endpoint["silence"] else "is not reported",
+        ],
         ["state file", report["state_file"] or "none"],
         ["device", "none" if device is None else device["name"]],
     ]
@@ -78,6 +93,7 @@ def show(tunnel: Tunnel) -> None:
         rows += [
             ["  addresses", ", ".join(device["addresses"]) or "none"],
             ["  routes", ", ".join(device["routes"]) or "none"],
+            ["  lockdown", _LOCKDOWN if device["lockdown"] else "no"],
             ["  MTU", str(device["mtu"] or "what the SAs leave of the outer path's")],
         ]
     out.table(["", ""], rows)

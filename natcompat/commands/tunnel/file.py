@@ -46,6 +46,10 @@ class Endpoint:
     remote_address: IPAddress
     remote_port: int
     follow_mapping: bool
+    keepalive: str
+    """``esp``: authentic dummy packets; ``nat``: NAT-keepalives, of SAs with nat_keepalive; ``none``."""
+    silence: int
+    """Seconds without an authentic packet after which the peer counts as silent; 0: never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +104,10 @@ def _read(path: Path, content: bytes, backend: str | None) -> tuple[Tunnel, bool
     values = place.read(top, form.TOP)
     keys = KeyReader(place)
     at = Place(path, text, "endpoint")
-    endpoint = Endpoint(**at.read(values["endpoint"], form.ENDPOINT))
+    settings = at.read(values["endpoint"], form.ENDPOINT)
     if backend is not None:
-        endpoint = replace(endpoint, backend=backend)
+        settings["backend"] = backend
+    endpoint = Endpoint(**{**settings, "keepalive": _keepalive(at, settings, values["device"])})
     if endpoint.local_address.version != endpoint.remote_address.version:
         raise at.error("remote_address", "local_address is of the other IP version", form.ADDRESS.right)
     associations = [
@@ -129,6 +134,21 @@ def _read(path: Path, content: bytes, backend: str | None) -> tuple[Tunnel, bool
         notes=tuple(_notes(endpoint, device, associations, state)),
     )
     return tunnel, keys.inline
+
+
+def _keepalive(place: Place, settings: dict[str, Any], device: Table | None) -> str:
+    """Return the kind of keepalives: dummy packets, unless the backend or the device rules them out."""
+    asked: str | None = settings["keepalive"]
+    if settings["backend"] == "linux":
+        if asked == "esp":
+            raise place.error(
+                "keepalive",
+                "the kernel sends no dummy packets",
+                'Write "nat", or use the backend userspace',
+            )
+        return asked or "nat"
+    sends = device is not None and device.get("kind", "tun") == "tun"
+    return asked or ("esp" if sends else "nat")
 
 
 def _parse(path: Path, content: bytes) -> tuple[str, Table]:

@@ -174,6 +174,8 @@ ENDPOINT: Final[Mapping[str, Entry]] = {
     "remote_address": Entry(ADDRESS),
     "remote_port": Entry(PORT, 4500),
     "follow_mapping": Entry(BOOLEAN, False),
+    "keepalive": Entry(_one_of({"esp": "esp", "nat": "nat", "none": "none"}), None),
+    "silence": Entry(_integer(0, 86400), 60),
 }
 
 DEVICE: Final[Mapping[str, Entry]] = {

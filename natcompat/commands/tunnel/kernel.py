@@ -13,7 +13,15 @@ from typing import Any, Final
 from natcompat.commands.tunnel.file import Tunnel
 from natcompat.commands.tunnel.reserve import Name, Numbers
 from natcompat.errors import NatCompatError
-from natcompat.ipsec import Direction, InstalledSA, MappingChange, SaId, SecurityAssociation, UDPEncapsulation
+from natcompat.ipsec import (
+    Direction,
+    InstalledSA,
+    IPAddress,
+    MappingChange,
+    SaId,
+    SecurityAssociation,
+    UDPEncapsulation,
+)
 
 _IFA_F_NODAD: Final = 0x02  # linux/if_addr.h
 
@@ -147,6 +155,15 @@ class KernelSide:
         """Return nothing: the kernel counts for the whole namespace (/proc/net/xfrm_stat)."""
         return {}
 
+    def send_dummy(self, sa_id: SaId) -> None:
+        """Raise EOPNOTSUPP: a kernel sends no dummy packets."""
+        raise NatCompatError(errno.EOPNOTSUPP, "the kernel sends no dummy packets")
+
+    def start_at(self, address: IPAddress, port: int) -> None:
+        """Let the SAs begin at the learnt port of the peer; its address is that of the policies."""
+        if address == self._tunnel.endpoint.remote_address:
+            self._use_port(port)
+
     def follow(self, event: MappingChange) -> None:
         """Send where the peer is now. Only its port may be another: policies name its address."""
         if event.new_address != event.old_address:
@@ -155,7 +172,10 @@ class KernelSide:
                 f"the peer has another address now, {event.new_address}, and is not followed there",
                 "Write it into the file, or use the backend userspace",
             )
-        ports = UDPEncapsulation(local_port=self._tunnel.endpoint.local_port, remote_port=event.new_port)
+        self._use_port(event.new_port)
+
+    def _use_port(self, port: int) -> None:
+        ports = UDPEncapsulation(local_port=self._tunnel.endpoint.local_port, remote_port=port)
         for name, sa_id in self._ids.items():
             with contextlib.suppress(NatCompatError):  # of this one, if it has expired
                 self._ids[name] = self.ipsec.update_sa(sa_id, encapsulation=ports)

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
 
 from natcompat.commands.tunnel.file import Device, Tunnel
 from natcompat.commands.tunnel.reserve import Numbers
 from natcompat.errors import NatCompatError
-from natcompat.ipsec import InstalledSA, MappingChange, SaId, SecurityAssociation
+from natcompat.esp.engine.results import Dropped
+from natcompat.ipsec import (
+    Direction,
+    InstalledSA,
+    IPAddress,
+    MappingChange,
+    SaId,
+    SecurityAssociation,
+    UDPEncapsulation,
+)
 from natcompat.ipsec.device import PacketDevice
 
 if TYPE_CHECKING:
@@ -18,6 +30,8 @@ if TYPE_CHECKING:
 
 ETHERNET_MTU = 1500
 """The path MTU where the kernel does not tell one."""
+_LONGEST_DUMMY: Final = 64
+"""Bytes of payload of a dummy packet; each has a random length up to this."""
 
 
 class ProcessSide:
@@ -91,6 +105,8 @@ class ProcessSide:
 
     def add_sa(self, sa: SecurityAssociation, sequence: int | None, permitted: int | None) -> None:
         """Install an SA."""
+        if self._tunnel.endpoint.keepalive != "nat":
+            sa = replace(sa, nat_keepalive=None)
         self.ipsec.add_sa(sa, sequence=sequence, permitted=permitted)
 
     def open_device(self) -> None:
@@ -112,6 +128,22 @@ class ProcessSide:
     def drops(self) -> Mapping[str, int]:
         """Return the number of dropped packets by cause."""
         return {reason.value: count for reason, count in sorted(self.ipsec.counters().items(), key=str)}
+
+    def send_dummy(self, sa_id: SaId) -> None:
+        """Send a dummy packet by an outbound SA."""
+        sealed = self.ipsec.seal_dummy(sa_id, secrets.randbelow(_LONGEST_DUMMY + 1))
+        if isinstance(sealed, Dropped):
+            raise NatCompatError(errno.ENOBUFS, f"it was dropped: {sealed.reason.value}")
+        self.ipsec.carrier.transmit([sealed])
+
+    def start_at(self, address: IPAddress, port: int) -> None:
+        """Let the SAs begin at the learnt address of the peer."""
+        ports = UDPEncapsulation(local_port=self._tunnel.endpoint.local_port, remote_port=port)
+        for sa in self.installed():
+            if sa.association is not None:
+                end = "destination" if sa.association.direction is Direction.OUT else "source"
+                with contextlib.suppress(NatCompatError):  # it has just expired
+                    self.ipsec.update_sa(sa.sa_id, encapsulation=ports, **{end: address})
 
     def follow(self, event: MappingChange) -> None:
         """Do nothing: the engine has done it."""

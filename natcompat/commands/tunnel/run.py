@@ -14,16 +14,21 @@ from typing import Any, Protocol
 from natcompat.commands.ipsec.lines import Rates
 from natcompat.commands.tunnel.display import Reporter
 from natcompat.commands.tunnel.file import Endpoint, Tunnel
+from natcompat.commands.tunnel.keepalive import DEFAULT_INTERVAL, KeepAlive
+from natcompat.commands.tunnel.log import DropLog, log_down, log_event, log_up
 from natcompat.commands.tunnel.reserve import Numbers, Reservations
 from natcompat.commands.tunnel.signals import Ended, EndingSignals
-from natcompat.commands.tunnel.state import StateFile
-from natcompat.errors import NatCompatError
+from natcompat.commands.tunnel.state import LearntPeer, StateFile
+from natcompat.commands.tunnel.status import Status
+from natcompat.errors import NatCompatError, get_logger
+from natcompat.esp.control_socket import ControlSocket
 from natcompat.ipsec import (
     Direction,
     Event,
     Events,
     Expire,
     InstalledSA,
+    IPAddress,
     IPsec,
     MappingChange,
     SaId,
@@ -32,6 +37,7 @@ from natcompat.ipsec import (
 from natcompat.ipsec.describe import describe_sa
 
 _MOST_AT_ONCE = 64
+_log = get_logger()
 
 
 class Side(Protocol):
@@ -63,6 +69,12 @@ class Side(Protocol):
     def drops(self) -> Mapping[str, int]:
         """Return the number of dropped packets by cause."""
 
+    def send_dummy(self, sa_id: SaId) -> None:
+        """Send a dummy packet by an outbound SA."""
+
+    def start_at(self, address: IPAddress, port: int) -> None:
+        """Let the SAs begin at an address of the peer that an earlier run has learnt."""
+
     def follow(self, event: MappingChange) -> None:
         """Send to the new address of the peer."""
 
@@ -89,7 +101,7 @@ def run(tunnel: Tunnel, *, create_state: bool, interval: float, count: int | Non
             sock = stack.enter_context(open_socket(tunnel.endpoint))
             side = stack.enter_context(contextlib.closing(open_side(tunnel, sock)))
             unused.pop_all()
-        foreground = _Foreground(tunnel, side, sock, signals, reporter)
+        foreground = _Foreground(tunnel, side, sock, signals, reporter, state)
         reservations = _install(tunnel, side, state, foreground.complain)
         if reservations is not None:
             stack.callback(_finish, reservations, side)
@@ -97,6 +109,13 @@ def run(tunnel: Tunnel, *, create_state: bool, interval: float, count: int | Non
             reservations.start()
         events = stack.enter_context(side.ipsec.events())
         side.open_device()
+        _start_at_learnt_peer(tunnel, side, state)
+        keepalive = _make_keepalive(tunnel, side, foreground.note)
+        stack.callback(keepalive.close)
+        keepalive.start()
+        control = ControlSocket({"tunnel": Status(tunnel, side, keepalive)})
+        stack.callback(control.close)
+        control.start()
         try:
             return foreground.serve(events, interval, count)
         except Ended:
@@ -154,6 +173,31 @@ def _install(
     return reservations
 
 
+def _start_at_learnt_peer(tunnel: Tunnel, side: Side, state: StateFile | None) -> None:
+    """Go on where the peer was last, if mappings are followed: it may be long until the peer sends."""
+    endpoint = tunnel.endpoint
+    if state is None or not endpoint.follow_mapping:
+        return
+    learnt = state.peer((str(endpoint.remote_address), endpoint.remote_port))
+    if learnt is not None and learnt.address.version == endpoint.remote_address.version:
+        _log.info("the peer was last seen at %s port %d", learnt.address, learnt.port)
+        side.start_at(learnt.address, learnt.port)
+
+
+def _make_keepalive(tunnel: Tunnel, side: Side, report: Callable[[Event], object]) -> KeepAlive:
+    sends = tunnel.endpoint.keepalive == "esp"
+    return KeepAlive(
+        side,
+        intervals={
+            sa.spi: sa.nat_keepalive or DEFAULT_INTERVAL
+            for sa in tunnel.associations
+            if sends and sa.direction is Direction.OUT
+        },
+        silence=tunnel.endpoint.silence,
+        report=report,
+    )
+
+
 def _finish(reservations: Reservations, side: Side) -> None:
     with contextlib.suppress(OSError):  # the file then says what may have been used, which is right, too
         reservations.finish(side.stop())
@@ -163,11 +207,20 @@ class _Foreground:
     """The main thread of a running tunnel: shows events and counters, and waits for the end."""
 
     def __init__(
-        self, tunnel: Tunnel, side: Side, sock: socket.socket, signals: EndingSignals, reporter: Reporter
+        self,
+        tunnel: Tunnel,
+        side: Side,
+        sock: socket.socket,
+        signals: EndingSignals,
+        reporter: Reporter,
+        state: StateFile | None,
     ) -> None:
+        self._state = state
+        self._noted: deque[Event] = deque()
         self._tunnel, self._side, self._sock = tunnel, side, sock
         self._signals, self._reporter = signals, reporter
         self._complaints: deque[str] = deque()
+        self._drops = DropLog()
         self._rates = Rates(lambda row: (row.get("direction"), row["spi"]))  # its addresses may change
 
     def complain(self, text: str) -> None:
@@ -175,11 +228,18 @@ class _Foreground:
         self._complaints.append(text)
         self._signals.wake()
 
+    def note(self, event: Event) -> None:
+        """Have `event` shown and logged, by the main thread. From any thread."""
+        self._noted.append(event)
+        self._signals.wake()
+
     def serve(self, events: Events, interval: float, count: int | None) -> int:
         """Return the exit status when it is over."""
+        log_up(self._tunnel, self._side.device, self._side.mtu)
         with self._signals.writing():
             self._reporter.up(self._tunnel, self._side.device, self._side.mtu)
         status = self._serve(events, interval, count)
+        log_down(self._tunnel, status)
         with self._signals.writing():
             self._reporter.down(status)
         return status
@@ -192,7 +252,9 @@ class _Foreground:
                 installed = self._side.installed()
                 with self._signals.writing():
                     lines = self._rates.lines(map(describe_sa, installed))
-                    self._reporter.counters(lines, self._side.drops())
+                    drops = self._side.drops()
+                    self._drops.log(drops)
+                    self._reporter.counters(lines, drops)
                 finished += 1
                 if finished == count:
                     return 0
@@ -208,6 +270,8 @@ class _Foreground:
                 self._signals.rest()
             while self._complaints:
                 self._warn(self._complaints.popleft())
+            while self._noted:
+                self._handle(self._noted.popleft())
             for event in events.read() if events in ready else ():
                 self._handle(event)
                 if isinstance(event, Expire) and event.hard:
@@ -215,15 +279,25 @@ class _Foreground:
         return 128 + self._signals.number
 
     def _handle(self, event: Event) -> None:
+        log_event(event)
         with self._signals.writing():
             self._reporter.event(event)
         if isinstance(event, MappingChange) and self._tunnel.endpoint.follow_mapping:
             try:
                 self._side.follow(event)
+                self._remember(event)
             except NatCompatError as error:
                 self._warn(f"{error.strerror}. {error.remedy}")
 
+    def _remember(self, event: MappingChange) -> None:
+        """Keep the address of the peer for the next start."""
+        if self._state is not None:
+            endpoint = self._tunnel.endpoint
+            configured = str(endpoint.remote_address), endpoint.remote_port
+            self._state.record_peer(LearntPeer(configured, event.new_address, event.new_port))
+
     def _warn(self, text: str) -> None:
+        _log.info("%s", text)
         with self._signals.writing():
             self._reporter.warn(text)
 

@@ -14,15 +14,17 @@ import os
 import secrets
 import stat
 import sys
+import threading
 from collections.abc import Mapping
 from hashlib import blake2b
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from natcompat.commands.tunnel.files import open_directory_of
 from natcompat.commands.tunnel.form import hide_keys
 from natcompat.errors import NatCompatError
-from natcompat.ipsec import Direction, SecurityAssociation
+from natcompat.ipsec import Direction, IPAddress, SecurityAssociation
 from natcompat.ipsec.transforms import Encr
 
 COUNTING: Final = frozenset(Encr) - {Encr.NULL, Encr.AES_CBC}
@@ -53,6 +55,15 @@ class Identity(NamedTuple):
     direction: Direction
 
 
+class LearntPeer(NamedTuple):
+    """The address of the peer as it was learnt from authentic packets."""
+
+    configured: tuple[str, int]
+    """Address and port in the tunnel's file at that time."""
+    address: IPAddress
+    port: int
+
+
 class StateFile:
     """The state file at `path`, locked against every other process until `close`.
 
@@ -71,6 +82,8 @@ class StateFile:
         self._file = self._directory = -1
         self._salt = b""
         self._numbers: dict[Identity, int] = {}
+        self._peer: LearntPeer | None = None
+        self._writing = threading.Lock()
         try:
             self._directory = open_directory_of(path, "the state file")
             if create:
@@ -122,12 +135,26 @@ class StateFile:
 
     def record(self, numbers: Mapping[Identity, int]) -> None:
         """Write `numbers`, and return when they are on the disk. A NatCompatError: they may not be used."""
-        changed = {**self._numbers, **numbers}
-        try:
-            self._write(changed)
-        except OSError as error:
-            raise self._disk_error(error) from None
-        self._numbers = changed
+        with self._writing:
+            changed = {**self._numbers, **numbers}
+            try:
+                self._write(changed, self._peer)
+            except OSError as error:
+                raise self._disk_error(error) from None
+            self._numbers = changed
+
+    def peer(self, configured: tuple[str, int]) -> LearntPeer | None:
+        """Return the learnt address of the peer, if the tunnel's file says what it said then."""
+        return self._peer if self._peer is not None and self._peer.configured == configured else None
+
+    def record_peer(self, peer: LearntPeer) -> None:
+        """Keep a learnt address for the next start. Raises `NatCompatError` if it cannot be written."""
+        with self._writing:
+            try:
+                self._write(self._numbers, peer)
+            except OSError as error:
+                raise self._disk_error(error) from None
+            self._peer = peer
 
     # -- the file
 
@@ -149,7 +176,7 @@ class StateFile:
         self._lock()
         self._salt = secrets.token_bytes(32)
         try:
-            self._write({})
+            self._write({}, None)
         except OSError:
             with contextlib.suppress(OSError):
                 os.unlink(self._name, dir_fd=self._directory)
@@ -231,16 +258,17 @@ class StateFile:
                 if type(number) is not int or not 0 <= number <= _LAST or len(bytes.fromhex(digest)) != 16:
                     raise ValueError
                 self._numbers[Identity(digest, Direction(direction))] = number
+            self._peer = _peer_of(document.get("peer"))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise self._error(
                 errno.EINVAL, "it is not what natcompat wrote", "Replace the keys, and make a new one"
             ) from None
 
-    def _write(self, numbers: Mapping[Identity, int]) -> None:
+    def _write(self, numbers: Mapping[Identity, int], peer: LearntPeer | None) -> None:
         """Put a new file in the place of the old one, whole or not at all, and on the disk."""
         import fcntl
 
-        document = {
+        document: dict[str, Any] = {
             "natcompat tunnel state": _VERSION,
             "warning": _WARNING,
             "salt": self._salt.hex(),
@@ -249,6 +277,12 @@ class StateFile:
                 for identity, number in numbers.items()
             },
         }
+        if peer is not None:
+            document["peer"] = {
+                "configured": list(peer.configured),
+                "address": str(peer.address),
+                "port": peer.port,
+            }
         temporary = f".{self._name}.new"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary, dir_fd=self._directory)  # of one that was killed: we have the lock
@@ -268,3 +302,21 @@ class StateFile:
         os.close(self._file)
         self._file = descriptor
         os.fsync(self._directory)
+
+
+def _peer_of(value: Any) -> LearntPeer | None:
+    """Return the learnt peer of a state file; ValueError, KeyError or TypeError: it is none."""
+    if value is None:
+        return None
+    configured, configured_port = value["configured"]
+    address, port = ip_address(value["address"]), value["port"]
+    if not isinstance(configured, str) or type(configured_port) is not int or type(port) is not int:
+        raise TypeError
+    unusable = address.is_unspecified or address.is_multicast or address.is_loopback
+    if (
+        not isinstance(value["address"], str)
+        or not 0 < port < 1 << 16
+        or (unusable and configured != str(address))
+    ):
+        raise ValueError
+    return LearntPeer((configured, configured_port), address, port)

@@ -112,7 +112,9 @@ def test_from_an_empty_directory(tmp_path: Path) -> None:
     put(tmp_path / "tunnel.toml", done.stdout, mode=0o644)
     done = tunnel("--check", "tunnel.toml", cwd=tmp_path)
     assert done.returncode == 1
-    where = "tunnel.toml, line 51, [[sa]] 1, encryption_key.key_file: "
+    lines = (tmp_path / "tunnel.toml").read_text().splitlines()
+    line = next(number for number, text in enumerate(lines, 1) if text.startswith("encryption_key"))
+    where = f"tunnel.toml, line {line}, [[sa]] 1, encryption_key.key_file: "
     assert f"{where}the key file to-peer.key cannot be read: No such file" in done.stderr
     for name, key in (("to-peer.key", KEYS["out"]), ("from-peer.key", KEYS["in"])):
         put(tmp_path / name, key)
