@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from natcompat.commands.tunnel.state import Identity, StateFile
+from natcompat.commands.tunnel.state import Identity, LearntPeer, StateFile
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import Direction, Encr, Integ, SecurityAssociation
 from tests.support.esp import keys, sa
@@ -209,6 +210,17 @@ def test_any_damage(path: Path, content: bytes) -> None:
         ("last", {"out " + "00" * 16: "1"}),
         ("last", {"out " + "00" * 16: True}),
         ("last", {"out " + "00" * 15: 1}),
+        ("peer", 3),
+        ("peer", {}),
+        ("peer", {"configured": ["192.0.2.2", 4500], "address": "nowhere", "port": 1}),
+        ("peer", {"configured": ["192.0.2.2", 4500], "address": "224.0.0.1", "port": 1}),
+        ("peer", {"configured": ["192.0.2.2", 4500], "address": "0.0.0.0", "port": 1}),
+        ("peer", {"configured": ["192.0.2.2", 4500], "address": 3221225986, "port": 1}),
+        ("peer", {"configured": ["192.0.2.2", 4500], "address": "192.0.2.3", "port": 0}),
+        ("peer", {"configured": ["192.0.2.2", 4500], "address": "192.0.2.3", "port": 65536}),
+        ("peer", {"configured": ["192.0.2.2", 4500], "address": "192.0.2.3", "port": True}),
+        ("peer", {"configured": [1, 4500], "address": "192.0.2.3", "port": 1}),
+        ("peer", {"configured": ["192.0.2.2"], "address": "192.0.2.3", "port": 1}),
     ],
 )
 def test_damage_of_one_value(path: Path, state: StateFile, name: str, value: object) -> None:
@@ -216,6 +228,21 @@ def test_damage_of_one_value(path: Path, state: StateFile, name: str, value: obj
     said = json.loads(path.read_text())
     path.write_text(json.dumps({**said, name: value}))
     assert refused(path).errno == errno.EINVAL
+
+
+def test_a_learnt_peer_is_kept_beside_the_numbers(path: Path, state: StateFile) -> None:
+    """As long as the tunnel's file names the same peer as when it was learnt."""
+    identity, configured = state.identity(out()), ("192.0.2.2", 4500)
+    assert state.peer(configured) is None
+    learnt = LearntPeer(configured, ip_address("203.0.113.7"), 20001)
+    state.record_peer(learnt)
+    state.record({identity: 9})
+    state.close()
+    with StateFile(path) as again:
+        assert again.peer(configured) == learnt
+        assert again.last(identity) == 9
+        assert again.peer(("192.0.2.2", 4501)) is None
+        assert again.peer(("192.0.2.3", 4500)) is None
 
 
 def test_what_cannot_be_written_is_not_recorded(
