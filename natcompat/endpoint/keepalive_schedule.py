@@ -57,11 +57,13 @@ class Peer:
     def __init__(
         self, address: Any, interval: float, kernel: KernelKeepalive | None, local_address: Any = None
     ) -> None:
-        self.address, self.interval, self.kernel = address, interval, kernel
-        self.local_address = local_address
-        self.last_traffic = time.monotonic()
-        self.active = True
-        self.by_kernel = False
+        self.address: Any = address
+        self.interval: float = interval
+        self.kernel: KernelKeepalive | None = kernel
+        self.local_address: Any = local_address
+        self.last_traffic: float = time.monotonic()
+        self.active: bool = True
+        self.by_kernel: bool = False
 
     def shortly_before(self, seconds: float) -> float:
         """Return `seconds`, less a random part of a tenth."""
@@ -74,13 +76,15 @@ class Schedule:
     timer: ThreadTimer | LoopTimer
 
     def __init__(self, endpoint: Sender) -> None:
-        self.endpoint = endpoint
+        self.endpoint: Sender = endpoint
         self.peers: dict[Any, Peer] = {}
-        self.ended = False
-        self.sent_count = self.skipped_count = self.error_count = 0
+        self.ended: bool = False
+        self.sent_count: int = 0
+        self.skipped_count: int = 0
+        self.error_count: int = 0
         self.last_error: Exception | None = None
         self.unobserve: Callable[[], None] = lambda: None
-        self.lock = threading.Lock()
+        self.lock: threading.Lock = threading.Lock()
         self._heap: list[tuple[float, int, Peer]] = []
         self._order = itertools.count()
         self._to_connected = float("-inf")  # when something was last sent without an address

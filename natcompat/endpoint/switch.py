@@ -50,8 +50,8 @@ class Switch:
 
         `esp`: the consumer of ESP; None: the backend's own.
         """
-        self.backend = backend
-        self.closed = False
+        self.backend: Backend = backend
+        self.closed: bool = False
         """Whether the option is off again; see `attachment` for a kernel that has all duties."""
         self._esp = esp
         self._outlet: Outlet | None = None
@@ -66,7 +66,7 @@ class Switch:
         state.set_option = self._set_option
         state.add_alias = self._add_alias
         state.remove_alias = self._remove_alias
-        self.aliases = Aliases(state, self._release)
+        self.aliases: Aliases = Aliases(state, self._release)
         self._class = make_class(state)
         own_esp = own_esp_of(backend)
         if own_esp is not None:

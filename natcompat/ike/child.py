@@ -80,14 +80,15 @@ class ChildSa:
         """Name of the inbound SA; None once it is deleted."""
         self.outbound: SaId | None = None
         """Name of the outbound SA; None while it waits for `rekeyed_by`, and once it is deleted."""
-        self.policies = policies
+        self.policies: tuple[Policy, ...] = policies
         """The policies that this object deletes; one that rekeys another has none until `rekeyed_by`."""
-        self.mode = outbound.mode
-        self.reqid = outbound.reqid
-        self.encapsulation = ports = outbound.encapsulation
-        self.local = OuterEnd(outbound.source, ports.local_port if ports else NAT_T_PORT)
+        self.mode: Mode = outbound.mode
+        self.reqid: int = outbound.reqid
+        self.encapsulation: UDPEncapsulation | None = outbound.encapsulation
+        ports = outbound.encapsulation
+        self.local: OuterEnd = OuterEnd(outbound.source, ports.local_port if ports else NAT_T_PORT)
         """Outer address of this host, and its port of ESP in UDP."""
-        self.remote = OuterEnd(outbound.destination, ports.remote_port if ports else NAT_T_PORT)
+        self.remote: OuterEnd = OuterEnd(outbound.destination, ports.remote_port if ports else NAT_T_PORT)
         """Outer address of the peer as this host sees it, and its port."""
         self._pending: SecurityAssociation | None = outbound
 

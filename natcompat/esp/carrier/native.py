@@ -74,7 +74,7 @@ class NativeCarrier(PortableCarrier):
         self._path = engine.path
         self.readers: set[_LoopReader] = set()
         self._finished = {**dict.fromkeys(_REASONS, 0), **dict.fromkeys(_SOCKET_REASONS, 0)}
-        self.in_use = threading.RLock()
+        self.in_use: threading.RLock = threading.RLock()
         """Held by who calls the loop, so that it is not freed meanwhile; not by the reading thread."""
         self.refused_offloads: dict[str, str] = {}
         """Kinds of coalesced packets that the TUN has refused, with the kernel's reason."""

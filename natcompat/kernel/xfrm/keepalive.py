@@ -7,6 +7,7 @@ from the SA's own address and port, if the SA has sent nothing for as long as it
 from __future__ import annotations
 
 import errno
+import logging
 import socket
 import struct
 import threading
@@ -19,7 +20,7 @@ from natcompat.errors import NatCompatError, get_logger
 from natcompat.ipsec import IPAddress, SaId, SecurityAssociation, Usage
 from natcompat.kernel.xfrm.bypass import bypass
 
-logger = get_logger("natcompat.kernel.xfrm")
+logger: logging.Logger = get_logger("natcompat.kernel.xfrm")
 
 HOP_LIMIT = 64
 CHECKS_PER_INTERVAL = 4

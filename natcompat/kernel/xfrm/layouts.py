@@ -14,6 +14,8 @@ def embedded(name: str, fields: Fields) -> Fields:
 
 XFRM_ID: Fields = (("daddr", "16B"), ("spi", ">I"), ("proto", "B"), ("_pad", "3x"))
 
+XFRM_USERSA_ID: Fields = (("daddr", "16B"), ("spi", ">I"), ("family", "H"), ("proto", "B"), ("_pad", "x"))
+
 XFRM_SELECTOR: Fields = (
     ("daddr", "16B"),
     ("saddr", "16B"),
@@ -72,6 +74,14 @@ XFRM_USERPOLICY_INFO: Fields = (
     ("flags", "B"),
     ("share", "B"),
     ("_pad", "4x"),
+)
+
+XFRM_USER_KMADDRESS: Fields = (
+    ("local", "16B"),
+    ("remote", "16B"),
+    ("reserved", "I"),
+    ("family", "H"),
+    ("_pad", "2x"),
 )
 
 XFRM_USER_TMPL: Fields = (

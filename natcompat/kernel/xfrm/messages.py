@@ -13,14 +13,15 @@ from __future__ import annotations
 import struct
 from typing import Any
 
-from pyroute2.netlink import nla, nlmsg
-
+from natcompat.kernel.xfrm.codec import nla, nlmsg
 from natcompat.kernel.xfrm.layouts import (
     XFRM_ID,
     XFRM_LIFETIME_CUR,
     XFRM_SELECTOR,
+    XFRM_USER_KMADDRESS,
     XFRM_USER_TMPL,
     XFRM_USERPOLICY_INFO,
+    XFRM_USERSA_ID,
     XFRM_USERSA_INFO,
     Fields,
     embedded,
@@ -76,9 +77,6 @@ XFRM_SA_DIR_OUT = 2
 XFRM_INF = (1 << 64) - 1
 
 
-XFRM_USERSA_ID: Fields = (("daddr", "16B"), ("spi", ">I"), ("family", "H"), ("proto", "B"), ("_pad", "x"))
-
-
 class _algorithm(nla):
     """A structure with ``alg_name[64]`` in front and a key of ``alg_key_len`` bits behind."""
 
@@ -107,8 +105,8 @@ class xfrm_attributes:
 
     __slots__ = ()
 
-    prefix = "XFRMA_"
-    nla_map = (
+    prefix: str = "XFRMA_"
+    nla_map: Fields = (
         ("XFRMA_UNSPEC", "none"),
         ("XFRMA_ALG_AUTH", "xfrm_algo"),
         ("XFRMA_ALG_CRYPT", "xfrm_algo"),
@@ -155,19 +153,19 @@ class xfrm_attributes:
 
     class xfrm_algo(_algorithm):
         __slots__ = ()
-        fields = (("alg_name", "64s"), ("alg_key_len", "I"))
+        fields: Fields = (("alg_name", "64s"), ("alg_key_len", "I"))
 
     class xfrm_algo_auth(_algorithm):
         __slots__ = ()
-        fields = (("alg_name", "64s"), ("alg_key_len", "I"), ("alg_trunc_len", "I"))
+        fields: Fields = (("alg_name", "64s"), ("alg_key_len", "I"), ("alg_trunc_len", "I"))
 
     class xfrm_algo_aead(_algorithm):
         __slots__ = ()
-        fields = (("alg_name", "64s"), ("alg_key_len", "I"), ("alg_icv_len", "I"))
+        fields: Fields = (("alg_name", "64s"), ("alg_key_len", "I"), ("alg_icv_len", "I"))
 
     class xfrm_encap_tmpl(nla):
         __slots__ = ()
-        fields = (
+        fields: Fields = (
             ("encap_type", "H"),
             ("encap_sport", ">H"),
             ("encap_dport", ">H"),
@@ -195,19 +193,19 @@ class xfrm_attributes:
 
     class xfrm_usersa(nla):
         __slots__ = ()
-        fields = XFRM_USERSA_INFO
+        fields: Fields = XFRM_USERSA_INFO
 
     class xfrm_userpolicy(nla):
         __slots__ = ()
-        fields = XFRM_USERPOLICY_INFO
+        fields: Fields = XFRM_USERPOLICY_INFO
 
     class xfrm_lifetime_cur(nla):
         __slots__ = ()
-        fields = XFRM_LIFETIME_CUR
+        fields: Fields = XFRM_LIFETIME_CUR
 
     class xfrm_replay_state(nla):
         __slots__ = ()
-        fields = (("oseq", "I"), ("seq", "I"), ("bitmap", "I"))
+        fields: Fields = (("oseq", "I"), ("seq", "I"), ("bitmap", "I"))
 
     class xfrm_replay_state_esn(nla):
         """Its last field is ``bmp``, a sequence of as many 32-bit words as ``bmp_len`` says, or of none.
@@ -216,7 +214,7 @@ class xfrm_attributes:
         """
 
         __slots__ = ()
-        fields = (
+        fields: Fields = (
             ("bmp_len", "I"),
             ("oseq", "I"),
             ("seq", "I"),
@@ -242,83 +240,89 @@ class xfrm_attributes:
 
     class xfrm_address(nla):
         __slots__ = ()
-        fields = (("value", "16B"),)
+        fields: Fields = (("value", "16B"),)
 
     class xfrm_userpolicy_type(nla):
         __slots__ = ()
-        fields = (("type", "B"), ("_pad", "x"), ("reserved1", "H"), ("reserved2", "B"), ("_pad2", "x"))
+        fields: Fields = (
+            ("type", "B"),
+            ("_pad", "x"),
+            ("reserved1", "H"),
+            ("reserved2", "B"),
+            ("_pad2", "x"),
+        )
 
     class xfrm_user_kmaddress(nla):
         __slots__ = ()
-        fields = (("local", "16B"), ("remote", "16B"), ("reserved", "I"), ("family", "H"), ("_pad", "2x"))
+        fields: Fields = XFRM_USER_KMADDRESS
 
     class xfrm_mark(nla):
         __slots__ = ()
-        fields = (("v", "I"), ("m", "I"))
+        fields: Fields = (("v", "I"), ("m", "I"))
 
     class xfrm_address_filter(nla):
         __slots__ = ()
-        fields = (("saddr", "16B"), ("daddr", "16B"), ("family", "H"), ("splen", "B"), ("dplen", "B"))
+        fields: Fields = (("saddr", "16B"), ("daddr", "16B"), ("family", "H"), ("splen", "B"), ("dplen", "B"))
 
     class xfrm_user_offload(nla):
         __slots__ = ()
-        fields = (("ifindex", "i"), ("flags", "B"), ("_pad", "3x"))
+        fields: Fields = (("ifindex", "i"), ("flags", "B"), ("_pad", "3x"))
 
 
 class xfrm_usersa_info(xfrm_attributes, nlmsg):
     """XFRM_MSG_NEWSA, XFRM_MSG_UPDSA."""
 
     __slots__ = ()
-    fields = XFRM_USERSA_INFO
+    fields: Fields = XFRM_USERSA_INFO
 
 
 class xfrm_usersa_id(xfrm_attributes, nlmsg):
     """XFRM_MSG_DELSA (as a notification with the SA in XFRMA_SA), XFRM_MSG_GETSA."""
 
     __slots__ = ()
-    fields = XFRM_USERSA_ID
+    fields: Fields = XFRM_USERSA_ID
 
 
 class xfrm_userspi_info(xfrm_attributes, nlmsg):
     """XFRM_MSG_ALLOCSPI; `min` and `max` are in host byte order."""
 
     __slots__ = ()
-    fields = (*embedded("info", XFRM_USERSA_INFO), ("min", "I"), ("max", "I"))
+    fields: Fields = (*embedded("info", XFRM_USERSA_INFO), ("min", "I"), ("max", "I"))
 
 
 class xfrm_usersa_flush(xfrm_attributes, nlmsg):
     """XFRM_MSG_FLUSHSA."""
 
     __slots__ = ()
-    fields = (("proto", "B"),)
+    fields: Fields = (("proto", "B"),)
 
 
 class xfrm_userpolicy_info(xfrm_attributes, nlmsg):
     """XFRM_MSG_NEWPOLICY, XFRM_MSG_UPDPOLICY."""
 
     __slots__ = ()
-    fields = XFRM_USERPOLICY_INFO
+    fields: Fields = XFRM_USERPOLICY_INFO
 
 
 class xfrm_userpolicy_id(xfrm_attributes, nlmsg):
     """XFRM_MSG_DELPOLICY, XFRM_MSG_GETPOLICY."""
 
     __slots__ = ()
-    fields = (*embedded("sel", XFRM_SELECTOR), ("index", "I"), ("dir", "B"), ("_pad", "3x"))
+    fields: Fields = (*embedded("sel", XFRM_SELECTOR), ("index", "I"), ("dir", "B"), ("_pad", "3x"))
 
 
 class xfrm_userpolicy_flush(xfrm_attributes, nlmsg):
     """XFRM_MSG_FLUSHPOLICY: no body."""
 
     __slots__ = ()
-    fields = ()
+    fields: Fields = ()
 
 
 class xfrm_user_acquire(xfrm_attributes, nlmsg):
     """XFRM_MSG_ACQUIRE."""
 
     __slots__ = ()
-    fields = (
+    fields: Fields = (
         *embedded("id", XFRM_ID),
         ("saddr", "16B"),
         *embedded("sel", XFRM_SELECTOR),
@@ -334,21 +338,21 @@ class xfrm_user_expire(xfrm_attributes, nlmsg):
     """XFRM_MSG_EXPIRE."""
 
     __slots__ = ()
-    fields = (*embedded("state", XFRM_USERSA_INFO), ("hard", "B"), ("_pad", "7x"))
+    fields: Fields = (*embedded("state", XFRM_USERSA_INFO), ("hard", "B"), ("_pad", "7x"))
 
 
 class xfrm_user_polexpire(xfrm_attributes, nlmsg):
     """XFRM_MSG_POLEXPIRE."""
 
     __slots__ = ()
-    fields = (*embedded("pol", XFRM_USERPOLICY_INFO), ("hard", "B"), ("_pad", "7x"))
+    fields: Fields = (*embedded("pol", XFRM_USERPOLICY_INFO), ("hard", "B"), ("_pad", "7x"))
 
 
 class xfrm_user_mapping(xfrm_attributes, nlmsg):
     """XFRM_MSG_MAPPING."""
 
     __slots__ = ()
-    fields = (
+    fields: Fields = (
         *embedded("id", XFRM_USERSA_ID),
         ("reqid", "I"),
         ("old_saddr", "16B"),
@@ -362,14 +366,14 @@ class xfrm_aevent_id(xfrm_attributes, nlmsg):
     """XFRM_MSG_NEWAE, XFRM_MSG_GETAE."""
 
     __slots__ = ()
-    fields = (*embedded("sa_id", XFRM_USERSA_ID), ("saddr", "16B"), ("flags", "I"), ("reqid", "I"))
+    fields: Fields = (*embedded("sa_id", XFRM_USERSA_ID), ("saddr", "16B"), ("flags", "I"), ("reqid", "I"))
 
 
 class xfrm_user_report(xfrm_attributes, nlmsg):
     """XFRM_MSG_REPORT."""
 
     __slots__ = ()
-    fields = (("proto", "B"), ("_pad", "3x"), *embedded("sel", XFRM_SELECTOR))
+    fields: Fields = (("proto", "B"), ("_pad", "3x"), *embedded("sel", XFRM_SELECTOR))
 
 
 MESSAGES: dict[int, type[nlmsg]] = {

@@ -47,7 +47,7 @@ _AT = {
     )
 }
 _ENCAP_SIZE = 24
-_DELETED_INFO = BODY + layouts.size_of(messages.XFRM_USERSA_ID)
+_DELETED_INFO = BODY + layouts.size_of(layouts.XFRM_USERSA_ID)
 
 
 def move_sa(
