@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from natcompat import open_ipsec, set_nat_t_endpoint
 from natcompat.esp.engine.packet import checksum
@@ -80,6 +80,13 @@ class Host:
         for name in ("all", "eth0", "lan0"):
             sh(f"sysctl -qw net.ipv4.conf.{name}.rp_filter=0")
         self.taps = {name: self._tap(name) for name in ("eth0", "lan0")}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for tap in self.taps.values():
+            tap.close()
 
     @staticmethod
     def _tap(name: str) -> socket.socket:
@@ -185,13 +192,12 @@ def outbound_sa() -> SecurityAssociation:
 
 @contextlib.contextmanager
 def protected(
-    *, sa: bool = True, address: bool = True, **options: Any
+    *, sa: bool = True, address: bool = True, host: Host | None = None, **options: Any
 ) -> Iterator[tuple[Host, UserspaceIPsec]]:
     """A host with IPsec in this process, an endpoint, an SA to the peer, and no policy yet."""
-    host = Host()
     with contextlib.ExitStack() as stack:
-        for tap in host.taps.values():
-            stack.enter_context(tap)
+        if host is None:
+            host = stack.enter_context(Host())
         sock = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         sock.bind((US[4], 4500))
         set_nat_t_endpoint(sock, backend="userspace")

@@ -102,7 +102,7 @@ class Guard:
 
     def _take_over(self, state: nft.TableState) -> None:
         """Adopt the table that a killed process left, and let this device through it."""
-        adopt = [nft.new_table(state.name, state.flags)] if state.flags else []
+        adopt = nft.adoption(state)
         admit = guard_rules.let_device_pass(state.name, self._identity.interface)
         try:
             self._netlink.batch(f"Taking over the guard {state.name}", [*adopt, *admit])

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final, TypeVar
+from typing import Final
 
 from natcompat.backends.base import NetworkNamespace
 from natcompat.errors import NatCompatError, get_logger
@@ -21,7 +21,6 @@ from natcompat.esp.device.watch import RouteWatch
 from natcompat.esp.engine.results import Reason
 from natcompat.ipsec import Action, Direction, IPAddress, IPNetwork, Policy
 
-_T = TypeVar("_T")
 _log = get_logger()
 
 PASSED: Final = 0x1000_0000
@@ -29,6 +28,9 @@ PASSED: Final = 0x1000_0000
 
 _TAKEOVER: Final = 2.0
 """Seconds after the last new policy at which the guards of killed processes go."""
+
+_UNOWNED: Final = 1.0
+"""Seconds between two looks at a guard that somebody else may remove (before Linux 5.12)."""
 
 _NO_GUARD: Final = (errno.EOPNOTSUPP, errno.EPROTONOSUPPORT, errno.ENOENT, errno.EAFNOSUPPORT)
 """Errors of a kernel without nf_tables."""
@@ -121,6 +123,8 @@ class HostTraffic:
         self._lock, self._report, self._endpoints = lock, report, endpoints
         if self._watch is not None:
             self._watch.start()
+            if self._guard is not None and not self._guard.owned:
+                self._watch.wake()
 
     @property
     def in_other_namespace(self) -> bool:
@@ -162,11 +166,11 @@ class HostTraffic:
                     self._newest = time.monotonic()
                     self.wake()
             if self.routes_follow:
-                self._call(lambda: self.routes.add_policy(policy))
-                undo.callback(self._call, lambda: self.routes.delete_policy(policy))
+                self.routes.add_policy(policy)
+                undo.callback(self.routes.delete_policy, policy)
                 self._check_peer(policy)
                 if replaced is not None:
-                    self._call(lambda: self.routes.delete_policy(replaced))
+                    self.routes.delete_policy(replaced)
             undo.pop_all()
 
     def _refuse_inexact(self, policy: Policy) -> None:
@@ -184,13 +188,13 @@ class HostTraffic:
     def delete_policy(self, policy: Policy) -> None:
         """Undo `add_policy`. What `policy` covered is blocked until it is let pass."""
         if self.routes_follow:
-            self._call(lambda: self.routes.delete_policy(policy))
+            self.routes.delete_policy(policy)
         if self._guard is not None:
             try:
                 self._guard.change(remove=[policy])
             except BaseException:
                 if self.routes_follow:
-                    self._call(lambda: self.routes.add_policy(policy))
+                    self.routes.add_policy(policy)
                 raise
 
     def replace_policy(self, policy: Policy, replacement: Policy | None) -> None:
@@ -203,7 +207,7 @@ class HostTraffic:
     def retain(self, policies: Sequence[Policy]) -> None:
         """Remove all policies but these."""
         if self.routes_follow:
-            self._call(lambda: self.routes.follow(policies))
+            self.routes.follow(policies)
         if self._guard is not None:
             self._guard.retain(policies)
 
@@ -232,17 +236,17 @@ class HostTraffic:
     ) -> None:
         """Lead `network` into the device; see `DeviceRoutes.add`."""
         with self._lock:
-            self._call(lambda: self.routes.add(network, source, peers=peers))
+            self.routes.add(network, source, peers=peers)
 
     # --- addresses
 
     def add_address(self, address: str) -> None:
         """Give the device an inner address, which the routes then prefer as source."""
-        self._call(lambda: self.device.add_address(address))
+        self.device.add_address(address)
 
     def remove_address(self, address: str | IPAddress) -> None:
         """Undo `add_address`. EADDRNOTAVAIL: it was not given."""
-        self._call(lambda: self.device.remove_address(address))
+        self.device.remove_address(address)
 
     def _follow_addresses(self) -> None:
         if self.routes_follow:
@@ -287,15 +291,18 @@ class HostTraffic:
             )
 
     def _release_predecessors(self) -> float | None:
-        """Remove the guards of killed processes once new policies have settled."""
-        if self._guard is None or self._newest is None:
+        """Remove the guards of killed processes once new policies have settled; return as `_check`."""
+        if self._guard is None:
             return None
+        idle = None if self._guard.owned else _UNOWNED
+        if self._newest is None:
+            return idle
         remaining = self._newest + _TAKEOVER - time.monotonic()
         if remaining > 0:
             return remaining
         self._newest = None
         self._guard.release_predecessors()
-        return None
+        return idle
 
     def wake(self) -> None:
         """Have endpoints, routes and rules looked at soon. Takes no lock, for finalizers."""
@@ -325,7 +332,7 @@ class HostTraffic:
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.close()
-        self._namespace.call(self._undo.close)
+        self._undo.close()
 
     def abandon(self) -> None:
         """Let go of a forked child's descriptors; all stays as its parent has it."""
@@ -336,9 +343,6 @@ class HostTraffic:
         if self._clear is not None:
             self._clear.close()
         self.device.abandon()
-
-    def _call(self, function: Callable[[], _T]) -> _T:
-        return self._namespace.call(function)
 
 
 def _ignore(description: str, count: int) -> None:

@@ -246,8 +246,13 @@ class TableState(NamedTuple):
 
 
 def removal(state: TableState) -> list[Message]:
-    """Return what removes a table that no process owns: it has to be adopted first."""
-    return [*([new_table(state.name, state.flags)] if state.flags else []), delete_table(state.name)]
+    """Return what removes a table that no process owns."""
+    return [*adoption(state), delete_table(state.name)]
+
+
+def adoption(state: TableState) -> list[Message]:
+    """Return what makes this process the owner of a table whose owner has gone (with PERSIST)."""
+    return [new_table(state.name, OWNER | PERSIST)] if state.flags & PERSIST else []
 
 
 class Nfnetlink:
