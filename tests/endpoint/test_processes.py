@@ -128,9 +128,10 @@ def daemonize(open_all: Callable[[], Result], go_on: Callable[[Result], object])
             if os.fork():
                 os._exit(0)
             os.setsid()
+            middle = os.getpid()
             if os.fork():
                 os._exit(0)
-            until(lambda: not lives(opener))
+            until(lambda: not lives(opener) and os.getppid() != middle)  # each has the sockets until its end
             go_on(opened)
             report = "done"
         except BaseException:
