@@ -83,7 +83,7 @@ def main() -> None:
         chosen = dataclasses.replace(datapaths.select("c"), make_path=by)
         datapaths.select = lambda requested=None: chosen
     if options.get("engines"):
-        native_carrier._engines = lambda: int(options["engines"])
+        native_carrier.receiving_threads = lambda: int(options["engines"])
     tun = TunDevice("bench", mtu=1400, vnet_header=path == "c")
     tun.add_address(f"{INNER[number]}/24")
     subprocess.run(["ip", "link", "set", "bench", "txqueuelen", "1000"], check=True)

@@ -59,7 +59,7 @@ _COUNTED: Final = ("esp", "keepalives", "runts", "handed_back", "errors")
 class NativeCarrier(PortableCarrier):
     """A `Carrier` in C where the device is a TUN with `vnet_header`; with others the portable one.
 
-    `engines` is how many sockets of an endpoint share its ESP, each read by a thread of its own.
+    `engines` sockets of an endpoint share its ESP, by SPI, and the threads share these.
     """
 
     name = "c"
@@ -70,7 +70,8 @@ class NativeCarrier(PortableCarrier):
         super().__init__(engine, device)
         if not isinstance(engine.path, NativeDataPath):
             raise TypeError("the carrier in C takes an engine with the data path in C")
-        self.engines: int = _engines()
+        self.threads = receiving_threads()
+        self.engines = max(self.engines, self.threads)
         self._path = engine.path
         self.readers: set[_LoopReader] = set()
         self._finished = {**dict.fromkeys(_REASONS, 0), **dict.fromkeys(_SOCKET_REASONS, 0)}
@@ -80,7 +81,7 @@ class NativeCarrier(PortableCarrier):
         """Kinds of coalesced packets that the TUN has refused, with the kernel's reason."""
         self.loop: Any = None
         if getattr(device, "vnet_header", False):
-            self.loop = lib.loop_new(self._path.path, 1 + self.engines)
+            self.loop = lib.loop_new(self._path.path, 1 + self.threads)
             if not self.loop:
                 raise NatCompatError(ffi.errno, f"the loop in C cannot be made: {os.strerror(ffi.errno)}")
             self._path.count_also(self._drops)
@@ -258,7 +259,7 @@ class _LoopReader:
         self._told = dict.fromkeys(_COUNTED, 0)
         try:
             for index, sock in enumerate(self._sockets):
-                self._numbers.append(self._add(sock, index + 1))
+                self._numbers.append(self._add(sock, 1 + index % carrier.threads))
         except BaseException:
             self._leave()
             raise
@@ -336,7 +337,7 @@ class _LoopReader:
         self._carrier.reader_ended(self, last)
 
 
-def _engines() -> int:
+def receiving_threads() -> int:
     """Return how many threads should receive: with few processors the kernel's half needs the others."""
     return min(4, max(1, (os.cpu_count() or 1) // 4))
 

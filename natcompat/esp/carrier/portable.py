@@ -104,6 +104,10 @@ class PortableCarrier:
     `EspEngine.counters`.
     """
 
+    engines: int = 4
+    """Sockets of an endpoint that share its ESP by SPI. One burst is taken from each in its turn, so a peer
+    whose flood fills the queue of one delays those with SPIs of the same socket only."""
+
     def __init__(self, engine: EspEngine, device: PacketDevice) -> None:
         self.last_error: OSError | None = None
         self.hand_back: HandBack | None = None
