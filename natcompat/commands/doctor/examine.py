@@ -37,6 +37,13 @@ versions of natcompat may add some, and raise the number if one changes its mean
     works, and ``error`` says why), ``requested`` (what NATCOMPAT_DATAPATH asks for, or null), ``datapaths``
     (a list in the order of preference: ``name``, ``viable``, ``reason``), ``device`` (``tun`` or ``queue``:
     where inner packets go unless the program says)
+``guard``
+    whether policies of ESP in this process are guarded by nf_tables: ``usable`` (null: not tried),
+    ``reason``, ``remedy``; without it protection is weaker
+``offloads``
+    every name of NATCOMPAT_OFFLOADS: ``on``, or why the data path would not use it here
+``hand_back``
+    how IKE that came to an ESP socket returns to the application: ``way`` (loopback, none), ``reason``
 ``ports``
     who holds UDP 500 and 4500: ``port``, ``family``, ``address``, ``user``, ``owners`` (a list of
     ``pid`` and ``command``; empty when this process may not see them)
@@ -57,6 +64,7 @@ import socket
 import sys
 from typing import Any, Final
 
+from natcompat.commands.doctor import data_path
 from natcompat.commands.doctor.system import (
     capabilities,
     describe_system,
@@ -109,7 +117,10 @@ def examine() -> dict[str, Any]:
             "capabilities": capabilities(),
         },
         "tun": (tun := tun_device() | {"stale_rules": stale_rules_left()}),
-        "userspace_esp": _userspace_esp(tun),
+        "userspace_esp": (esp := _userspace_esp(tun)),
+        "guard": data_path.guard(),
+        "offloads": data_path.offloads(esp["datapath"]),
+        "hand_back": data_path.hand_back(),
         "ports": [*owners_of_port(IKE_PORT), *owners_of_port(NAT_T_PORT)],
         "system": describe_system(),
         "beyond_solaris": [

@@ -114,6 +114,17 @@ def show(report: dict[str, Any]) -> None:
             "  Packets go by ", Words(esp["datapath"], "bold green"), f"{asked}, inner ones by {device}."
         )
 
+    guard, hand_back = report["guard"], report["hand_back"]
+    usable = {True: good("yes"), False: doubtful("no"), None: doubtful("?")}[guard["usable"]]
+    way = good(hand_back["way"]) if hand_back["way"] != "none" else doubtful("none")
+    rows = [
+        ["guard", usable, " ".join(filter(None, (guard["reason"], guard["remedy"])))],
+        ["hand-back", way, hand_back["reason"]],
+    ]
+    for name, state in report["offloads"].items():
+        rows.append([name, *([good("on"), ""] if state == "on" else [doubtful("off"), state])])
+    out.table(["", "", ""], rows)
+
     out.heading("UDP ports of IKE", "in this network namespace")
     out.table(["", "", ""], list(_port_rows(report["ports"])))
 

@@ -53,6 +53,9 @@ SHAPE = {
         "limits": [str],
     },
     "privileges": {"user": int, "capabilities": dict},
+    "guard": {"usable": (bool, type(None)), "reason": str, "remedy": str},
+    "offloads": dict,
+    "hand_back": {"way": str, "reason": str},
     "tun": {
         "usable": (bool, type(None)),
         "reason": str,
