@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 
@@ -84,8 +85,9 @@ def pair(kind: Kind, family: socket.AddressFamily) -> Iterator[Pair]:
 def datapath(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both data paths: every engine that a module makes, or `open_ipsec`, while it has this fixture."""
     from natcompat.esp import choice as datapaths
+    from natcompat.esp.engine.data_path import DataPathFactory
     from natcompat.esp.engine.engine import EspEngine
-    from natcompat.esp.engine.portable import DataPathFactory, PortableDataPath
+    from natcompat.esp.engine.portable import PortableDataPath
     from tests.support.esp import native_providers
 
     path: DataPathFactory = PortableDataPath
@@ -127,3 +129,11 @@ def _complaint(skip: object) -> str:
         f"{reason}\n\nAs root with CI=true no test may skip: give it what it needs (.ci/setup names the "
         "packages), or take CI out of the environment."
     )
+
+
+@pytest.fixture(autouse=True)
+def used_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let each test begin with a process that has used no keys: tests share a few."""
+    nonces = sys.modules.get("natcompat.esp.engine.nonces")
+    if nonces is not None:
+        monkeypatch.setattr(nonces, "USED_KEYS", nonces.UsedKeys())

@@ -31,7 +31,7 @@ struct esp_usage {
     uint64_t packets, octets, replay_drops, window_drops, integrity_drops, sequence;
     double added, first_used, last_used;   /* the latter two only if there were packets */
     uint64_t serial;
-    uint8_t gone, soft, due;
+    uint8_t gone, soft, due, moved;   /* moved: the newest packet came from elsewhere */
 };
 
 /* What selectors look at, as natcompat.esp.engine.packet.Flow. Addresses as in struct esp_endpoint. */

@@ -387,9 +387,9 @@ void esp_sa_usage(struct esp_sa *sa, struct esp_usage *usage)
         .serial = sa->serial,
         .first_used = sa->first_used,
         .last_used = sa->last_used,
-        .gone = sa->gone,
-        .soft = sa->soft,
+        .gone = sa->gone, .soft = sa->soft,
         .due = sa->due,
+        .moved = !sa->outbound && !same(&sa->in.home, &sa->peer),
     };
     if (!sa->outbound) {
         usage->replay_drops = sa->in.replay_drops;

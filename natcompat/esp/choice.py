@@ -13,8 +13,8 @@ from natcompat.errors import NatCompatError
 
 if TYPE_CHECKING:
     from natcompat.esp.carrier.portable import Carrier
+    from natcompat.esp.engine.data_path import DataPathFactory
     from natcompat.esp.engine.engine import EspEngine
-    from natcompat.esp.engine.portable import DataPathFactory
     from natcompat.ipsec.device import PacketDevice
 
     CarrierFactory: TypeAlias = Callable[[EspEngine, PacketDevice], Carrier]

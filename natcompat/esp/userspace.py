@@ -32,8 +32,8 @@ from natcompat.esp.carrier.device_mtu import DeviceMtu
 from natcompat.esp.carrier.portable import Carrier
 from natcompat.esp.control_socket import control_of
 from natcompat.esp.device.queue import QueueDevice
+from natcompat.esp.engine.data_path import Sealed
 from natcompat.esp.engine.engine import EspEngine
-from natcompat.esp.engine.portable import Sealed
 from natcompat.esp.engine.results import Reason
 from natcompat.ipsec import (
     Action,
@@ -181,12 +181,17 @@ class UserspaceIPsec(EspEngine):
             self._host.exempt(sock)
 
     def add_sa(
-        self, sa: SecurityAssociation, *, sequence: int | None = None, permitted: int | None = None
+        self,
+        sa: SecurityAssociation,
+        *,
+        sequence: int | None = None,
+        permitted: int | None = None,
+        without_policies: bool = False,
     ) -> SaId:
         """Install `sa`; see `EspEngine.add_sa`. The MTU of the device shrinks to what the SA can carry, and
         grows again when the path does, after ten minutes or with the next SA.
         """
-        sa_id = super().add_sa(sa, sequence=sequence, permitted=permitted)
+        sa_id = super().add_sa(sa, sequence=sequence, permitted=permitted, without_policies=without_policies)
         if sa.direction is Direction.OUT and self._host is not None and self._host.routes_follow:
             with self._lock:
                 self._mtu.take(sa)
@@ -278,7 +283,7 @@ class UserspaceIPsec(EspEngine):
 
     def close(self) -> None:
         """Forget all SAs and policies, and close the device. Endpoints go on without ESP."""
-        if os.getpid() != self._pid:
+        if self.is_copy:
             self.abandon()
             return
         if self._closed:

@@ -155,8 +155,12 @@ class SecurityAssociation:
         copy_df: bool = True,
     ) -> None:
         # First of all: from here on no frame of ours holds key material that prints itself.
-        encryption_key = _key("encryption_key", encryption_key)
-        integrity_key = _key("integrity_key", integrity_key)
+        try:
+            encryption_key = _key("encryption_key", encryption_key)
+            integrity_key = _key("integrity_key", integrity_key)
+        except TypeError:
+            encryption_key = integrity_key = _NO_KEY  # a traceback may show the local variables of this frame
+            raise
         put = object.__setattr__
         put(self, "spi", check_range("spi", spi_number(spi), SMALLEST_SPI, LARGEST_SPI))
         put(self, "source", check_address("source", source))
@@ -274,9 +278,11 @@ _NO_KEY = Key()
 """One for all: there may be many SAs."""
 
 
-def _key(name: str, value: bytes | bytearray | memoryview) -> Key:
+def _key(name: str, value: object) -> Key:
     if not isinstance(value, (bytes, bytearray, memoryview)):
-        raise TypeError(f"{name}: bytes are wanted, not {type(value).__name__}")
+        kind = type(value).__name__
+        del value  # a traceback may show the local variables of this frame
+        raise TypeError(f"{name}: bytes are wanted, not {kind}")
     if not value:
         return _NO_KEY
     return value if isinstance(value, Key) else Key(value)

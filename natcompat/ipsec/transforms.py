@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import enum
+import sys
+from collections.abc import Callable
 from typing import NoReturn, Self, SupportsIndex
 
 
@@ -73,9 +76,21 @@ class Integ(enum.IntEnum):
 
 
 class Key(bytes):
-    """Key material: bytes whose text says only how many they are, and which refuse to be pickled."""
+    """Key material: bytes whose text says only how many they are, and which refuse to be pickled.
+
+    On CPython their memory is overwritten with the last reference. Copies (`bytes(key)`, slices) are not.
+    """
 
     __slots__ = ()
+
+    if sys.implementation.name == "cpython":
+
+        def __del__(
+            self,
+            overwrite: Callable[[int, int, int], object] = ctypes.memset,
+            header: int = bytes.__basicsize__ - 1,
+        ) -> None:
+            overwrite(id(self) + header, 0, len(self))
 
     def __repr__(self) -> str:
         return f"<key of {len(self)} bytes>"

@@ -25,8 +25,9 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from natcompat.esp.engine.data_path import DataPathFactory
 from natcompat.esp.engine.engine import EspEngine
-from natcompat.esp.engine.portable import DataPathFactory, PortableDataPath
+from natcompat.esp.engine.portable import PortableDataPath
 from natcompat.esp.engine.results import Dropped, Opened
 from natcompat.ipsec import (
     Direction,

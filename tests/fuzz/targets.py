@@ -15,11 +15,12 @@ from natcompat.contract import NON_ESP_MARKER, Verdict, classify
 from natcompat.esp.carrier.mtu import may_fragment, too_big
 from natcompat.esp.engine import packet as packets
 from natcompat.esp.engine.crypto import make_cipher
+from natcompat.esp.engine.data_path import DataPathFactory
 from natcompat.esp.engine.engine import EspEngine
-from natcompat.esp.engine.portable import DataPathFactory, PortableDataPath
+from natcompat.esp.engine.portable import PortableDataPath
 from natcompat.esp.engine.results import Dropped, Opened, Reason
 from natcompat.ipsec import Direction, Encr, Integ, Mode, TrafficSelector
-from tests.support.esp import INNER, OUTER, SPI, keys, native_providers, policy, sa
+from tests.support.esp import INNER, OUTER, SPI, another_process, keys, native_providers, policy, sa
 
 TRANSFORMS = (
     (Encr.AES_GCM_16, Integ.NONE),
@@ -161,7 +162,11 @@ def seal_burst(data: bytes) -> None:
     burst = [inner_packet(kind, piece, mode) for kind, piece in pieces(data[1:])]
     outcomes = []
     for path in PATHS:
-        with EspEngine(timer=False, datapath=path) as engine, EspEngine(timer=False) as peer:
+        with (
+            another_process(),
+            EspEngine(timer=False, datapath=path) as engine,
+            EspEngine(timer=False) as peer,
+        ):
             sa_id = engine.add_sa(sa(Direction.OUT, version=version, **arguments), sequence=7)
             ends = {"source": local, "destination": remote}
             peer.add_sa(sa(Direction.IN, version=version, **arguments, **ends))

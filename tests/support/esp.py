@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
 from ipaddress import ip_address
 from typing import Any
+from unittest import mock
 
+from natcompat.esp.engine import nonces
 from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.packet import checksum
 from natcompat.esp.engine.results import Destination, Dropped, Opened, Reason
@@ -60,6 +64,13 @@ def native_providers() -> list[str]:
             lib.esp_path_release(path)
             found.append(each)
     return found
+
+
+@contextlib.contextmanager
+def another_process() -> Iterator[None]:
+    """Let an engine that is made within have the memory of a process that has used no keys."""
+    with mock.patch.object(nonces, "USED_KEYS", nonces.UsedKeys()):
+        yield
 
 
 def name(transforms: tuple[Encr, Integ]) -> str:

@@ -19,8 +19,8 @@ from natcompat.errors import NatCompatError, get_logger
 from natcompat.esp.carrier.mtu import PathMtus, TooBigReplies, may_fragment
 from natcompat.esp.carrier.path_mtu import kernel_path_mtu
 from natcompat.esp.carrier.sending import PATIENCE, Outcome, Way, Ways
+from natcompat.esp.engine.data_path import Sealed
 from natcompat.esp.engine.engine import EspEngine
-from natcompat.esp.engine.portable import Sealed
 from natcompat.esp.engine.results import Destination, Dropped, Opened, Reason
 from natcompat.ipsec import SecurityAssociation
 from natcompat.ipsec.device import PacketDevice, SaDevice

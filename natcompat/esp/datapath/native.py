@@ -1,7 +1,7 @@
 """The data path in C (`ffi/`): bursts without the GIL, the state of SAs and a memory of flows in C.
 
-Python finds out what a flow is for, the first time, and does what C does not: transforms that it lacks,
-transport mode, an SPI that several SAs share. What comes out is what the portable path would make.
+Python decides about the first packet of a flow, and does what C does not: transforms that C lacks, transport
+mode, an SPI that several SAs share. The results are those of the portable path.
 """
 
 from __future__ import annotations
@@ -17,33 +17,35 @@ from typing import Any, Final, TypeVar
 from natcompat.errors import NatCompatError
 from natcompat.esp.datapath.compiled import ffi, lib
 from natcompat.esp.datapath.native_association import (
+    NOWHERE,
     RESULTS,
     NativeAssociation,
     NativeInbound,
     NativeOutbound,
     Register,
-    SharedKeyOutbound,
     endpoint_of,
+    pack_flow,
     unzeroed,
 )
+from natcompat.esp.engine import process
 from natcompat.esp.engine.association import UNLIMITED, Address, Association, Inbound, Link, Outbound
+from natcompat.esp.engine.data_path import Admission, Sealed, Way
 from natcompat.esp.engine.databases import AssociationDatabase, PolicyDatabase, PolicyEntry
+from natcompat.esp.engine.faults import FAULTS
 from natcompat.esp.engine.packet import Flow, FlowKey, expand, flow_key, runs
-from natcompat.esp.engine.portable import MOST_FLOWS, PortableDataPath, Sealed, Way
+from natcompat.esp.engine.portable import PortableDataPath
 from natcompat.esp.engine.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
 from natcompat.ipsec import Mode, SecurityAssociation
 
 _VIEW: Final = Struct("=QIIBBB5x")
 """struct esp_view"""
-_FLOW: Final = Struct("=16s16sHHBBxx")
-"""struct esp_flow"""
 if len(Reason) + 1 != lib.ESP_REASONS:
     raise ImportError("natcompat.esp.datapath.compiled was built from other sources; build it again")
 
 _NUMBERS: Final = {reason: number for number, reason in enumerate(Reason, 1)}
 _LARGEST: Final = UNLIMITED - 1
 _STANDING: Final = frozenset({Reason.NO_POLICY, Reason.DISCARD, Reason.BYPASS})
-"""Ways that C may go by itself, though no SA is there."""
+"""Reasons that C may give by itself: they hold until the policies change."""
 _MOST_REMEMBERED: Final = 4096
 """Addresses that packets came from, destinations that they go to."""
 
@@ -77,12 +79,12 @@ class NativeDataPath(PortableDataPath):
         self._others: Callable[[], Mapping[Reason, int]] = dict
         self._metered: dict[PolicyEntry, None] = {}
         self._peers: dict[Address, bytes] = {}
-        self._destinations: dict[tuple[int, int, int], Destination] = {}
+        self._destinations: dict[int, dict[tuple[int, int], Destination]] = {}  # by serial; class and DF
         super().__init__(associations, policies, report, acquire)
 
     @property
     def path(self) -> Any:
-        """What C has of it (`struct esp_path *`), for a loop in C; it may hold it longer than this object."""
+        """The C structure (`struct esp_path *`), for a loop in C, which may outlive this object."""
         return self._path
 
     def providers(self, sa: SecurityAssociation) -> str | None:
@@ -100,14 +102,14 @@ class NativeDataPath(PortableDataPath):
 
     def inbound(self, sa: SecurityAssociation, link: Link, sequence: int) -> Inbound:
         """Return an SA that opens packets."""
-        made = self._make(lib.esp_inbound_new, NativeInbound, sa, link, sequence, None)
-        return made or super().inbound(sa, link, sequence)
+        native = self._make(lib.esp_inbound_new, NativeInbound, sa, link, sequence, None)
+        return native or super().inbound(sa, link, sequence)
 
     def outbound(self, sa: SecurityAssociation, link: Link, sequence: int, permitted: int | None) -> Outbound:
         """Return an SA that seals packets."""
         made = self._make(lib.esp_outbound_new, NativeOutbound, sa, link, sequence, permitted)
         self._spare = max(self._spare, sa.tfc)
-        return made or SharedKeyOutbound(sa, link, sequence, permitted)
+        return made or super().outbound(sa, link, sequence, permitted)
 
     def _make(
         self,
@@ -118,7 +120,7 @@ class NativeDataPath(PortableDataPath):
         sequence: int,
         permitted: int | None,
     ) -> _N | None:
-        if self.providers(sa) is None or sa.encapsulation is None:
+        if self.providers(sa) is None:
             return None
         lifetime = sa.lifetime
         key, mac_key = (ffi.from_buffer("uint8_t[]", each) for each in (sa.encryption_key, sa.integrity_key))
@@ -157,13 +159,9 @@ class NativeDataPath(PortableDataPath):
         self._register.put(serial, association)
         return association
 
-    def counter(self, start: int) -> Any:
-        """Return a number that C counts up."""
-        return ffi.new("uint64_t *", start & _LARGEST)
-
     def forget(self, changed: Association | None = None) -> None:
-        """Find the ways of all flows again, and tell C who has an SPI now."""
-        metered, self._metered = self._metered, {}  # whoever learns from now on uses the new one
+        """Forget all decisions, and tell C which SA has an SPI now."""
+        metered, self._metered = self._metered, {}  # threads that learn from now on use the new one
         lib.esp_forget(self._path)
         metered.clear()  # from here on C writes into none of them
         self._destinations = {}
@@ -173,11 +171,16 @@ class NativeDataPath(PortableDataPath):
         if isinstance(changed, NativeAssociation) and changed.gone:
             self._register.give_back(changed.serial)
 
+    def moved(self, association: Association) -> None:
+        """Forget the destination of an SA whose peer has moved."""
+        if isinstance(association, NativeAssociation):
+            self._destinations.pop(association.serial, None)
+
     def _index(self, spi: int) -> None:
-        found = self._associations.inbound.get(spi, ())
-        only = found[0] if len(found) == 1 else None
+        candidates = self._associations.inbound.get(spi, ())
+        only = candidates[0] if len(candidates) == 1 else None
         state = only.state if isinstance(only, NativeInbound) else ffi.NULL
-        if not lib.esp_index(self._path, spi, state, bool(found)):
+        if not lib.esp_index(self._path, spi, state, bool(candidates)):
             raise MemoryError
 
     def counters(self) -> Mapping[Reason, int]:
@@ -188,7 +191,7 @@ class NativeDataPath(PortableDataPath):
         return dict(in_c + Counter(super().counters()) + Counter(self._others()))
 
     def count_also(self, others: Callable[[], Mapping[Reason, int]]) -> None:
-        """Let `counters` tell of what `others` returns, too: what a loop in C dropped."""
+        """Add the counts that `others` returns, those of a loop in C, to `counters`."""
         self._others = others
 
     def see_to_due(self) -> None:
@@ -196,7 +199,7 @@ class NativeDataPath(PortableDataPath):
         while serial := lib.esp_due_next(self._path):
             association = self._register.get(serial)
             if association is not None:
-                self._report(association)
+                self._report_due(association)
 
     # -- flows
 
@@ -208,16 +211,16 @@ class NativeDataPath(PortableDataPath):
         self._metered[entry] = None
         return entry.meter
 
-    def _admit(self, association: Inbound, key: FlowKey) -> tuple[Inbound, PolicyEntry | None] | None:
+    def _admit(self, association: Inbound, key: FlowKey) -> Admission:
         if not isinstance(association, NativeInbound):
             return super()._admit(association, key)
         generation = lib.esp_generation(self._path)  # before the databases are looked at
         flow = expand(key)
-        found = self._admission(association, flow)
-        meter = self._meter(found[1] if found else None)
-        verdict = 0 if found else _NUMBERS[Reason.SELECTOR]
-        lib.esp_admit(self._path, generation, _flow(flow), association.state, meter, verdict)
-        return found
+        admission = self._admission(association, flow)
+        meter = self._meter(admission.entry)
+        verdict = _NUMBERS[admission.dropped.reason] if admission.dropped else 0
+        lib.esp_admit(self._path, generation, pack_flow(flow), association.state, meter, verdict)
+        return admission
 
     def _find_way(self, key: FlowKey) -> Way:
         generation, ways = lib.esp_generation(self._path), self._ways
@@ -226,15 +229,13 @@ class NativeDataPath(PortableDataPath):
         association, entry, dropped = way
         if isinstance(association, NativeOutbound):
             meter = self._meter(entry)
-            lib.esp_way(self._path, generation, _flow(flow), association.state, meter, 0)
+            lib.esp_way(self._path, generation, pack_flow(flow), association.state, meter, 0)
             return way
         if association is None and dropped.reason in self._standing:
             meter, verdict = self._meter(entry), _NUMBERS[dropped.reason]
-            lib.esp_way(self._path, generation, _flow(flow), ffi.NULL, meter, verdict)
+            lib.esp_way(self._path, generation, pack_flow(flow), ffi.NULL, meter, verdict)
             return way
-        if len(ways) >= MOST_FLOWS:
-            ways.clear()
-        ways[key] = way
+        ways.learn(association or entry, key, way)
         return way
 
     # -- packets
@@ -242,22 +243,22 @@ class NativeDataPath(PortableDataPath):
     def open_burst(
         self, burst: Iterable[tuple[Packet, Address]], traffic_classes: Sequence[int] | None = None
     ) -> list[Opened | Dropped]:
-        """Return what each ESP packet of `burst` holds, in order."""
+        """Return the inner packet of each ESP packet of `burst`, or why there is none, in order."""
         now, items = time.time(), list(burst)
         if traffic_classes is not None and len(traffic_classes) != len(items):
             raise ValueError("traffic_classes: not as many as packets")
         packets = [packet for packet, _ in items]
         joined = bytearray().join(packets)
         lengths = array("I", map(len, packets))
-        peers = b"".join([self._peers.get(source) or self._peer(source) for _, source in items])
-        classes = None if traffic_classes is None else bytes([each & 0xFF for each in traffic_classes])
+        peers = b"".join([self._peer(source) for _, source in items])
+        classes = None if traffic_classes is None else bytes([field & 0xFF for field in traffic_classes])
         views = unzeroed("struct esp_view[]", len(items) or 1)
         data, sizes = ffi.from_buffer("uint8_t[]", joined), ffi.from_buffer("uint32_t[]", lengths)
         sources = ffi.from_buffer("struct esp_endpoint[]", peers)
         fields = ffi.NULL if classes is None else ffi.from_buffer("uint8_t[]", classes)
         window, start, done = memoryview(joined), 0, 0
         results: list[Opened | Dropped] = []
-        put, named = results.append, self._register.get
+        append, named = results.append, self._register.get
         while done < len(items):
             step = lib.esp_open_joined(
                 self._path,
@@ -272,20 +273,20 @@ class NativeDataPath(PortableDataPath):
             association, inner, sa = None, b"", None
             for serial, at, length, result, _, _ in _VIEW.iter_unpack(ffi.buffer(views, step * _VIEW.size)):
                 if result in RESULTS:
-                    put(RESULTS[result])
+                    append(RESULTS[result])
                 elif result != lib.ESP_UP:
                     association, inner = named(serial), bytes(window[start + at : start + at + length])
                     if association is None:
-                        put(DROPPED[Reason.NO_SA])  # it ended just now
+                        append(DROPPED[Reason.NO_SA])  # it ended just now
                         continue
                     sa = association.sa
                     if not result:
-                        put(_new(Opened, (inner, sa)))
+                        append(_new(Opened, (inner, sa)))
             if lib.esp_due_pending(self._path):
                 self.see_to_due()
             if len(results) < done + step:  # the last one waits for Python
                 if isinstance(association, Inbound) and sa is not None and result == lib.ESP_ADMIT:
-                    put(self._decide(association, sa, inner, now))
+                    append(self._decide(association, sa, inner, now))
                 else:
                     one = None if traffic_classes is None else [traffic_classes[len(results)]]
                     results += super().open_burst([items[len(results)]], one)
@@ -296,18 +297,19 @@ class NativeDataPath(PortableDataPath):
     def _decide(
         self, association: Inbound, sa: SecurityAssociation, inner: bytes, now: float
     ) -> Opened | Dropped:
-        """Return what becomes of an inner packet that `sa` brought, whose flow C does not know yet."""
-        key = flow_key(inner)
-        admitted = None if key is None else self._admit(association, key)
-        if admitted is None:
-            self.count([DROPPED[Reason.SELECTOR]])
-            return DROPPED[Reason.SELECTOR]
-        if admitted[1] is not None:
-            admitted[1].last_used = now
-        return Opened(inner, sa)
+        """Return the decision about an inner packet that `sa` brought, whose flow C does not know yet."""
+        dropped: Dropped | None = DROPPED[Reason.FAULT]
+        try:
+            dropped = self._enter(association, flow_key(inner), now)
+        except Exception as error:  # noqa: BLE001 - one bad packet costs one packet
+            FAULTS.note("deciding about a flow failed", type(error).__name__, error=error)
+        if dropped is None:
+            return Opened(inner, sa)
+        self.count((dropped,))
+        return dropped
 
     def admit(self, serial: int, inner: bytes, now: float) -> Opened | Dropped:
-        """Return what becomes of an inner packet that C opened by the SA with `serial` (ESP_ADMIT)."""
+        """Return the decision about an inner packet that C opened by the SA with `serial` (ESP_ADMIT)."""
         association = self._register.get(serial)
         if isinstance(association, Inbound):
             return self._decide(association, association.sa, inner, now)
@@ -315,17 +317,22 @@ class NativeDataPath(PortableDataPath):
         return DROPPED[Reason.NO_SA]
 
     def destination_of(self, serial: int, traffic_class: int, dont_fragment: bool) -> Destination | None:
-        """Return where a packet goes that C sealed by the SA with `serial`; None: it is over."""
-        return self._destination((serial, traffic_class, dont_fragment))
+        """Return the destination of a packet that C sealed by the SA with `serial`; None: it is over."""
+        return self._destination(serial, (traffic_class, dont_fragment))
 
     def _peer(self, source: Address) -> bytes:
-        if len(self._peers) >= _MOST_REMEMBERED:
-            self._peers.clear()
-        self._peers[source] = found = endpoint_of(source)
-        return found
+        try:
+            endpoint = self._peers.get(source)
+            if endpoint is None:
+                if len(self._peers) >= _MOST_REMEMBERED:
+                    self._peers.clear()
+                self._peers[source] = endpoint = endpoint_of(source)
+        except TypeError:  # not even hashable
+            return NOWHERE
+        return endpoint
 
     def seal_burst(self, burst: Iterable[Packet]) -> list[Sealed | Dropped]:
-        """Return the ESP packet for each inner packet of `burst`, in order."""
+        """Return the ESP packet for each inner packet of `burst`, or why there is none, in order."""
         now, packets = time.time(), list(burst)
         joined = b"".join(packets)
         lengths = array("I", map(len, packets))
@@ -335,8 +342,12 @@ class NativeDataPath(PortableDataPath):
         data, sizes = ffi.from_buffer("uint8_t[]", joined), ffi.from_buffer("uint32_t[]", lengths)
         output, start, done = ffi.buffer(sealed), 0, 0
         results: list[Sealed | Dropped] = []
-        put, known = results.append, self._destinations
+        append, last = results.append, 0
+        known: dict[tuple[int, int], Destination] = {}
         while done < len(packets):
+            if process.WORD[0] != self._process:  # a signal handler forked, and this is the child
+                results += [DROPPED[Reason.FORKED]] * (len(packets) - len(results))
+                break
             step = lib.esp_seal_joined(
                 self._path,
                 data + start,
@@ -350,11 +361,12 @@ class NativeDataPath(PortableDataPath):
             )
             for serial, at, length, result, *outer in _VIEW.iter_unpack(ffi.buffer(views, step * _VIEW.size)):
                 if result in RESULTS:
-                    put(RESULTS[result])
+                    append(RESULTS[result])
                 elif not result:
-                    key = serial, *outer
-                    destination = known.get(key) or self._destination(key)
-                    put(
+                    if serial != last:
+                        last, known = serial, self._destinations.get(serial) or {}
+                    destination = known.get((*outer,)) or self._destination(serial, (*outer,))
+                    append(
                         (output[at : at + length], destination)
                         if destination
                         else self._seal_alone(packets[len(results)], now)  # its SA ended just now
@@ -362,37 +374,27 @@ class NativeDataPath(PortableDataPath):
             if lib.esp_due_pending(self._path):
                 self.see_to_due()
             if len(results) < done + step:
-                put(self._seal_alone(packets[len(results)], now))
+                append(self._seal_alone(packets[len(results)], now))
             start += sum(lengths[done : done + step])
             done += step
         return results
 
     def _seal_alone(self, packet: Packet, now: float) -> Sealed | Dropped:
         ((key, run),) = runs([packet])
-        mine = self._seal_run(key, run, now)
-        self.count(mine)
-        return mine[0]
+        sealed = self._seal_run_safely(key, run, now)
+        self.count(sealed)
+        return sealed[0]
 
-    def _destination(self, key: tuple[int, int, int]) -> Destination | None:
-        serial, traffic_class, dont_fragment = key
+    def _destination(self, serial: int, outer: tuple[int, int]) -> Destination | None:
         association = self._register.get(serial)
         if not isinstance(association, Outbound):
             return None
-        if len(self._destinations) >= _MOST_REMEMBERED:
-            self._destinations.clear()
-        found = association.destination(traffic_class, bool(dont_fragment))
-        self._destinations[key] = found
-        return found
-
-
-def _flow(flow: Flow) -> Any:
-    size = 4 if flow.version == 4 else 16
-    packed = _FLOW.pack(
-        flow.source.to_bytes(size),
-        flow.destination.to_bytes(size),
-        flow.source_port,
-        flow.destination_port,
-        flow.version,
-        flow.protocol,
-    )
-    return ffi.from_buffer("struct esp_flow *", packed)
+        destinations = self._destinations.get(serial)
+        if destinations is None:
+            if len(self._destinations) >= _MOST_REMEMBERED:
+                self._destinations.clear()
+            destinations = self._destinations[serial] = {}
+        traffic_class, dont_fragment = outer
+        destination = association.destination(traffic_class, bool(dont_fragment))
+        destinations[outer] = destination
+        return destination

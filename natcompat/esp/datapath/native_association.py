@@ -1,28 +1,40 @@
-"""SAs whose state is in C. Each object owns what C has of it."""
+"""SAs whose state is in C. Each object owns its C structure."""
 
 from __future__ import annotations
 
 import os
 import threading
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from struct import Struct, error
 from typing import Any, Final
 
 from natcompat.esp.datapath.compiled import ffi, lib
-from natcompat.esp.engine.association import MOVED, UNLIMITED, Address, Association, Inbound, Link, Outbound
-from natcompat.esp.engine.portable_outbound import PortableOutbound
+from natcompat.esp.engine.association import (
+    MOVED,
+    UNLIMITED,
+    Address,
+    Association,
+    Inbound,
+    Link,
+    Outbound,
+    ports_of,
+)
+from natcompat.esp.engine.packet import Flow
 from natcompat.esp.engine.results import DROPPED, Destination, Dropped
 from natcompat.ipsec import Direction, IPAddress, SecurityAssociation, Usage
 
 ENDPOINT: Final = Struct("=16sHBx")
 """struct esp_endpoint"""
 
+_FLOW: Final = Struct("=16s16sHHBBxx")
+"""struct esp_flow"""
+
 NOWHERE: Final = ENDPOINT.pack(b"", 0, 0)
 
 RESULTS: Final = dict(enumerate(DROPPED.values(), 1))
-"""By the number that C gives a reason."""
+"""Reasons by their numbers in C."""
 
 unzeroed: Final = ffi.new_allocator(should_clear_after_alloc=False)
 
@@ -58,7 +70,7 @@ class NativeAssociation(Association):
 
     @property
     def state(self) -> Any:
-        """What C has of it, as long as this object is there."""
+        """The C structure (`struct esp_sa *`), valid as long as this object."""
         return self._state
 
     def _usage(self) -> Any:
@@ -68,8 +80,13 @@ class NativeAssociation(Association):
 
     @property
     def due(self) -> int:
-        """What the engine should see to."""
+        """Return what the engine has to act on: bits SOFT, HARD, MOVED."""
         return int(self._usage().due)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the newest authentic packet came from another address than that of the SA."""
+        return bool(self._usage().moved)
 
     @property
     def gone(self) -> bool:
@@ -78,12 +95,12 @@ class NativeAssociation(Association):
 
     @property
     def soft(self) -> bool:
-        """Whether it has reached a soft limit."""
+        """Whether this SA has reached a soft limit."""
         return bool(self._usage().soft)
 
     @property
     def serial(self) -> int:
-        """What packets of this SA are marked with."""
+        """The number with which C marks packets of this SA."""
         return int(self._usage().serial)
 
     @property
@@ -97,8 +114,8 @@ class NativeAssociation(Association):
         peer, own = sa.source, sa.destination
         if sa.direction is Direction.OUT:
             peer, own = own, peer
-        ports = self.encapsulation
-        places = _endpoint(peer, ports.remote_port), _endpoint(own, ports.local_port)
+        local_port, remote_port = ports_of(sa)
+        places = _endpoint(peer, remote_port), _endpoint(own, local_port)
         lib.esp_sa_place(self._state, *(ffi.from_buffer("struct esp_endpoint *", each) for each in places))
 
     def expire(self, *, hard: bool) -> None:
@@ -106,7 +123,7 @@ class NativeAssociation(Association):
         lib.esp_sa_expire(self._state, hard)
 
     def take_due(self) -> tuple[int, Address]:
-        """Return what is due and, with MOVED, the new (address, port); leave nothing."""
+        """Return the bits of `due`, and with MOVED the new (address, port); clear them."""
         moved_to = ffi.new("struct esp_endpoint *")
         due = lib.esp_sa_take_due(self._state, moved_to)
         if not due & MOVED:
@@ -122,16 +139,19 @@ class NativeAssociation(Association):
     def usage(self) -> Usage:
         """Return the counters."""
         now = self._usage()
+        last = now.last_used if now.packets else None
+        name = "last_sent" if self.sa.direction is Direction.OUT else "last_received"
         return Usage(
             packets=now.packets,
             octets=now.octets,
             added=now.added,
             first_used=now.first_used if now.packets else None,
-            last_used=now.last_used if now.packets else None,
+            last_used=last,
             replay_drops=now.replay_drops,
             window_drops=now.window_drops,
             integrity_drops=now.integrity_drops,
             sequence=now.sequence,
+            **{name: last},
         )
 
 
@@ -143,7 +163,7 @@ class NativeInbound(NativeAssociation, Inbound):
     def open_run(
         self, run: Sequence[bytes], source: Address, traffic_class: int, now: float
     ) -> list[bytes | Dropped]:
-        """Return the inner packet of the first of `run`: what a burst does, for one."""
+        """Return the inner packet of the first of `run`, as a burst would."""
         buffer = bytearray(run[0])
         one = ffi.new("struct esp_packet *")
         one.data, one.length, one.room = ffi.from_buffer(buffer), len(buffer), len(buffer)
@@ -158,17 +178,17 @@ class NativeOutbound(NativeAssociation, Outbound):
 
     __slots__ = ("_ivs",)
 
-    def draw_ivs(self, counter: Any) -> None:
-        """Take IVs from `counter`, which lives as long as this SA."""
-        self._ivs = counter
-        lib.esp_sa_draw_ivs(self._state, counter)
+    def draw_ivs(self, first: int) -> None:
+        """Count IVs from `first` on, modulo 2**64."""
+        self._ivs = ffi.new("uint64_t *", first % UNLIMITED)  # C counts it up as long as this SA lives
+        lib.esp_sa_draw_ivs(self._state, self._ivs)
 
     def permit(self, number: int) -> None:
         """Allow sequence numbers up to `number`."""
-        lib.esp_sa_permit(self._state, min(number, UNLIMITED - 1))
+        lib.esp_sa_permit(self._state, min(number, self.largest_number, UNLIMITED - 1))
 
     def seal_run(self, run: Sequence[bytes], now: float) -> list[tuple[bytes, Destination] | Dropped]:
-        """Return the ESP packet for the first of `run`: what a burst does, for one."""
+        """Return the ESP packet for the first of `run`, as a burst would."""
         return [self._seal(lib.esp_sa_seal, run[0], now)]
 
     def seal_dummy(self, length: int, now: float) -> tuple[bytes, Destination] | Dropped:
@@ -230,17 +250,15 @@ class Register:
         return found if self._taken[slot] == serial & 0xFFFF_FFFF else None
 
 
-class SharedKeyOutbound(PortableOutbound):
-    """An SA in Python whose key may be one that SAs in C have as well."""
-
-    __slots__ = ()
-
-    def draw_ivs(self, counter: Any) -> None:
-        """Take IVs from where C takes them."""
-        super().draw_ivs(ivs_of(counter))
-
-
-def ivs_of(counter: Any) -> Iterator[int]:
-    """Yield the IVs that C draws from `counter`."""
-    while True:
-        yield lib.esp_next_iv(counter)
+def pack_flow(flow: Flow) -> Any:
+    """Return a flow as C has it (`struct esp_flow *`)."""
+    size = 4 if flow.version == 4 else 16
+    packed = _FLOW.pack(
+        flow.source.to_bytes(size),
+        flow.destination.to_bytes(size),
+        flow.source_port,
+        flow.destination_port,
+        flow.version,
+        flow.protocol,
+    )
+    return ffi.from_buffer("struct esp_flow *", packed)

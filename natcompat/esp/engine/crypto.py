@@ -245,7 +245,8 @@ def make_cipher(encryption: Encr, encryption_key: Key, integrity: Integ, integri
             "Negotiate HMAC_SHA2_256_128, or an AEAD",
         )
     size = len(encryption_key) - encryption.salt_length
-    key, salt = Key(encryption_key[:size]), encryption_key[size:]
+    material = memoryview(encryption_key)  # a slice of bytes would be a copy that nobody overwrites
+    key, salt = Key(material[:size]), bytes(material[size:])
     try:
         return _make(encryption, key, salt, integrity, integrity_key)
     except UnsupportedAlgorithm as error:

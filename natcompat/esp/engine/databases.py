@@ -6,14 +6,16 @@ looking up needs none.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
 from typing import TypeAlias, TypeVar
 
-from natcompat.esp.engine.association import Association, Inbound, Link, Outbound, link_of
+from natcompat.esp.engine.association import Association, Inbound, Link, Outbound, Pair, link_of
 from natcompat.esp.engine.packet import Flow, address_of, matches
 from natcompat.ipsec import (
     Direction,
+    IPAddress,
     Mode,
     Policy,
     SaId,
@@ -27,76 +29,122 @@ _A = TypeVar("_A", bound=Association)
 
 
 class AssociationDatabase:
-    """SAs by SPI, which all but names them, and outbound ones by what links them to policies."""
+    """SAs by SPI, outbound SAs also by their links to policies and by their pairs.
+
+    Each step costs the same however many SAs there are.
+    """
 
     def __init__(self) -> None:
         self.inbound: dict[int, tuple[Inbound, ...]] = {}
         """Almost always one per SPI: this host chose it."""
         self._outbound: dict[int, tuple[Outbound, ...]] = {}
         self._linked: dict[Link, tuple[Outbound, ...]] = {}
+        self._paired: dict[Pair, tuple[Outbound, ...]] = {}
+        self._local: Counter[IPAddress] = Counter()
+        """Outer addresses of this host, by how many SAs have them."""
         self._count = 0
 
     def __len__(self) -> int:
         return self._count
 
     def __iter__(self) -> Iterator[Association]:
-        """Go through those that are here now, whatever comes and goes meanwhile."""
-        for found in (*self.inbound.values(), *self._outbound.values()):
-            yield from found
+        """Yield the SAs that are here now, also while others come and go."""
+        for associations in (*self.inbound.values(), *self._outbound.values()):
+            yield from associations
 
     def find(self, sa_id: SaId) -> Association | None:
-        """Return what is named `sa_id`."""
+        """Return the SA with the name `sa_id`, or None."""
         spi = sa_id.spi
-        found = (*self.inbound.get(spi, ()), *self._outbound.get(spi, ()))
-        return next((each for each in found if each.sa.sa_id == sa_id), None)
+        candidates = (*self.inbound.get(spi, ()), *self._outbound.get(spi, ()))
+        return next((association for association in candidates if association.sa.sa_id == sa_id), None)
 
     def add(self, association: Association) -> None:
-        """Put `association` in."""
+        """Add `association`, which becomes the newest."""
         self._count += 1
+        self._local[local_address(association.sa)] += 1
         if isinstance(association, Inbound):
-            _put(self.inbound, association.sa.spi, association)
+            _append(self.inbound, association.sa.spi, association)
         elif isinstance(association, Outbound):
-            _put(self._outbound, association.sa.spi, association)
-            _put(self._linked, association.link, association)
+            _append(self._outbound, association.sa.spi, association)
+            _append(self._linked, association.link, association)
+            _append(self._paired, association.pair, association)
 
     def remove(self, sa_id: SaId) -> Association | None:
-        """Take out what is named `sa_id`, and return it."""
+        """Remove the SA with the name `sa_id`, and return it; None: there is none."""
         association = self.find(sa_id)
-        self._count -= association is not None
+        if association is None:
+            return None
+        self._count -= 1
+        self._forget_address(association.sa)
         if isinstance(association, Inbound):
-            _take(self.inbound, sa_id.spi, association)
+            _discard(self.inbound, sa_id.spi, association)
         elif isinstance(association, Outbound):
-            _take(self._outbound, sa_id.spi, association)
-            _take(self._linked, association.link, association)
+            _discard(self._outbound, sa_id.spi, association)
+            _discard(self._linked, association.link, association)
+            _discard(self._paired, association.pair, association)
         return association
 
-    def move(self, association: Association, sa: SecurityAssociation, link: Link) -> None:
-        """Give `association`, which is in, the addresses of `sa`; it keeps its turn among those alike."""
-        before = association.link
-        if not isinstance(association, Outbound) or link == before:
-            association.place(sa, link)
-            return
-        _take(self._linked, before, association)
-        association.place(sa, link)
-        _put(self._linked, link, association)
+    def move(self, association: Association, sa: SecurityAssociation) -> None:
+        """Give `association` the addresses that the owner says; links and pairs follow them.
+
+        It keeps its turn among the SAs with the same link, unless the link changes.
+        """
+        link, pair = association.link, association.pair
+        self._forget_address(association.sa)
+        association.place(sa, link_of(sa))
+        association.settle()
+        self._local[local_address(sa)] += 1
+        if isinstance(association, Outbound):
+            if association.link != link:
+                _discard(self._linked, link, association)
+                _append(self._linked, association.link, association)
+            if association.pair != pair:
+                _discard(self._paired, pair, association)
+                _append(self._paired, association.pair, association)
+
+    def is_local(self, address: IPAddress) -> bool:
+        """Tell whether an SA has `address` as its outer address of this host."""
+        return address in self._local
+
+    def _forget_address(self, sa: SecurityAssociation) -> None:
+        address = local_address(sa)
+        self._local[address] -= 1
+        if not self._local[address]:
+            del self._local[address]
+
+    def answering(self, association: Association) -> tuple[Outbound, ...]:
+        """Return the outbound SAs to the peer of an inbound SA, as the owner installed both."""
+        return self._paired.get(association.pair, ())
 
     def outbound_for(self, entry: PolicyEntry, flow: Flow) -> Outbound | None:
-        """Return the newest SA of this policy that `flow` may take: the one that rekeying made last."""
+        """Return the newest SA of this policy that `flow` may pass: the one that rekeying made last."""
         link = entry.link
         if link[0] is Mode.TRANSPORT:
             link = (*link[:3], address_of(flow.version, flow.destination))
-        for each in reversed(self._linked.get(link, ())):
-            if allows(each.sa.selectors, flow):
-                return each
+        for association in reversed(self._linked.get(link, ())):
+            if allows(association.sa.selectors, flow):
+                return association
         return None
 
+    def serves(self, association: Outbound, entry: PolicyEntry, flow: Flow) -> bool:
+        """Tell whether `association` is an SA of this policy, and `flow` may pass it."""
+        link = entry.link
+        if link[0] is Mode.TRANSPORT:
+            link = (*link[:3], address_of(flow.version, flow.destination))
+        return association.link == link and allows(association.sa.selectors, flow)
 
-def _put(index: dict[_K, tuple[_A, ...]], key: _K, association: _A) -> None:
+
+def local_address(sa: SecurityAssociation) -> IPAddress:
+    """Return the outer address of this host."""
+    return sa.source if sa.direction is Direction.OUT else sa.destination
+
+
+def _append(index: dict[_K, tuple[_A, ...]], key: _K, association: _A) -> None:
     index[key] = (*index.get(key, ()), association)
 
 
-def _take(index: dict[_K, tuple[_A, ...]], key: _K, association: _A) -> None:
-    rest = tuple(each for each in index[key] if each is not association)
+def _discard(index: dict[_K, tuple[_A, ...]], key: _K, association: _A) -> None:
+    rest = tuple(other for other in index[key] if other is not association)
     if rest:
         index[key] = rest
     else:
@@ -104,9 +152,9 @@ def _take(index: dict[_K, tuple[_A, ...]], key: _K, association: _A) -> None:
 
 
 def allows(selectors: Iterable[TrafficSelector], flow: Flow) -> bool:
-    """Tell whether `flow` may pass an SA with these `selectors`; none: the policies decide."""
+    """Tell whether `flow` may pass an SA with these `selectors`; without any, every flow may."""
     selectors = tuple(selectors)
-    return not selectors or any(matches(each, flow) for each in selectors)
+    return not selectors or any(matches(selector, flow) for selector in selectors)
 
 
 class PolicyEntry:
@@ -121,7 +169,7 @@ class PolicyEntry:
         self.added: float = added
         self.last_used: float | None = None
         self.meter: Sequence[float] | None = None
-        """Where a data path that is not Python notes the same; 0: never."""
+        """`last_used` as the C data path writes it; 0: never."""
         self.acquired: float = float("-inf")
         """When an SA was last asked for, on the monotonic clock."""
         priority = default_priority(policy.selector) if policy.priority is None else policy.priority
@@ -151,7 +199,7 @@ class PolicyDatabase:
         self.clear()
 
     def clear(self) -> None:
-        """Take all out."""
+        """Remove all policies."""
         self._by_name: dict[tuple[Direction, TrafficSelector], PolicyEntry] = {}
         self._shapes: dict[Direction, dict[_Shape, dict[tuple[int, ...], tuple[PolicyEntry, ...]]]] = {
             direction: {} for direction in Direction
@@ -165,7 +213,7 @@ class PolicyDatabase:
         return self._by_name.get((policy.direction, policy.selector))
 
     def add(self, policy: Policy, now: float) -> None:
-        """Put `policy` in, in the place of one with its direction and selector."""
+        """Add `policy`, in the place of one with its direction and selector."""
         entry = PolicyEntry(policy, next(self._numbers), now)
         before = self._by_name.get((policy.direction, policy.selector))
         self._by_name[policy.direction, policy.selector] = entry
@@ -175,11 +223,11 @@ class PolicyDatabase:
         if shape in shapes:
             others = (other for other in shapes[shape].get(key, ()) if other is not before)
             shapes[shape][key] = tuple(sorted((*others, entry), key=_rank))
-        else:  # whoever is looking up goes over what was there before
+        else:  # another thread may be walking over the shapes as they were
             self._shapes[policy.direction] = {**shapes, shape: {key: (entry,)}}
 
     def remove(self, entry: PolicyEntry) -> None:
-        """Take out `entry`, which is in."""
+        """Remove `entry`, which is one of these."""
         policy = entry.policy
         del self._by_name[policy.direction, policy.selector]
         shape = _shape(policy.selector)
@@ -191,7 +239,11 @@ class PolicyDatabase:
         else:
             del shapes[shape][key]
         if not shapes[shape]:
-            self._shapes[policy.direction] = {each: shapes[each] for each in shapes if each != shape}
+            self._shapes[policy.direction] = {other: shapes[other] for other in shapes if other != shape}
+
+    def has_policies(self, direction: Direction) -> bool:
+        """Tell whether there is a policy of this direction."""
+        return bool(self._shapes[direction])
 
     def look_up(self, direction: Direction, flow: Flow) -> PolicyEntry | None:
         """Return the first policy for `flow`, by priority."""

@@ -1,63 +1,57 @@
-"""ESP in this process as one `natcompat.ipsec.IPsec`, and what carries packets through it.
+"""`EspEngine`: ESP in this process as one `natcompat.ipsec.IPsec`, and bursts of packets through it.
 
-Nothing here does I/O: who owns the sockets and the packet device calls `open_burst` and
-`seal_burst` and sends what comes out. Bursts are the seam behind which another data path may sit.
+The engine does no I/O: the owner of the sockets and of the packet device calls `open_burst` and `seal_burst`
+and sends the results.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from ipaddress import IPv4Interface, IPv6Interface, ip_address
+from ipaddress import ip_address
 from typing import Final, Self
 
 from natcompat.contract import NAT_KEEPALIVE
 from natcompat.errors import NatCompatError, get_logger
-from natcompat.esp.engine.association import HARD, MOVED, SOFT, Address, Association, Outbound
-from natcompat.esp.engine.control import KEEPALIVE, Control, Larval
-from natcompat.esp.engine.databases import PolicyEntry
-from natcompat.esp.engine.events import EspEvents
-from natcompat.esp.engine.packet import Flow, address_of
-from natcompat.esp.engine.portable import DataPath, DataPathFactory, PortableDataPath, Sealed
+from natcompat.esp.engine import process
+from natcompat.esp.engine.association import HARD, Address, Outbound
+from natcompat.esp.engine.data_path import DataPath, DataPathFactory, Sealed
+from natcompat.esp.engine.databases import allows
+from natcompat.esp.engine.endpoints import LocalEndpoints, not_local
+from natcompat.esp.engine.packet import Flow, expand, flow_key, inner_length
+from natcompat.esp.engine.portable import PortableDataPath
+from natcompat.esp.engine.reporting import Reporting
 from natcompat.esp.engine.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
+from natcompat.esp.engine.state import KEEPALIVE, Larval
 from natcompat.esp.engine.timer import Timer
-from natcompat.ipsec import (
-    Acquire,
-    Event,
-    Expire,
-    IPAddress,
-    MappingChange,
-    Mode,
-    SaId,
-    SecurityAssociation,
-    TrafficSelector,
-)
+from natcompat.ipsec import Action, Direction, IPAddress, SaId, SecurityAssociation
 
 _log = get_logger()
-
-ACQUIRE_INTERVAL: Final = 10.0
-"""Seconds between two acquires of one policy."""
 
 LONGEST_QUEUE: Final = 1024
 """Opened packets that wait for `received` where there is no `deliver`."""
 
 _MOST_PER_TICK: Final = 1000
+_LONGEST_DUMMY: Final = 64
+"""Bytes of payload of a dummy packet that is a keepalive; the length is random."""
+
+_BY_ACTION: Final = {Action.DISCARD: Reason.DISCARD, Action.BYPASS: Reason.BYPASS}
 
 
-class EspEngine(Control):
+class EspEngine(Reporting):
     """Security associations, policies, and the packets that go by them.
 
-    `deliver` takes the packets that `inbound` opened; without it they wait in `received`.
-    `transmit` takes what the engine sends of its own accord: (payload, destination) pairs,
-    NAT-keepalives. With `timer` a thread sees to lifetimes and keepalives as long as there are
-    any; without it the owner calls `tick`. `follow_mapping`: where an authentic packet of an SA
-    comes from is where its answers go, without asking (RFC 7296, 2.23); else it is only reported.
-    `datapath` makes what carries packets.
+    `deliver` takes the packets that `inbound` opened; without it they wait in `received`. `transmit` takes
+    packets that the engine sends of its own accord, as (payload, destination) pairs: NAT-keepalives and dummy
+    packets. With `timer` a thread acts on lifetimes and keepalives while there are any; without it the owner
+    calls `tick`. `follow_mapping`: answers go to the address that an authentic packet of the SA came from
+    (RFC 7296, 2.23); else a move is only reported. `raw_esp`: the owner carries ESP without UDP (protocol
+    50), so SAs may have no encapsulation; their packets have port 0. `silence`: seconds without an authentic
+    packet from a peer to whom this end sends, after which `PeerSilent` is reported; None: never. `datapath`
+    makes the data path.
 
     All methods may be called from any thread. A forked child has the object and cannot use it:
     two processes would use one nonce. Verbs raise EINVAL there, packets are dropped.
@@ -70,37 +64,27 @@ class EspEngine(Control):
         transmit: Callable[[list[Sealed]], object] | None = None,
         timer: bool = True,
         follow_mapping: bool = False,
+        raw_esp: bool = False,
+        silence: float | None = None,
         datapath: DataPathFactory = PortableDataPath,
     ) -> None:
         self._timer = Timer(self._run_timer) if timer else None
         super().__init__(
+            follow_mapping=follow_mapping,
+            silence=silence,
             keepalives=transmit is not None or not timer,
+            raw_esp=raw_esp,
             path=lambda associations, policies: datapath(associations, policies, self._report, self._acquire),
             wake_at=self._wake_timer,
         )
         self._deliver = deliver
         self._transmit = transmit
-        self._follow = follow_mapping
-        self._listeners: tuple[EspEvents, ...] = ()
-        self._acquires = 0
         self._received: deque[Opened] = deque()
-
-    def add_address(self, address: str | IPAddress | IPv4Interface | IPv6Interface) -> None:
-        """Raise EOPNOTSUPP: an engine without a device of its own assigns no inner addresses."""
-        raise NatCompatError(
-            errno.EOPNOTSUPP,
-            "this ESP engine has no device that could have an inner address",
-            'Use open_ipsec("userspace") with a TUN, or assign the address yourself',
-        )
-
-    def remove_address(self, address: str | IPAddress | IPv4Interface | IPv6Interface) -> None:
-        """Raise EADDRNOTAVAIL, likewise."""
-        raise NatCompatError(errno.EADDRNOTAVAIL, "this ESP engine has no inner addresses")
 
     # -- packets
 
     def open(self, packet: Packet, source: Address, traffic_class: int = 0) -> Opened | Dropped:
-        """Return what the ESP packet that came from `source` holds; never raises on bad packets.
+        """Return the inner packet of an ESP packet that came from `source`; never raises on bad packets.
 
         `traffic_class`: of the outer header, if the caller knows it; its ECN field goes inside.
         """
@@ -109,7 +93,7 @@ class EspEngine(Control):
     def open_burst(
         self, burst: Iterable[tuple[Packet, Address]], traffic_classes: Sequence[int] | None = None
     ) -> list[Opened | Dropped]:
-        """Return what each ESP packet of `burst` holds, in order, or why it holds nothing."""
+        """Return the inner packet of each ESP packet of `burst`, or why there is none, in order."""
         unusable = self._unusable()
         if unusable is None:
             return self._path.open_burst(burst, traffic_classes)
@@ -132,17 +116,109 @@ class EspEngine(Control):
         unusable = self._unusable()
         if unusable is not None:
             return unusable
-        association = self._find(sa_id)
-        if not isinstance(association, Outbound):
-            raise NatCompatError(errno.ESRCH, f"{sa_id} is no outbound SA")
+        association = self._find_outbound(sa_id)
         sealed = association.seal_dummy(length, time.time())
         if association.due:
             self._report(association)
         return sealed
 
+    def send_dummy(self, sa_id: SaId) -> None:
+        """Send a dummy packet by an outbound SA: a keepalive that the peer can authenticate (RFC 4303, 2.6).
+
+        A peer behind this end's NAT learns a new mapping from it, and drops it without a word. ESRCH: there
+        is no such outbound SA. EOPNOTSUPP: this engine has nothing to send with.
+        """
+        if self._transmit is None:
+            raise NatCompatError(
+                errno.EOPNOTSUPP, "this engine has nothing to send dummy packets with", "Use seal_dummy"
+            )
+        with self._usable():
+            sealed = self.seal_dummy(sa_id, secrets.randbelow(_LONGEST_DUMMY + 1))
+        if isinstance(sealed, Dropped):
+            self._path.count((sealed,))
+            raise NatCompatError(errno.ENOBUFS, f"no dummy packet left by {sa_id}: {sealed.reason.value}")
+        self._transmit([sealed])
+
+    def seal_with(self, sa_id: SaId, inner: Packet) -> list[Sealed] | Dropped:
+        """Return the ESP packet that carries `inner` by the named SA, whatever other SA is newer.
+
+        For answers to one of several peers that policies cannot tell apart, as two clients behind one NAT in
+        transport mode (RFC 3948, 5.2): `Opened.sa` says who asked. The policies decide as they do for `seal`:
+        the first that covers the packet has to be a PROTECT policy of this SA; without any the SA has to be
+        one that was added `without_policies`. ESRCH: there is no such outbound SA.
+        """
+        unusable = self._unusable()
+        if unusable is not None:
+            return unusable
+        association = self._find_outbound(sa_id)
+        packet, now = bytes(inner), time.time()
+        results = self._seal_with(association, packet, now)
+        if association.due:
+            self._report(association)
+        if isinstance(results, Dropped):
+            self._path.count((results,))
+            return results
+        return [results]
+
+    def _seal_with(self, association: Outbound, packet: bytes, now: float) -> Sealed | Dropped:
+        key = flow_key(packet) if inner_length(packet) == len(packet) > 0 else None
+        if key is None:
+            return DROPPED[Reason.MALFORMED]
+        flow = expand(key)
+        entry = self._policies.look_up(Direction.OUT, flow)
+        if entry is None:
+            if not association.without_policies:
+                return DROPPED[Reason.NO_POLICY]
+            if not allows(association.sa.selectors, flow):
+                return DROPPED[Reason.SELECTOR]
+        else:
+            entry.last_used = now
+            if entry.policy.action is not Action.PROTECT:
+                return DROPPED[_BY_ACTION[entry.policy.action]]
+            if not self._associations.serves(association, entry, flow):
+                return DROPPED[Reason.SELECTOR]
+        return association.seal_run([packet], now)[0]
+
+    def check_clear(self, packet: Packet) -> Dropped | None:
+        """Return why an inbound packet in the clear must be dropped; None: it may pass (RFC 4301, 5.2).
+
+        For devices that hand packets from the wire to applications themselves (queues). An IN policy that
+        protects or discards the packet forbids it, unless the policy is `optional`. Drops are counted.
+        """
+        unusable = self._unusable()
+        if unusable is None and self._policies.has_policies(Direction.IN):
+            data = bytes(packet)
+            key = flow_key(data) if 0 < inner_length(data) <= len(data) else None
+            unusable = DROPPED[Reason.MALFORMED] if key is None else self._check_clear(expand(key))
+        if unusable is not None:
+            self._path.count((unusable,))
+        return unusable
+
+    def _check_clear(self, flow: Flow) -> Dropped | None:
+        entry = self._policies.look_up(Direction.IN, flow)
+        if entry is None or entry.policy.action is Action.BYPASS:
+            return None
+        if entry.policy.action is Action.PROTECT and entry.policy.optional:
+            return None
+        return DROPPED[Reason.CLEARTEXT]
+
+    def protect_endpoints(
+        self,
+        endpoints: Iterable[tuple[IPAddress, int]],
+        is_local: Callable[[IPAddress], bool] = not_local,
+    ) -> None:
+        """Drop packets that an SA brings for the UDP sockets with these addresses and ports, from now on.
+
+        IKE and ESP-in-UDP do not travel inside ESP; Solaris drops them as well (kstat esp_nat_t_ipsec).
+        Dropped packets count as `Reason.ENDPOINT`. The unspecified address stands for every address of this
+        host: `is_local` is asked for the destination of a flow, once for each flow.
+        """
+        with self._usable():
+            self._path.protect_endpoints(LocalEndpoints(endpoints, is_local))
+
     def inbound(self, burst: list[tuple[memoryview, Address]]) -> None:
         """Take diverted ESP, as the `esp` of `natcompat.set_nat_t_endpoint`."""
-        opened = [each for each in self.open_burst(burst) if isinstance(each, Opened)]
+        opened = [result for result in self.open_burst(burst) if isinstance(result, Opened)]
         if self._deliver is not None:
             if opened:
                 self._deliver(opened)
@@ -153,7 +229,7 @@ class EspEngine(Control):
         self._path.count([DROPPED[Reason.QUEUE]] * (len(opened) - room))
 
     def received(self) -> list[Opened]:
-        """Return what `inbound` has opened since the last call, where there is no `deliver`."""
+        """Return the packets that `inbound` has opened since the last call, where there is no `deliver`."""
         with self._lock:
             packets = list(self._received)
             self._received.clear()
@@ -165,144 +241,41 @@ class EspEngine(Control):
 
     @property
     def path(self) -> DataPath:
-        """What carries packets by the databases."""
+        """The data path."""
         return self._path
 
     def count(self, reason: Reason, packets: int) -> None:
-        """Count `packets` that whoever carries them had to drop for `reason`."""
+        """Count packets that their carrier had to drop for `reason`."""
         if packets > 0:
             self._path.count([DROPPED[reason]] * packets)
 
     def outbound_sa(self, spi: int, destination: Destination) -> SecurityAssociation | None:
         """Return the SA that sealed a packet with `spi` to `destination`; None: it is gone."""
         with self._usable():
-            found = self._associations.find(SaId(spi=spi, destination=ip_address(destination[0])))
-            return found.sa if found is not None else None
+            association = self._associations.find(SaId(spi=spi, destination=ip_address(destination[0])))
+            return association.sa if association is not None else None
 
     def _unusable(self) -> Dropped | None:
-        if os.getpid() != self._pid:
+        if process.WORD[0] != self._process or self.is_copy:
             return DROPPED[Reason.FORKED]
         return DROPPED[Reason.CLOSED] if self._closed else None
-
-    # -- events
-
-    def events(self) -> EspEvents:
-        """Start listening for acquires, expiries and mapping changes."""
-        with self._usable():
-            listener = EspEvents(self._forget_listener, self._still_due)
-            self._listeners = (*self._listeners, listener)
-            return listener
-
-    def _forget_listener(self, listener: EspEvents) -> None:
-        with self._lock:
-            self._listeners = tuple(each for each in self._listeners if each is not listener)
-
-    def _emit(self, event: Event) -> None:
-        for listener in self._listeners:
-            listener.put(event)
-
-    def _still_due(self) -> list[Event]:
-        with self._usable():
-            for entry in self._policies:
-                entry.acquired = float("-inf")
-            return [
-                Expire(sa_id=each.sa.sa_id, reqid=each.sa.reqid, hard=False)
-                for each in self._associations
-                if each.soft
-            ]
-
-    def _acquire(self, entry: PolicyEntry, flow: Flow) -> bool:
-        """Tell whoever listens that `flow` needs an SA, not too often for one policy.
-
-        Returns True, and tells nobody, if there is one after all: it was just being moved.
-        """
-        policy, now = entry.policy, time.monotonic()
-        with self._lock:
-            if self._associations.outbound_for(entry, flow) is not None:
-                return True
-            if not self._listeners or now - entry.acquired < ACQUIRE_INTERVAL:
-                return False
-            entry.acquired = now
-            self._acquires += 1
-            sequence = self._acquires
-        addresses = [address_of(flow.version, flow.source), address_of(flow.version, flow.destination)]
-        selector = TrafficSelector(
-            source=addresses[0],
-            destination=addresses[1],
-            protocol=flow.protocol,
-            source_port=flow.source_port,
-            destination_port=flow.destination_port,
-        )
-        if policy.mode is Mode.TUNNEL and policy.source is not None and policy.destination is not None:
-            addresses = [policy.source, policy.destination]
-        self._emit(
-            Acquire(
-                source=addresses[0],
-                destination=addresses[1],
-                reqid=policy.reqid,
-                selector=selector,
-                sequence=sequence,
-            )
-        )
-        return False
-
-    def _report(self, association: Association) -> None:
-        """Act on what is due of `association`. Called without its lock."""
-        due, moved = association.take_due()
-        with self._lock:
-            sa = association.sa
-            if due & SOFT and not due & HARD:
-                self._emit(Expire(sa_id=sa.sa_id, reqid=sa.reqid, hard=False))
-            if due & HARD:
-                self._retire(association)
-                self._emit(Expire(sa_id=sa.sa_id, reqid=sa.reqid, hard=True))
-            if due & MOVED:
-                self._report_move(association, *moved)
-
-    def _report_move(self, association: Association, address: IPAddress, port: int) -> None:
-        sa, ports = association.sa, association.encapsulation
-        self._emit(
-            MappingChange(
-                sa_id=sa.sa_id,
-                reqid=sa.reqid,
-                old_address=sa.source,
-                old_port=ports.remote_port,
-                new_address=address,
-                new_port=port,
-            )
-        )
-        if not self._follow or address.version != sa.source.version:
-            return
-        # the policies stay as they are, so the links do
-        changed = replace(ports, remote_port=port)
-        self._move(association, replace(sa, source=address, encapsulation=changed), association.link)
-        for each in self._associations:
-            answer = each.sa
-            if (
-                isinstance(each, Outbound)
-                and (answer.reqid, answer.destination) == (sa.reqid, sa.source)
-                and each.encapsulation.remote_port == ports.remote_port
-            ):
-                with contextlib.suppress(NatCompatError):  # the name is taken: this one stays
-                    changed = replace(each.encapsulation, remote_port=port)
-                    moved_answer = replace(answer, destination=address, encapsulation=changed)
-                    self._move(each, moved_answer, each.link)
 
     # -- time
 
     def tick(self, now: float | None = None) -> list[Sealed]:
-        """Expire what is due, and return the keepalives that are: (payload, destination) pairs.
+        """Expire SAs that are due, and return the keepalives that are due: (payload, destination) pairs.
 
         `now` is on the monotonic clock. Only for engines without `timer`.
         """
         now = time.monotonic() if now is None else now
         keepalives: list[Sealed] = []
+        process.notice_restore()
         with self._usable():
             for _ in range(_MOST_PER_TICK):
                 item = self._deadlines.take(now)
                 if item is None:
                     break
-                if not self._meant(item):
+                if not self._still_meant(item):
                     continue
                 if isinstance(item, Larval):
                     del self._larval[item.sa_id.spi]
@@ -340,21 +313,21 @@ class EspEngine(Control):
             if keepalives and self._transmit is not None:
                 self._transmit(keepalives)
         except Exception:  # noqa: BLE001
-            if not self._closed:  # whatever the owner's function does, SAs must go on to expire
+            if not self._closed:  # SAs must go on to expire, even if the owner's function raises
                 _log.exception("sending NAT-keepalives failed")
         return self.next_deadline()
 
     # -- the end
 
     def close(self) -> None:
-        """Forget all SAs and policies, end the timer, close what listens. They lived in this object."""
-        if os.getpid() != self._pid:
+        """Forget all SAs and policies, wipe their keys, end the timer, and close all listeners."""
+        if self.is_copy:
             return
         with self._lock:
             if self._closed:
                 return
             super().flush_sas()
-            super().flush_policies()  # routes that follow them are closed by who has them
+            super().flush_policies()  # a subclass closes the routes that follow them
             self._closed = True
             listeners = self._listeners
         if self._timer is not None:

@@ -1,8 +1,4 @@
-"""The portable data path: bursts of packets in, bursts of packets or reasons out.
-
-`DataPath` is the seam. The engine keeps the databases and the rules; a path only carries packets by
-them. This one is pure Python on `cryptography`, and the reference for any other.
-"""
+"""The portable data path: pure Python on `cryptography`, and the reference for the path in C."""
 
 from __future__ import annotations
 
@@ -11,94 +7,28 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import ip_address
-from itertools import count, groupby, repeat
-from typing import Any, Final, NamedTuple, Protocol, TypeAlias
+from itertools import groupby, repeat
+from typing import Final
 
+from natcompat.esp.engine import process
 from natcompat.esp.engine.association import Address, Association, Inbound, Link, Outbound
 from natcompat.esp.engine.crypto import HEADER_LENGTH
+from natcompat.esp.engine.data_path import Admission, Sealed, Way
 from natcompat.esp.engine.databases import AssociationDatabase, PolicyDatabase, PolicyEntry, allows
+from natcompat.esp.engine.endpoints import LocalEndpoints
+from natcompat.esp.engine.faults import FAULTS
+from natcompat.esp.engine.flows import FlowMemory
 from natcompat.esp.engine.packet import LONGEST_RUN, Flow, FlowKey, expand, runs
 from natcompat.esp.engine.portable_inbound import PortableInbound
 from natcompat.esp.engine.portable_outbound import PortableOutbound
-from natcompat.esp.engine.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
+from natcompat.esp.engine.results import DROPPED, Dropped, Opened, Packet, Reason
 from natcompat.ipsec import Action, Direction, SecurityAssociation
-
-MOST_FLOWS: Final = 16384
-"""Flows whose way is remembered; more, and it is found again."""
 
 _new = tuple.__new__
 """Makes named tuples without their constructor, which takes twice as long."""
 
-Sealed: TypeAlias = tuple[bytes, Destination]
-
-
-class DataPath(Protocol):
-    """What carries packets, and keeps the state of SAs. Any thread may call it."""
-
-    def inbound(self, sa: SecurityAssociation, link: Link, sequence: int) -> Inbound:
-        """Return an SA that opens packets; all numbers up to `sequence` have been received."""
-        ...
-
-    def outbound(self, sa: SecurityAssociation, link: Link, sequence: int, permitted: int | None) -> Outbound:
-        """Return an SA that seals packets, from the number after `sequence` on."""
-        ...
-
-    def counter(self, start: int) -> Any:
-        """Return what counts IVs from `start` on, modulo 2**64, for `Outbound.draw_ivs`."""
-        ...
-
-    def open_burst(
-        self, burst: Iterable[tuple[Packet, Address]], traffic_classes: Sequence[int] | None
-    ) -> list[Opened | Dropped]:
-        """Return what each ESP packet of `burst` holds, in order."""
-        ...
-
-    def seal_burst(self, burst: Iterable[Packet]) -> list[Sealed | Dropped]:
-        """Return the ESP packet for each inner packet of `burst`, in order."""
-        ...
-
-    def forget(self, changed: Association | None = None) -> None:
-        """The databases have changed: what was derived from them is void.
-
-        `changed`: which SA it was that was added, moved or retired, if it was one.
-        """
-        ...
-
-    def hand_up_unprotected(self) -> None:
-        """Return every packet that no policy protects from `seal_burst`, rather than drop it on the way."""
-        ...
-
-    def count(self, results: Iterable[object]) -> None:
-        """Count the drops among `results`, made elsewhere."""
-        ...
-
-    def counters(self) -> Mapping[Reason, int]:
-        """Return how many packets went no further, by reason."""
-        ...
-
-
-DataPathFactory: TypeAlias = Callable[
-    [
-        AssociationDatabase,
-        PolicyDatabase,
-        Callable[[Association], None],
-        Callable[[PolicyEntry, Flow], bool],
-    ],
-    DataPath,
-]
-"""The databases; what is called with an SA of which something is due, and for packets without an SA."""
-
-
-class Way(NamedTuple):
-    """What becomes of the packets of an outbound flow."""
-
-    association: Outbound | None
-    entry: PolicyEntry | None
-    dropped: Dropped
-
-
 _ATTEMPTS: Final = 8
-"""How often a packet looks for its SA while that is moved or replaced."""
+"""How often the SA of a packet is looked up while SAs are moved or replaced."""
 
 
 class PortableDataPath:
@@ -117,6 +47,8 @@ class PortableDataPath:
         self._acquire = acquire
         self._drops: Counter[Reason] = Counter()
         self._lock = threading.Lock()
+        self._process = process.identity()
+        self._endpoints = LocalEndpoints()
         self.forget()
 
     def inbound(self, sa: SecurityAssociation, link: Link, sequence: int) -> Inbound:
@@ -127,14 +59,23 @@ class PortableDataPath:
         """Return an SA that seals packets."""
         return PortableOutbound(sa, link, sequence, permitted)
 
-    def counter(self, start: int) -> Any:
-        """Return an iterator without an end; no two threads get the same number from it."""
-        return count(start)
-
     def forget(self, changed: Association | None = None) -> None:
-        """Find the ways of all flows again. Who is finding one now keeps it to himself."""
-        self._admitted: dict[FlowKey, tuple[Inbound, PolicyEntry | None]] = {}
-        self._ways: dict[FlowKey, Way] = {}
+        """Forget all decisions. A thread that is deciding now puts its decision into the old memory."""
+        self._admitted: FlowMemory[tuple[Inbound, FlowKey], Admission] = FlowMemory()
+        self._ways: FlowMemory[FlowKey, Way] = FlowMemory()
+
+    def moved(self, association: Association) -> None:
+        """Do nothing: an SA knows its destination, and the decisions about flows are what they were."""
+
+    def protect_endpoints(self, endpoints: LocalEndpoints) -> None:
+        """Drop opened packets for the ports of `endpoints` from now on."""
+        self._endpoints = endpoints
+        self.forget()
+
+    def fault(self, kind: str, error: Exception) -> None:
+        """Count and log an error that a packet caused."""
+        self.count((DROPPED[Reason.FAULT],))
+        FAULTS.note(kind, type(error).__name__, error=error)
 
     def hand_up_unprotected(self) -> None:
         """Do nothing: this path returns what becomes of every packet."""
@@ -146,7 +87,7 @@ class PortableDataPath:
 
     def count(self, results: Iterable[object]) -> None:
         """Count the drops among `results`."""
-        dropped = [each.reason for each in results if isinstance(each, Dropped)]
+        dropped = [result.reason for result in results if isinstance(result, Dropped)]
         if dropped:
             with self._lock:
                 self._drops.update(dropped)
@@ -154,14 +95,14 @@ class PortableDataPath:
     def open_burst(
         self, burst: Iterable[tuple[Packet, Address]], traffic_classes: Sequence[int] | None = None
     ) -> list[Opened | Dropped]:
-        """Return what each ESP packet of `burst` holds, in order."""
+        """Return the inner packet of each ESP packet of `burst`, or why there is none, in order."""
         now = time.time()
         results: list[Opened | Dropped] = []
         run: list[bytes] = []
         spi, origin, outer = b"", (), 0
         classes: Iterable[int] = repeat(0) if traffic_classes is None else traffic_classes
-        for (each, source), traffic_class in zip(burst, classes, strict=traffic_classes is not None):
-            packet = each if isinstance(each, bytes) else bytes(each)
+        for (item, source), traffic_class in zip(burst, classes, strict=traffic_classes is not None):
+            packet = item if isinstance(item, bytes) else bytes(item)
             short = len(packet) < HEADER_LENGTH
             other = short or packet[:4] != spi or source != origin or traffic_class != outer
             if other or len(run) == LONGEST_RUN:
@@ -181,76 +122,111 @@ class PortableDataPath:
     ) -> None:
         """Open packets with one SPI, from one source, with one traffic class."""
         while run:
-            found = self._associations.inbound.get(int.from_bytes(run[0][:4]))
-            if found is None:
-                to += [DROPPED[Reason.NO_SA]] * len(run)
-                return
-            association = found[0] if len(found) == 1 else _choose(found, source)
-            opened = association.open_run(run, source, traffic_class, now)
-            sa = association.sa  # as it brought them, wherever it moves now
-            if association.due:
-                self._report(association)
-            for kind, results in groupby(opened, type):
-                if kind is Dropped:
-                    to.extend(results)  # type: ignore[arg-type]
-                    continue
-                for key, inner in runs(results):  # type: ignore[arg-type]
-                    dropped = self._enter(association, key, now)
-                    if dropped is None:
-                        to += [_new(Opened, (each, sa)) for each in inner]
-                    else:
-                        to += [dropped] * len(inner)
-            run = run[len(opened) :]
+            start = len(to)
+            try:
+                run = run[self._open_some(run, source, traffic_class, now, to) :]
+            except Exception as error:  # noqa: BLE001 - one bad packet costs one packet
+                FAULTS.note("opening an ESP packet failed", type(error).__name__, error=error)
+                del to[start:]
+                to.append(DROPPED[Reason.FAULT])
+                run = run[1:]
+
+    def _open_some(
+        self, run: list[bytes], source: Address, traffic_class: int, now: float, to: list[Opened | Dropped]
+    ) -> int:
+        """Open the first packets of `run`, and return how many."""
+        candidates = self._associations.inbound.get(int.from_bytes(run[0][:4]))
+        if candidates is None:
+            to += [DROPPED[Reason.NO_SA]] * len(run)
+            return len(run)
+        association = candidates[0] if len(candidates) == 1 else _choose(candidates, source)
+        opened = association.open_run(run, source, traffic_class & 0xFF, now)
+        sa = association.sa  # as it brought them, wherever it moves now
+        if association.due:
+            self._report_due(association)
+        for kind, results in groupby(opened, type):
+            if kind is Dropped:
+                to.extend(results)  # type: ignore[arg-type]
+                continue
+            for key, inner in runs(results):  # type: ignore[arg-type]
+                dropped = self._enter(association, key, now)
+                if dropped is None:
+                    to += [_new(Opened, (packet, sa)) for packet in inner]
+                else:
+                    to += [dropped] * len(inner)
+        return len(opened)
+
+    def _report_due(self, association: Association) -> None:
+        """Let the engine act on what is due of an SA; packets do not suffer from errors of that."""
+        try:
+            self._report(association)
+        except Exception as error:  # noqa: BLE001
+            self.fault("acting on an SA that is due failed", error)
 
     def _enter(self, association: Inbound, key: FlowKey | None, now: float) -> Dropped | None:
-        """Return why a flow that `association` brought may not enter."""
+        """Return why a flow that `association` brought may not enter; None: it may."""
         if key is None:
             return DROPPED[Reason.MALFORMED]
-        admitted: tuple[Inbound, PolicyEntry | None] | None = self._admitted.get(key)
-        if admitted is None or admitted[0] is not association:
-            admitted = self._admit(association, key)
-            if admitted is None:
-                return DROPPED[Reason.SELECTOR]
-        if admitted[1] is not None:
-            admitted[1].last_used = now
-        return None
+        admission = self._admitted.decisions.get((association, key)) or self._admit(association, key)
+        entry, dropped = admission
+        if entry is not None:
+            entry.last_used = now
+        return dropped
 
-    def _admit(self, association: Inbound, key: FlowKey) -> tuple[Inbound, PolicyEntry | None] | None:
-        """Return the SA and the policy that let the flow in, or None: it came by the wrong SA."""
+    def _admit(self, association: Inbound, key: FlowKey) -> Admission:
+        """Decide about a flow that `association` brought, and remember the decision."""
         admitted = self._admitted
-        found = self._admission(association, expand(key))
-        if found is not None:
-            if len(admitted) >= MOST_FLOWS:
-                admitted.clear()
-            admitted[key] = found
-        return found
+        admission = self._admission(association, expand(key))
+        admitted.learn(association, (association, key), admission)
+        return admission
 
-    def _admission(self, association: Inbound, flow: Flow) -> tuple[Inbound, PolicyEntry | None] | None:
-        if association.sa.selectors:
-            return (association, None) if allows(association.sa.selectors, flow) else None
+    def _admission(self, association: Inbound, flow: Flow) -> Admission:
+        """Decide whether `association` may bring `flow` (RFC 4301, 5.2).
+
+        The first IN policy by priority decides, whether or not the SA has selectors. As in XFRM, but for
+        three cases, in which this one drops: transport mode that no policy covers, transport mode under
+        BYPASS, and a policy without a reqid that covers an SA with one.
+        """
+        if not allows(association.sa.selectors, flow):
+            return _NOT_FOR_THIS_SA
         entry = self._policies.look_up(Direction.IN, flow)
-        if entry is None or entry.policy.action is not Action.PROTECT or entry.link != association.link:
-            return None
-        return association, entry
+        if entry is None:
+            if not association.without_policies:
+                return _NOT_FOR_THIS_SA
+        elif entry.policy.action is not Action.PROTECT or entry.link != association.link:
+            return _NOT_FOR_THIS_SA
+        if flow in self._endpoints:
+            return _FOR_AN_ENDPOINT
+        return Admission(entry, None)
 
     def seal_burst(self, burst: Iterable[Packet]) -> list[Sealed | Dropped]:
-        """Return the ESP packet for each inner packet of `burst`, in order."""
+        """Return the ESP packet for each inner packet of `burst`, or why there is none, in order."""
         now = time.time()
         results: list[Sealed | Dropped] = []
         for key, run in runs(burst):
             while run:
-                sealed = self._seal_run(key, run, now)
+                sealed = self._seal_run_safely(key, run, now)
                 results += sealed
                 run = run[len(sealed) :]
         self.count(results)
         return results
 
+    def _seal_run_safely(self, key: FlowKey | None, run: list[bytes], now: float) -> list[Sealed | Dropped]:
+        """Seal packets of one flow, at least one; one that raises costs itself."""
+        try:
+            return self._seal_run(key, run, now)
+        except Exception as error:  # noqa: BLE001 - one bad packet costs one packet
+            FAULTS.note("sealing a packet failed", type(error).__name__, error=error)
+            return [DROPPED[Reason.FAULT]]
+
     def _seal_run(self, key: FlowKey | None, run: list[bytes], now: float) -> list[Sealed | Dropped]:
-        """Seal packets of one flow, one at the least."""
+        """Seal packets of one flow, at least one."""
         if key is None:
             return [DROPPED[Reason.MALFORMED]] * len(run)
         for _ in range(_ATTEMPTS):
-            association, entry, dropped = self._ways.get(key) or self._find_way(key)
+            if process.WORD[0] != self._process:  # a signal handler forked, and this is the child
+                return [DROPPED[Reason.FORKED]] * len(run)
+            association, entry, dropped = self._ways.decisions.get(key) or self._find_way(key)
             if entry is not None:
                 entry.last_used = now
             if association is None:
@@ -262,7 +238,7 @@ class PortableDataPath:
                 return [dropped] * len(run)
             sealed = association.seal_run(run, now)
             if association.due:
-                self._report(association)
+                self._report_due(association)
             if sealed[0] is not DROPPED[Reason.NO_SA]:
                 return sealed
             self.forget()  # the SA ended while we held it
@@ -271,9 +247,7 @@ class PortableDataPath:
     def _find_way(self, key: FlowKey) -> Way:
         ways = self._ways
         way = self._way(expand(key))
-        if len(ways) >= MOST_FLOWS:
-            ways.clear()
-        ways[key] = way
+        ways.learn(way.association or way.entry, key, way)
         return way
 
     def _way(self, flow: Flow) -> Way:
@@ -288,11 +262,15 @@ class PortableDataPath:
         return Way(self._associations.outbound_for(entry, flow), entry, DROPPED[Reason.ACQUIRE])
 
 
-def _choose(found: tuple[Inbound, ...], source: Address) -> Inbound:
-    """Return the SA that the peer at `source` means, of several with one SPI and other destinations."""
+_NOT_FOR_THIS_SA: Final = Admission(None, DROPPED[Reason.SELECTOR])
+_FOR_AN_ENDPOINT: Final = Admission(None, DROPPED[Reason.ENDPOINT])
+
+
+def _choose(candidates: tuple[Inbound, ...], source: Address) -> Inbound:
+    """Return the SA of the peer at `source`, of several with one SPI and different destinations."""
     try:
         address = ip_address(str(source[0]).partition("%")[0])
-    except (ValueError, IndexError):
-        return found[0]
+    except (ValueError, IndexError, TypeError):
+        return candidates[0]
     address = getattr(address, "ipv4_mapped", None) or address
-    return next((each for each in found if each.sa.source == address), found[0])
+    return next((candidate for candidate in candidates if candidate.sa.source == address), candidates[0])

@@ -1,7 +1,7 @@
-"""The state of one SA in Python, and what it does with a packet.
+"""The state of an SA that both directions have in common, on the portable data path.
 
-Everything that changes does so under the lock of the SA. What concerns others (expiries, a new
-mapping) is noted in `due`, for the engine to act on when the lock is free.
+All of it changes under the lock of the SA. Expiries and a new mapping are noted in `due`; the engine acts on
+them when the lock is free.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from struct import Struct
-from typing import Final
+from typing import Final, NoReturn
 
 from natcompat.esp.engine import packet as packets
 from natcompat.esp.engine.association import (
@@ -33,8 +33,23 @@ INNER_VERSIONS: Final = {packets.IPV4: 4, packets.IPV6: 6}
 LARGEST_UDP_PAYLOAD: Final = {4: 65535 - 20 - 8, 6: 65535 - 8}
 
 
+class WipedCipher:
+    """The cipher of an SA that is over: nothing is sealed or opened any more, and no key is held."""
+
+    __slots__ = ()
+    iv_length = icv_length = 0
+    block_length = 1
+
+    def seal(self, prefix: bytes, plaintext: bytes, high: bytes) -> NoReturn:
+        """Refuse: an SA that is over looks at `gone` first."""
+        raise RuntimeError("this SA is over")
+
+    def open(self, packet: bytes, high: bytes) -> None:
+        """Return None: no packet is authentic."""
+
+
 class PortableAssociation(Association):
-    """What both directions have in common."""
+    """An SA whose state is in Python."""
 
     __slots__ = (
         "_esn",
@@ -79,7 +94,7 @@ class PortableAssociation(Association):
         self._esn, self._tunnel = sa.esn, sa.mode is Mode.TUNNEL
         self.gone = self.soft = False
         self.moved_to: Address = ()
-        """Where the newest authentic packet came from, if not from where it should."""
+        """Where the newest authentic packet came from, unless from the address of the SA."""
         self.due = 0
         self.packets = self.octets = 0
         self.replay_drops = self.window_drops = self.integrity_drops = 0
@@ -87,6 +102,11 @@ class PortableAssociation(Association):
         self.first_used: float | None = None
         self.last_used: float | None = None
         super().__init__(sa, link)
+
+    @property
+    def moved(self) -> bool:
+        """Whether the newest authentic packet came from another address than that of the SA."""
+        return bool(self.moved_to)
 
     def place(self, sa: SecurityAssociation, link: Link) -> None:
         """Take the addresses and ports of `sa`."""
@@ -97,10 +117,10 @@ class PortableAssociation(Association):
 
     @abstractmethod
     def _placed(self) -> None:
-        """Forget what was derived from the old place. The lock is held."""
+        """Derive again what depends on addresses and ports. The lock is held."""
 
     def _set_limits(self) -> None:
-        """Set the limits that come next: the soft ones, or when they are behind the hard ones."""
+        """Set the next limits: the soft ones, and once they are reached the hard ones."""
         lifetime = self.sa.lifetime
         packets, octets = lifetime.hard_packets or UNLIMITED, lifetime.hard_bytes or UNLIMITED
         if not self.soft:
@@ -109,7 +129,7 @@ class PortableAssociation(Association):
         self.next_packets, self.next_bytes = packets, octets
 
     def _ample(self, run: Sequence[bytes]) -> bool:
-        """Tell whether so much more reaches no limit."""
+        """Tell whether all of `run` stays below the next limit."""
         if self.packets + len(run) >= self.next_packets:
             return False
         return self.next_bytes == UNLIMITED or self.octets + sum(map(len, run)) < self.next_bytes
@@ -141,15 +161,16 @@ class PortableAssociation(Association):
             self._set_limits()
 
     def take_due(self) -> tuple[int, Address]:
-        """Return what is due and, with MOVED, the new (address, port); leave nothing."""
+        """Return the bits of `due`, and with MOVED the new (address, port); clear them."""
         with self.lock:
             due, self.due = self.due, 0
             return due, self.moved_to
 
     def retire(self) -> None:
-        """End this SA."""
+        """End this SA, and let go of its keys."""
         with self.lock:
             self.gone = True
+            self.cipher = WipedCipher()
 
     def usage(self) -> Usage:
         """Return the counters."""
@@ -164,4 +185,9 @@ class PortableAssociation(Association):
                 window_drops=self.window_drops,
                 integrity_drops=self.integrity_drops,
                 sequence=self.highest,
+                **self._last_packet(),
             )
+
+    @abstractmethod
+    def _last_packet(self) -> dict[str, float | None]:
+        """Return `last_used` under the name that the direction of this SA gives it in `Usage`."""

@@ -11,7 +11,9 @@ from natcompat.esp.engine.association import (
     Address,
     Inbound,
     Link,
+    ports_of,
 )
+from natcompat.esp.engine.faults import FAULTS
 from natcompat.esp.engine.portable_association import HEADER, INNER_VERSIONS, PortableAssociation
 from natcompat.esp.engine.replay import ReplayWindow
 from natcompat.esp.engine.results import DROPPED, Dropped, Reason
@@ -35,7 +37,7 @@ class PortableInbound(PortableAssociation, Inbound):
         super().__init__(sa, link)
 
     def _placed(self) -> None:
-        self._home: Address = (str(self.sa.source), self.encapsulation.remote_port)
+        self._home: Address = (str(self.sa.source), ports_of(self.sa)[1])
         self.moved_to = ()
         self.due &= ~MOVED
 
@@ -47,9 +49,9 @@ class PortableInbound(PortableAssociation, Inbound):
     def open_run(
         self, run: Sequence[bytes], source: Address, traffic_class: int, now: float
     ) -> list[bytes | Dropped]:
-        """Return the inner packets of `run`, near a limit of its first alone, up to one that moves the SA."""
+        """Return inner packets: of all `run`, of its first near a limit, or up to one that moves the SA."""
         results: list[bytes | Dropped] = []
-        put = results.append
+        append = results.append
         with self.lock:
             if self.gone:
                 return [DROPPED[Reason.NO_SA]]
@@ -69,16 +71,21 @@ class PortableInbound(PortableAssociation, Inbound):
                 if not newest:
                     reason = window.check(sequence)
                     if reason is not None:
-                        put(self._refuse(reason))
+                        append(self._refuse(reason))
                         continue
                 length = len(packet) - self._fixed
                 if length < 2 or length & self._remainder:
-                    put(self._refuse_length(length))
+                    append(self._refuse_length(length))
                     continue
-                plaintext = self.cipher.open(packet, high)
+                try:
+                    plaintext = self.cipher.open(packet, high)
+                except Exception as error:  # noqa: BLE001 - one bad packet costs one packet
+                    FAULTS.note("decrypting an ESP packet failed", type(error).__name__, error=error)
+                    append(DROPPED[Reason.FAULT])
+                    continue
                 if plaintext is None:
                     self.integrity_drops += 1
-                    put(DROPPED[Reason.INTEGRITY])
+                    append(DROPPED[Reason.INTEGRITY])
                     continue
 
                 # authentic from here on
@@ -88,19 +95,22 @@ class PortableInbound(PortableAssociation, Inbound):
                 used += 1
                 length = packets.payload_length(plaintext)
                 if length < 0:
-                    put(DROPPED[Reason.PADDING])
+                    append(DROPPED[Reason.PADDING])
                     continue
                 octets += length
                 next_header = plaintext[-1]
                 if next_header == packets.DUMMY:
-                    put(DROPPED[Reason.DUMMY])
+                    append(DROPPED[Reason.DUMMY])
                 elif self._tunnel:
-                    put(self._leave_tunnel(plaintext[:length], next_header, traffic_class))
+                    append(self._leave_tunnel(plaintext[:length], next_header, traffic_class))
                 else:
-                    put(self._leave_transport(plaintext[:length], next_header, traffic_class))
+                    append(self._leave_transport(plaintext[:length], next_header, traffic_class))
             if used:
                 self._use(used, octets, now)
         return results
+
+    def _last_packet(self) -> dict[str, float | None]:
+        return {"last_received": self.last_used}
 
     def _refuse(self, reason: Reason) -> Dropped:
         if reason is Reason.REPLAYED:
@@ -110,15 +120,16 @@ class PortableInbound(PortableAssociation, Inbound):
         return DROPPED[reason]
 
     def _refuse_length(self, length: int) -> Dropped:
-        """Judge by the length alone as the kernel does by the check value, which is there, but wrong."""
+        """Return the reason for a length: too short for a check value, or one that cannot be right."""
         if length < 0:
             return DROPPED[Reason.SHORT]
         self.integrity_drops += 1
         return DROPPED[Reason.INTEGRITY]
 
     def _leave_transport(self, payload: bytes, next_header: int, traffic_class: int) -> bytes:
-        sa, original = self.sa, self.encapsulation.original_address
+        sa = self.sa
         source, destination = sa.source, sa.destination
+        original = sa.encapsulation.original_address if sa.encapsulation else None
         payload = packets.fix_transport_checksum(next_header, payload, source, destination, original)
         return packets.join_for_transport(source, destination, next_header, payload, traffic_class)
 
@@ -135,17 +146,17 @@ class PortableInbound(PortableAssociation, Inbound):
         return inner
 
     def _notice(self, source: Address) -> None:
-        """Note a source that is not the SA's; `_home` becomes what is quick to compare with."""
+        """Note that an authentic packet came from `source`; `_home` becomes the source of the next ones."""
         try:
             address: IPAddress = ip_address(str(source[0]).partition("%")[0])
             port = int(source[1])
         except (ValueError, IndexError, TypeError):
-            return  # not a socket address: the caller does not want to know
+            return  # no socket address: this caller does not say where packets come from
         if isinstance(address, IPv6Address):
             address = address.ipv4_mapped or address
         self._home = source
         moved = (address, port)
-        if moved == (self.sa.source, self.encapsulation.remote_port):
+        if moved == (self.sa.source, ports_of(self.sa)[1]):
             self.moved_to = ()
             self.due &= ~MOVED
         elif moved != self.moved_to:

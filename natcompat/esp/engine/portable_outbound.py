@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import count
 
 from natcompat.esp.engine import packet as packets
 from natcompat.esp.engine.association import (
@@ -24,8 +25,8 @@ from natcompat.ipsec import SecurityAssociation
 class PortableOutbound(PortableAssociation, Outbound):
     """An SA that seals packets.
 
-    `permitted` is the highest sequence number that it may use now: the last one there is, unless the
-    owner reserves them bit by bit (`permit`).
+    `permitted` is the highest sequence number that may be used now: the last one of all, unless the owner
+    reserves them bit by bit (`permit`).
     """
 
     __slots__ = ("_destination", "_last", "_longest", "highest", "ivs", "permitted")
@@ -36,9 +37,9 @@ class PortableOutbound(PortableAssociation, Outbound):
     def __init__(
         self, sa: SecurityAssociation, link: Link, sequence: int, permitted: int | None = None
     ) -> None:
-        """`sequence`: the last number that is not to be used again. `permitted` None: all."""
+        """`sequence`: the last number that must not be used. `permitted` None: all numbers."""
         self.ivs: Iterator[int] | None = None
-        """The IVs for ciphers that count, modulo 2**64."""
+        """The IVs of ciphers that count, modulo 2**64; None for other ciphers."""
         self.highest = sequence
         self._last = 0xFFFF_FFFF_FFFF_FFFF if sa.esn else 0xFFFF_FFFF
         self.permitted = self._last if permitted is None else min(permitted, self._last)
@@ -52,20 +53,20 @@ class PortableOutbound(PortableAssociation, Outbound):
 
     @property
     def _padded(self) -> int:
-        """What the length of a plaintext is a multiple of, less 1: of a power of two."""
+        """The block size of plaintexts, a power of two, less 1."""
         return self._remainder | 3
 
-    def draw_ivs(self, counter: Iterator[int]) -> None:
-        """Take IVs from `counter` from now on."""
-        self.ivs = counter
+    def draw_ivs(self, first: int) -> None:
+        """Count IVs from `first` on, modulo 2**64."""
+        self.ivs = count(first)
 
     def permit(self, number: int) -> None:
-        """Allow sequence numbers up to `number`; what is allowed already stays so."""
+        """Allow sequence numbers up to `number`; numbers that are allowed already stay so."""
         with self.lock:
-            self.permitted = max(self.permitted, min(number, self._last))
+            self.permitted = max(self.permitted, min(number, self._last, self.largest_number))
 
     def seal_run(self, run: Sequence[bytes], now: float) -> list[tuple[bytes, Destination] | Dropped]:
-        """Return the ESP packets for `run`; near a limit, for its first packet alone."""
+        """Return the ESP packets for `run`; near a limit, for its first packet only."""
         first, payloads, left_out = run[0], run, 0
         if self._tunnel:
             next_header = packets.IPV4 if first[0] >> 4 == 4 else packets.IPV6
@@ -75,7 +76,7 @@ class PortableOutbound(PortableAssociation, Outbound):
                 return [DROPPED[split]]
             next_header, payload = split
             left_out = len(first) - len(payload)
-            payloads = [each[left_out:] for each in run]
+            payloads = [packet[left_out:] for packet in run]
         with self.lock:
             if self.gone:
                 return [DROPPED[Reason.NO_SA]]
@@ -83,7 +84,7 @@ class PortableOutbound(PortableAssociation, Outbound):
                 payloads = payloads[:1]
             octets = sum(map(len, payloads))
             if self.sa.tfc:
-                payloads = [each.ljust(self.sa.tfc, b"\0") for each in payloads]
+                payloads = [payload.ljust(self.sa.tfc, b"\0") for payload in payloads]
             if max(map(len, payloads)) > self._longest:
                 payloads, octets = payloads[:1], len(first) - left_out
             dropped = self._refused(len(payloads[0]))
@@ -92,7 +93,7 @@ class PortableOutbound(PortableAssociation, Outbound):
             destination = self._destination_of(first)
             sealed = self._seal(payloads, next_header)
             self._use(len(payloads), octets, now)
-        return [(each, destination) for each in sealed]
+        return [(packet, destination) for packet in sealed]
 
     def seal_dummy(self, length: int, now: float) -> tuple[bytes, Destination] | Dropped:
         """Return a dummy packet with `length` bytes of payload (RFC 4303, 2.6)."""
@@ -105,6 +106,9 @@ class PortableOutbound(PortableAssociation, Outbound):
             (sealed,) = self._seal([os.urandom(length)], packets.DUMMY)
             self._use(1, length, now)
             return sealed, self.destination(0, False)
+
+    def _last_packet(self) -> dict[str, float | None]:
+        return {"last_sent": self.last_used}
 
     def _refused(self, length: int) -> Dropped | None:
         """Return why not even one packet can be sealed; without a number left the SA is over."""
@@ -136,7 +140,7 @@ class PortableOutbound(PortableAssociation, Outbound):
         return sealed
 
     def _destination_of(self, inner: bytes) -> Destination:
-        """Return where the packet goes, and its outer DSCP, ECN and DF (RFC 4301, 5.1.2; RFC 6040, 4.1)."""
+        """Return the destination with outer DSCP, ECN and DF (RFC 4301, 5.1.2; RFC 6040, 4.1)."""
         sa = self.sa
         traffic_class, dont_fragment = packets.outer_fields(inner)
         if self._tunnel:
@@ -146,7 +150,7 @@ class PortableOutbound(PortableAssociation, Outbound):
         return self.destination(traffic_class, dont_fragment)
 
     def destination(self, traffic_class: int, dont_fragment: bool) -> Destination:
-        """Return where packets with these outer fields go."""
+        """Return the destination of packets with these outer fields."""
         last = self._destination
         if last is None or last.traffic_class != traffic_class or last.dont_fragment is not dont_fragment:
             last = self._destination = super().destination(traffic_class, dont_fragment)

@@ -1,4 +1,4 @@
-"""What comes out of the ESP engine: packets, or the reason why there is none."""
+"""Results of the ESP engine: packets, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ if TYPE_CHECKING:
     from natcompat.ipsec import SecurityAssociation
 
 Packet: TypeAlias = bytes | memoryview
-"""What goes in. What comes out is bytes."""
+"""A packet as it is given to the engine. Results are bytes."""
 
 
 class Reason(enum.Enum):
-    """Why a packet went no further; the values are the names of the counters."""
+    """Why a packet went no further; the values are the names of the counters.
+
+    The C data path numbers them in this order (`enum esp_result` in ffi/).
+    """
 
     SHORT = "short"
     """Inbound: too short for its SA."""
     NO_SA = "no_sa"
-    """Inbound: nobody has this SPI."""
+    """Inbound: there is no SA with this SPI."""
     REPLAYED = "replayed"
     """Inbound: the sequence number has been received already, or is none (0)."""
     TOO_OLD = "too_old"
@@ -34,17 +37,17 @@ class Reason(enum.Enum):
     MALFORMED = "malformed"
     """Both: the inner packet is no IP packet, or its lengths contradict each other."""
     SELECTOR = "selector"
-    """Inbound: authentic, but not what the SA is for (RFC 4301, 5.2)."""
+    """Both: the selectors of the SA, or the policies, do not let this SA carry the packet (RFC 4301, 5.2)."""
     ECN = "ecn"
     """Inbound: congestion met a packet that cannot be marked (RFC 6040, 4.2)."""
     NO_POLICY = "no_policy"
-    """Outbound: no policy is for this packet."""
+    """Outbound: no policy covers this packet."""
     DISCARD = "discard"
-    """Outbound: the policy says so."""
+    """Outbound: a DISCARD policy covers this packet."""
     BYPASS = "bypass"
-    """Outbound: the policy leaves it in the clear, so it is the caller's."""
+    """Outbound: the policy leaves the packet in the clear, so the caller sends it."""
     ACQUIRE = "acquire"
-    """Outbound: there is no SA yet; whoever listens to events has been told."""
+    """Outbound: there is no SA yet; listeners of events have been told."""
     SEQUENCE = "sequence"
     """Outbound: the sequence numbers of the SA are used up; it sends no more."""
     UNRESERVED = "unreserved"
@@ -56,9 +59,9 @@ class Reason(enum.Enum):
     TOO_BIG = "too_big"
     """Outbound: the result would not fit in a UDP datagram."""
     QUEUE = "queue"
-    """Inbound: nobody took the packets that came before."""
+    """Inbound: the queue is full of packets that the application has not taken."""
     FORKED = "forked"
-    """Both: this process is a fork of the one that opened the engine; two would use one nonce."""
+    """Both: this process is a copy of the one that made the engine; two would use one nonce."""
     CLOSED = "closed"
     """Both: the engine is closed."""
     DEVICE = "device"
@@ -66,13 +69,19 @@ class Reason(enum.Enum):
     NO_ENDPOINT = "no_endpoint"
     """Outbound: no endpoint has the local port of the SA, so nothing can carry the packet."""
     PATH_MTU = "path_mtu"
-    """Outbound: longer than the path takes; its sender has been told, if he could be."""
+    """Outbound: longer than the path takes; its sender has been told, where that is possible."""
     SEND = "send"
     """Outbound: the system did not send it, as when it had no room or no route."""
+    CLEARTEXT = "cleartext"
+    """Inbound: a packet in the clear that an IN policy wants protected or discarded."""
+    ENDPOINT = "endpoint"
+    """Inbound: authentic, and for the port of a socket with the option: IKE does not travel inside ESP."""
+    FAULT = "fault"
+    """Both: handling this packet failed with an error, which is in the log."""
 
 
 class Dropped(NamedTuple):
-    """No packet, for this reason."""
+    """A packet that went no further, and why."""
 
     reason: Reason
 
@@ -82,21 +91,21 @@ DROPPED: Final = {reason: Dropped(reason) for reason in Reason}
 
 
 class Opened(NamedTuple):
-    """An authentic inner packet, whole and by itself an IP packet, and the SA that brought it."""
+    """An authentic inner packet, a whole IP packet, and the SA that brought it."""
 
     inner: bytes
     sa: SecurityAssociation
 
 
 class Destination(tuple[str, int]):
-    """Where a packet goes: an address as `socket.sendto` takes it, and what its IP header shall say.
+    """The destination of a packet, as `socket.sendto` takes it, and the fields of its outer IP header.
 
-    Whoever owns the socket sets the traffic class (IP_TOS, IPV6_TCLASS) and the DF bit per packet.
+    The owner of the socket sets the traffic class (IP_TOS, IPV6_TCLASS) and the DF bit for each packet.
     """
 
     local_port: int
     source: str
-    """The address that it is to come from, as the SA says; empty: any."""
+    """The address that the packet comes from, as the SA says; empty: any."""
     traffic_class: int
     """DSCP and ECN of the outer header, as one octet."""
     dont_fragment: bool

@@ -21,11 +21,12 @@ from natcompat.commands.tunnel.reserve import Numbers, Reservations
 from natcompat.commands.tunnel.state import StateFile
 from natcompat.errors import NatCompatError
 from natcompat.esp import choice as datapaths
+from natcompat.esp.engine.data_path import DataPath
 from natcompat.esp.engine.engine import EspEngine
-from natcompat.esp.engine.portable import DataPath, PortableDataPath
+from natcompat.esp.engine.portable import PortableDataPath
 from natcompat.esp.engine.results import Dropped, Reason
 from natcompat.ipsec import Direction, SecurityAssociation
-from tests.support.esp import inner, policy, sa
+from tests.support.esp import another_process, inner, policy, sa
 
 if not hasattr(os, "fork"):
     pytest.skip("needs flock and directories that can be synced", allow_module_level=True)
@@ -40,7 +41,8 @@ class Run:
         self.complaints: list[str] = []
         self.associations = associations
         self.state = StateFile(path, create=not path.exists())
-        self.engine = EspEngine(timer=False, datapath=Run.make_path)
+        with another_process():  # a run is a process that was started again
+            self.engine = EspEngine(timer=False, datapath=Run.make_path)
         try:
             self.reservations = Reservations(
                 self.state,

@@ -32,6 +32,7 @@ from tests.support.esp import (
     NETWORKS,
     OUTER,
     TRANSFORMS,
+    another_process,
     ip_packet,
     keys,
     native_providers,
@@ -53,10 +54,10 @@ class Twins:
         self.now = 1e9
         self.reveal: Callable[[bytes], Any] = bytes
         """Returns what sealed packets have to have in common."""
-        self.engines = [
-            EspEngine(timer=False, datapath=PortableDataPath, **options),
-            EspEngine(timer=False, datapath=partial(NativeDataPath, provider=provider), **options),
-        ]
+        self.engines = []
+        for datapath in (PortableDataPath, partial(NativeDataPath, provider=provider)):
+            with another_process():  # both number their IVs alike
+                self.engines.append(EspEngine(timer=False, datapath=datapath, **options))
         self.listeners = [engine.events() for engine in self.engines]
 
     def _time(self) -> float:

@@ -13,10 +13,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.ciphers import aead
 
 from natcompat.errors import NatCompatError
-from natcompat.esp.engine.association import link_of
 from natcompat.esp.engine.engine import LONGEST_QUEUE, EspEngine
 from natcompat.esp.engine.portable import PortableDataPath
-from natcompat.esp.engine.portable_inbound import PortableInbound
 from natcompat.esp.engine.results import Dropped, Opened, Packet, Reason
 from natcompat.ipsec import (
     Direction,
@@ -85,14 +83,14 @@ def test_dummies_count_towards_a_lifetime() -> None:
 
 
 def test_more_flows_than_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("natcompat.esp.engine.portable.MOST_FLOWS", 10)
+    monkeypatch.setattr("natcompat.esp.engine.flows.MOST_FLOWS", 10)
     pair = Pair()
     for port in range(1, 35):
         packet = inner(payload=udp(source_port=port))
         assert pair.open(pair.seal(packet)[0]) == packet
     path = pair.near._path
     assert isinstance(path, PortableDataPath)
-    assert len(path._ways) <= 10
+    assert len(path._ways.decisions) <= 10
 
 
 # -- what is refused
@@ -111,11 +109,6 @@ def test_spis_are_unique_whatever_the_destination(engine: EspEngine) -> None:
     other = engine.allocate_spi("192.0.2.2", "192.0.2.9", minimum=0x4000, maximum=0x4002)
     assert {one, other} == {0x4001, 0x4002}
     assert engine.get_sa(engine.list_sas()[1].sa_id).packets == 0
-
-
-def test_without_encapsulation_there_is_no_state() -> None:
-    with pytest.raises(ValueError, match="encapsulation"):
-        PortableInbound(sa(Direction.IN, encapsulation=None), link_of(sa(Direction.IN)))
 
 
 def test_a_transform_that_openssl_was_built_without(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +220,8 @@ def test_inbound_delivers() -> None:
     pair = Pair()
     with EspEngine(timer=False, deliver=delivered.append) as far:
         far.add_sa(
-            sa(Direction.IN, source="192.0.2.1", destination="192.0.2.2", selectors=[INBOUND_SELECTOR])
+            sa(Direction.IN, source="192.0.2.1", destination="192.0.2.2", selectors=[INBOUND_SELECTOR]),
+            without_policies=True,
         )
         far.inbound([(memoryview(pair.seal(inner())[0]), pair.source), (memoryview(b"short"), pair.source)])
         far.inbound([(memoryview(b"short"), pair.source)])

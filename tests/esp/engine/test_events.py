@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from natcompat.esp.engine.engine import ACQUIRE_INTERVAL, EspEngine
+from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.events import LONGEST_QUEUE as MOST_EVENTS
+from natcompat.esp.engine.reporting import ACQUIRE_INTERVAL
 from natcompat.esp.engine.results import Reason
 from natcompat.ipsec import (
     Acquire,
@@ -79,12 +80,14 @@ def test_a_listener_that_does_not_read_is_told_what_it_missed(engine: EspEngine)
     with engine.events() as events:
         dying = engine.add_sa(sa(Direction.OUT, lifetime=Lifetime(soft_packets=1), spi=0x999))
         assert drop_reason(engine.seal(inner())) is None
+        ended = []
         for number in range(MOST_EVENTS + 5):
             arguments: dict[str, Any] = {"lifetime": Lifetime(hard_packets=1), "spi": 0x1000 + number}
             engine.add_sa(sa(Direction.OUT, **arguments))
             assert drop_reason(engine.seal(inner())) is None
+            ended.append(Expire(sa_id=sa(Direction.OUT, **arguments).sa_id, reqid=7, hard=True))
         assert select.select([events], [], [], 0)[0]
-        assert events.read() == [EventsLost(), Expire(sa_id=dying, reqid=7, hard=False)]
+        assert events.read() == [EventsLost(), *ended, Expire(sa_id=dying, reqid=7, hard=False)]
         assert not select.select([events], [], [], 0)[0]
         assert events.read() == []
 

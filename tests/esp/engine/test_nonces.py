@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
 import threading
-import traceback
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from natcompat.errors import NatCompatError
 from natcompat.esp.engine.engine import EspEngine
-from natcompat.esp.engine.nonces import MEMORY, Nonces
 from natcompat.esp.engine.results import Dropped, Reason
 from natcompat.ipsec import Direction, Encr, Integ
+from tests.support.children import in_a_child
 from tests.support.esp import Pair, inner, keys, only, policy, sa
 
 pytestmark = pytest.mark.usefixtures("datapath")
@@ -96,35 +91,6 @@ def test_keys_that_outlive_the_process() -> None:
     assert pair.near.list_sas() == []
 
 
-@given(st.lists(st.tuples(st.sampled_from(["attach", "detach"]), st.integers(0, 3)), max_size=60))
-def test_one_counter_per_key(steps: list[tuple[str, int]]) -> None:
-    nonces = Nonces(itertools.count)
-    users = [0] * 4
-    drawn: list[list[int]] = [[] for _ in users]
-    for what, key in steps:
-        if what == "attach":
-            ivs = nonces.attach(bytes([key]))
-            assert ivs is not None
-            drawn[key] += [next(ivs), next(ivs)]
-            users[key] += 1
-            assert nonces.attach(bytes([key]), start=5) is None
-        elif users[key]:
-            nonces.detach(bytes([key]))
-            users[key] -= 1
-    for numbers in drawn:
-        assert len(set(numbers)) == len(numbers)
-        assert numbers == sorted(numbers)
-
-
-def test_memory_of_keys_is_bounded() -> None:
-    nonces = Nonces(itertools.count)
-    for key in range(MEMORY + 100):
-        nonces.attach(key.to_bytes(8))
-        nonces.detach(key.to_bytes(8))
-    assert nonces.attach(bytes(8), start=1) is not None, "the first is forgotten"
-    assert nonces.attach((MEMORY + 99).to_bytes(8), start=1) is None, "the last is not"
-
-
 @pytest.mark.parametrize("transforms", [(Encr.AES_CBC, Integ.HMAC_SHA2_256_128), COUNTING[1]], ids=str)
 def test_equal_packets_never_look_alike(transforms: tuple[Encr, Integ]) -> None:
     pair = Pair(**keys(*transforms))
@@ -132,21 +98,6 @@ def test_equal_packets_never_look_alike(transforms: tuple[Encr, Integ]) -> None:
     packets = [pair.seal(inner())[0] for _ in range(500)]
     assert len({packet[8 : 8 + length] for packet in packets}) == 500
     assert len({packet[8 + length :][:16] for packet in packets}) == 500
-
-
-def in_a_child(check: Callable[[], object]) -> int:
-    """Run `check` in a forked child; return 0 if it returned, and print what it raised."""
-    pid = os.fork()
-    if pid:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    status = 1
-    try:
-        check()
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(status)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -209,31 +160,3 @@ def test_a_fork_while_another_thread_holds_every_lock() -> None:
         assert in_a_child(check) == 0
         release.set()
         thread.join()
-
-
-def test_keys_are_shown_nowhere() -> None:
-    """Not in errors, not in the text of what the engine hands out."""
-    secret = b"swordfish-swordfish!"
-    with EspEngine(timer=False) as engine:
-        engine.add_policy(policy(Direction.OUT))
-        sa_id = engine.add_sa(sa(Direction.OUT, encryption_key=secret))
-        texts = [repr(engine.list_sas()), repr(engine.get_sa(sa_id)), repr(vars(engine)), repr(sa_id)]
-        association = engine._find(sa_id)
-        texts += [repr(association), repr(getattr(association, "cipher", None))]
-        twice = sa(Direction.OUT, encryption_key=secret)
-        unknown = sa(
-            Direction.IN, **{**keys(Encr.AES_CBC, Integ.AES_XCBC_96), "encryption_key": secret + secret[:12]}
-        )
-        for refused in (twice, unknown):
-            with pytest.raises(NatCompatError) as caught:
-                engine.add_sa(refused)
-            trace = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
-            texts += [
-                str(frame.locals)
-                for frame in trace.stack
-                if os.path.join("natcompat", "esp") in frame.filename
-            ]
-            texts.append(str(caught.value))
-    assert len(texts) > 10
-    assert "sa" in "".join(texts)
-    assert not any("swordfish" in text for text in texts)

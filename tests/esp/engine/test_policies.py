@@ -135,6 +135,12 @@ def test_selectors_of_the_sa_or_the_policies() -> None:
         TrafficSelector(source="10.1.0.0/16", destination="10.2.0.0/16", protocol=17, destination_port=53),
     ]
     far.add_sa(sa(Direction.IN, source="192.0.2.1", destination="192.0.2.2", selectors=selectors))
+    assert pair.open(pair.seal(inner())[0]) is Reason.SELECTOR, "no policy covers it"
+    far.delete_sa(pair.expected)
+    far.add_sa(
+        sa(Direction.IN, source="192.0.2.1", destination="192.0.2.2", selectors=selectors),
+        without_policies=True,
+    )
     assert pair.open(pair.seal(inner())[0]) == inner()
     assert pair.open(pair.seal(inner())[0]) == inner(), "remembered"
     assert pair.open(pair.seal(other)[0]) is Reason.SELECTOR
@@ -175,7 +181,8 @@ def test_one_spi_at_two_addresses() -> None:
                 destination=f"203.0.113.{number}",
                 encryption_key=bytes([number]) * 20,
                 selectors=[INBOUND_SELECTOR],
-            )
+            ),
+            without_policies=True,
         )
     for number in (1, 2):
         with EspEngine(timer=False) as near:
