@@ -51,6 +51,7 @@ _MOST_SENDERS: Final = 1024  # whose counters are kept: each thread of C that re
 # Linux, include/uapi/linux/in.h and in6.h: only there does a backend hand back with a destination
 _IP_PKTINFO: Final = 8
 _IPV6_PKTINFO: Final = 50
+_PACKET_INFORMATION: Final = ((socket.IPPROTO_IP, _IP_PKTINFO), (socket.IPPROTO_IPV6, _IPV6_PKTINFO))
 _LAST_COUNT: Final = 0xFFFFFFFF
 
 
@@ -62,9 +63,9 @@ class Enveloped(NamedTuple):
     destination: Destination | None
 
     def restore_destination(self, ancillary: list[tuple[int, int, bytes]]) -> list[tuple[int, int, bytes]]:
-        """Return `ancillary` with the destination of the message, in place of that of the envelope."""
+        """Return `ancillary` with the destination of the message, or none, in place of the envelope's."""
         if self.destination is None:
-            return ancillary
+            return [item for item in ancillary if item[:2] not in _PACKET_INFORMATION]
         host, interface = self.destination
         restored = []
         for level, kind, data in ancillary:

@@ -77,6 +77,23 @@ def local_address(ancillary: Sequence[tuple[int, int, bytes]]) -> IPAddress | No
     return None
 
 
+def destination(ancillary: Sequence[tuple[int, int, bytes]]) -> tuple[str, int] | None:
+    """Return the local address, as text of the socket's family, and the index of the interface.
+
+    For the envelope that hands a message back (`natcompat.backends.hand_back`). None: the `ancillary` data do
+    not tell both.
+    """
+    for level, kind, data in ancillary:
+        with contextlib.suppress(struct.error):  # truncated
+            if level == socket.IPPROTO_IP and kind == _IP_PKTINFO:
+                interface, preferred, _ = struct.unpack_from("=i4s4s", data)
+                return (socket.inet_ntop(socket.AF_INET, preferred), interface) if interface else None
+            if level == socket.IPPROTO_IPV6 and kind == _IPV6_PKTINFO:
+                packed, interface = struct.unpack_from("=16si", data)
+                return (socket.inet_ntop(socket.AF_INET6, packed), interface) if interface else None
+    return None
+
+
 def source_address(family: int, address: IPAddress) -> Ancillary:
     """Return the ancillary data that sends a datagram of a `family` socket from the local `address`.
 

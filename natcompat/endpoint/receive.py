@@ -14,8 +14,9 @@ import socket
 import time
 from typing import TYPE_CHECKING, Any, Final
 
-from natcompat.backends.hand_back import OVERHEAD
+from natcompat.backends.hand_back import OVERHEAD, Enveloped
 from natcompat.backends.hand_back_way import open_way
+from natcompat.backends.local_address import ANCILLARY_SIZE, destination
 from natcompat.backends.system_calls import (
     Message,
     SystemCalls,
@@ -123,17 +124,17 @@ def discard_peeked(sock: Any, root: type[socket.socket], state: EndpointState) -
     the end of the queue in an envelope to the socket's own address.
     """
     try:
-        datagram, _, _, source = receive_now(root, sock, LARGEST_DATAGRAM, 0, 0)
+        datagram, ancillary, _, source = receive_now(root, sock, LARGEST_DATAGRAM, ANCILLARY_SIZE, 0)
     except BlockingIOError:
         return
     if not datagram.startswith(NON_ESP_MARKER):
         state.diversion.take([(memoryview(datagram), source)])
         return
     opened = state.open_envelope(datagram)
-    message, source, destination = opened or (datagram[MARKER_LENGTH:], source, None)
+    content = opened or Enveloped(datagram[MARKER_LENGTH:], source, destination(ancillary))
     try:
         with contextlib.closing(open_way(SystemCalls(sock, root))) as way:
-            way.send(state.diversion.hand_back.wrap(message, source, destination))
+            way.send(state.diversion.hand_back.wrap(*content))
     except OSError as error:
         state.diversion.error(f"an IKE message displaced by a peek could not be handed back: {error}")
 

@@ -17,6 +17,8 @@ import pytest
 from natcompat import Datagram, Keepalive, NatTEndpoint, set_nat_t_endpoint
 from natcompat.backends import local_address as module
 from natcompat.backends.local_address import is_bound_to, local_address, source_address
+from natcompat.endpoint.receive import discard_peeked
+from natcompat.endpoint.state import state_of
 from tests.support.linux import LINUX, ip, isolated, set_up, wait_until
 from tests.support.pairs import ESP, MARKER, NOISE, PEEK, Kind, eagain, outcome, ready
 from tests.support.steering import glued_or_early
@@ -160,6 +162,29 @@ def test_ike_that_was_handed_back_has_its_local_address(stack: contextlib.ExitSt
         _, source, local = server.endpoint.receive()
         assert (source, local) == (server.peer.getsockname(), ip_address(host))
     assert server.endpoint.stats().handed_back == len(HOSTS)
+
+
+def test_ike_displaced_by_a_peek_has_its_local_address(stack: contextlib.ExitStack) -> None:
+    server = Server(stack, Kind("in-line", "userspace:in-line"))
+    state = state_of(server.sock)
+    assert state is not None
+    server.send(HOSTS[0])
+    server.endpoint.receive()
+    for host in HOSTS:
+        server.peer.sendto(MARKER + b"IKE", (host, server.port))
+        discard_peeked(server.sock, socket.socket, state)
+        discard_peeked(server.sock, socket.socket, state)  # the envelope, too
+        assert server.endpoint.receive() == (b"IKE", server.peer.getsockname(), ip_address(host))
+
+
+def test_an_envelope_without_a_destination_tells_none(stack: contextlib.ExitStack) -> None:
+    """And not that of the envelope, which is an address of loopback."""
+    server = Server(stack, Kind("in-line", "userspace:in-line"))
+    state = state_of(server.sock)
+    assert state is not None
+    source = ("192.0.2.7", 500)
+    server.peer.sendto(state.diversion.hand_back.wrap(b"IKE", source), ("127.0.0.1", server.port))
+    assert server.endpoint.receive() == (b"IKE", source, None)
 
 
 def test_receive_keeps_size_flags_and_timeout(server: Server) -> None:
