@@ -16,6 +16,7 @@ import os
 import select
 import socket
 import sys
+import time
 from typing import Any
 
 from natcompat import open_ipsec, set_nat_t_endpoint
@@ -24,6 +25,7 @@ from natcompat.ipsec import Encr, Expire, IPsec, Lifetime, MappingChange
 
 PORT = 4500
 VIRTUAL = "10.9.0.10"
+LINGER = 2.0  # seconds that an old inbound SA stays: ESP under way may come after the IKE message about it
 IKE_SPI = bytes(range(8))  # IKE has one of each peer, in its header
 
 
@@ -38,6 +40,7 @@ class Peer:
         self.child: ChildSa | None = None
         self.old: ChildSa | None = None
         self.spi = 0
+        self.retired: list[tuple[float, ChildSa]] = []
 
     def send(self, **message: Any) -> None:
         """Send the stand-in for an IKE message."""
@@ -96,9 +99,21 @@ class Peer:
         elif isinstance(event, Expire) and not event.hard:
             print(f"time to rekey {event.sa_id}", flush=True)
 
+    def retire_old(self) -> None:
+        """Let the old CHILD_SA go on receiving for a while, and delete it then."""
+        if self.old is not None:
+            self.retired.append((time.monotonic() + LINGER, self.old))
+            self.old = None
+            print("rekeyed", flush=True)
+
+    def delete_retired(self) -> None:
+        """Delete the old CHILD_SAs whose time has come."""
+        while self.retired and self.retired[0][0] <= time.monotonic():
+            self.retired.pop(0)[1].delete()
+
     def close(self) -> None:
-        """Remove the SAs, and then the policies and the address."""
-        for child in (self.old, self.child):
+        """Remove the SAs and the policies. The address goes with IPsec."""
+        for child in (*(child for _, child in self.retired), self.old, self.child):
             if child is not None:
                 child.delete()
 
@@ -125,10 +140,8 @@ class Client(Peer):
             self.old, self.child = self.child, self.install(message, client=True, rekeys=self.child)
             self.old.rekeyed_by(self.child)
             self.send(kind="delete")
-        elif message["kind"] == "deleted" and self.old is not None:
-            self.old.delete()
-            self.old = None
-            print("rekeyed", flush=True)
+        elif message["kind"] == "deleted":
+            self.retire_old()
 
 
 class Gateway(Peer):
@@ -151,9 +164,7 @@ class Gateway(Peer):
         elif message["kind"] == "delete" and self.old is not None and self.child is not None:
             self.old.rekeyed_by(self.child)  # from now on this end sends on the new SA, too
             self.send(kind="deleted")
-            self.old.delete()
-            self.old = None
-            print("rekeyed", flush=True)
+            self.retire_old()
 
 
 def main() -> None:
@@ -176,7 +187,8 @@ def main() -> None:
 def loop(end: Client | Gateway, descriptor: int, events: Any) -> None:
     """Serve IKE, IPsec and the user at once."""
     while True:
-        ready, _, _ = select.select([end.sock, descriptor, sys.stdin], [], [])
+        ready, _, _ = select.select([end.sock, descriptor, sys.stdin], [], [], LINGER / 4)
+        end.delete_retired()
         if end.sock in ready:
             data, source = end.sock.recvfrom(65535)
             end.message(json.loads(data), source)

@@ -221,9 +221,9 @@ class ChildSa:
         """Let `new`, installed with ``rekeys=self``, send in place of this CHILD_SA.
 
         `new` takes over the policies. This one stops sending, and goes on receiving what is under way until
-        `delete`. The initiator of the rekey calls it when it has installed `new`, and `delete` when the peer
-        has answered its Delete. The responder calls it when the peer's Delete for the old SA (or the first
-        packet on the new one) arrives, then answers, then calls `delete`.
+        `delete`. The initiator of the rekey calls it when it has installed `new`; the responder calls it when
+        the peer's Delete for the old SA, or the first packet on the new one, arrives. Both call `delete` some
+        seconds after the Delete exchange, since ESP can come after an IKE message that was sent later.
 
         On an error (the new outbound SA cannot be installed) this CHILD_SA sends as before.
         """
