@@ -16,7 +16,8 @@ class Ownership:
     """
 
     def __init__(self) -> None:
-        self.maker = self._server = os.getpid()
+        self.maker: int = os.getpid()
+        self._server = self.maker
 
     def is_ours(self) -> bool:
         """Tell whether this process may change the kernel's socket; the heir of the maker may."""

@@ -70,8 +70,8 @@ class NativeCarrier(PortableCarrier):
         super().__init__(engine, device)
         if not isinstance(engine.path, NativeDataPath):
             raise TypeError("the carrier in C takes an engine with the data path in C")
-        self.threads = receiving_threads()
-        self.engines = max(self.engines, self.threads)
+        self.threads: int = receiving_threads()
+        self.engines: int = max(self.engines, self.threads)
         self._path = engine.path
         self.readers: set[_LoopReader] = set()
         self._finished = {**dict.fromkeys(_REASONS, 0), **dict.fromkeys(_SOCKET_REASONS, 0)}
