@@ -50,6 +50,9 @@ struct esp_view {
     uint8_t unused[5];
 };
 
+/* Returns a number that is this process's alone, also where a forked child has the same PID (PID namespaces). */
+uint64_t esp_process_stamp(void);
+
 /* Which library would do this transform: "ipsec-mb", "libcrypto", "ipsec-mb and libcrypto" (many packets at once and
  * few); NULL: Python has to. */
 const char *esp_provider(struct esp_path *path, int encryption, int integrity, size_t key_length);

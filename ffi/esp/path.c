@@ -1,15 +1,16 @@
 /* The path, and its SAs from their beginning to their end. */
 #include "esp/path_private.h"
 
+#include "esp/secret_private.h"
+
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
-#include <unistd.h>
 
 /* A forked child has a copy of everything, locks held by threads that it does not have included. */
 static bool foreign(const struct esp_path *path)
 {
-    return path->pid != getpid();
+    return path->maker != process_stamp();
 }
 
 struct esp_path *esp_path_new(const char *provider)
@@ -28,7 +29,7 @@ struct esp_path *esp_path_new(const char *provider)
         return NULL;
     }
     path->references = 1;
-    path->pid = getpid();
+    path->maker = process_stamp();
     path->provider = provider ? cipher->provider : NULL;
     path->spi_mask = FEWEST_SPIS - 1;
     path->generation = 1;
@@ -42,6 +43,11 @@ struct esp_path *esp_path_new(const char *provider)
     pthread_rwlock_init(&path->guard, &writers_first);
     pthread_rwlockattr_destroy(&writers_first);
     return path;
+}
+
+uint64_t esp_process_stamp(void)
+{
+    return process_stamp();
 }
 
 void esp_path_hold(struct esp_path *path)
@@ -86,6 +92,13 @@ static bool limits_new(struct limits **limits, const struct esp_parameters *para
     return *limits;
 }
 
+/* Bytes of an SA and its keys; `blocks`: of its replay window. */
+static size_t sa_size(const struct crypto_cipher *cipher, bool outbound, size_t blocks)
+{
+    return sa_key_size(cipher) + (outbound ? offsetof(struct esp_sa, out) + sizeof(((struct esp_sa *)NULL)->out)
+                                           : offsetof(struct esp_sa, in.window) + blocks * sizeof(uint64_t));
+}
+
 static struct esp_sa *sa_new(struct esp_path *path, const struct esp_parameters *parameters, bool outbound)
 {
     struct crypto_transform transform;
@@ -99,21 +112,17 @@ static struct esp_sa *sa_new(struct esp_path *path, const struct esp_parameters 
     if (!outbound && parameters->replay_window)   /* one block more than the window, in a ring of 2^n */
         for (blocks = 1; blocks * 64 < parameters->replay_window + 64; blocks *= 2)
             ;
-    /* all in one piece, the key first: that has to be aligned. With 8 bytes less than a multiple of the alignment
-     * the next piece is aligned as well, without a gap between them, as glibc puts 8 in front of each */
-    size_t key_size = sa_key_size(cipher), size = key_size, alignment = key_size < 64 ? 16 : 64;
-    size += outbound ? offsetof(struct esp_sa, out) + sizeof(((struct esp_sa *)NULL)->out)
-                     : offsetof(struct esp_sa, in.window) + blocks * sizeof(uint64_t);
-    void *memory;
-    if (posix_memalign(&memory, alignment, ((size + 8 + alignment - 1) & ~(alignment - 1)) - 8))
+    /* all in one piece, the key first: that has to be aligned */
+    size_t key_size = sa_key_size(cipher), size = sa_size(cipher, outbound, blocks);
+    void *memory = secret_new(size);
+    if (!memory)
         return NULL;
-    memset(memory, 0, size);
     struct esp_sa *sa = (struct esp_sa *)((uint8_t *)memory + key_size);
     if (!limits_new(&sa->limits, parameters)
         || !cipher->expand(memory, &transform, parameters->key, parameters->mac_key, parameters->mac_key_length)) {
         free(sa->limits);
         cipher->wipe(memory);
-        free(memory);
+        secret_free(memory, size);
         return NULL;
     }
     sa->cipher = cipher;
@@ -182,10 +191,13 @@ void esp_sa_free(struct esp_sa *sa)
     pthread_rwlock_unlock(&path->guard);
     pthread_mutex_unlock(&path->changes);
     path_forget_due(path, sa);
+    const struct crypto_cipher *cipher = sa->cipher;
     void *memory = sa_key(sa);
+    size_t blocks = sa->outbound || !sa->in.window_size ? 0 : sa->in.window_mask + 1u;
+    size_t size = sa_size(cipher, sa->outbound, blocks);
     free(sa->limits);
-    sa->cipher->wipe(memory);
-    free(memory);
+    cipher->wipe(memory);
+    secret_free(memory, size);
     esp_path_release(path);
 }
 

@@ -33,7 +33,7 @@ struct flows {
 
 struct esp_path {
     int references;
-    pid_t pid;
+    uint64_t maker;       /* the stamp of the process that may use it */
     const char *provider;
     uint64_t seed[2];
     pthread_mutex_t changes;
