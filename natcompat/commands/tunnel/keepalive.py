@@ -1,4 +1,4 @@
-"""Keeps a tunnel alive, and notices when its peer is gone.
+"""Keeps a tunnel alive, and notices when its peer is gone or has another key.
 
 Dummy packets (next header 59; RFC 4303, 2.6) are sent by idle outbound SAs. In contrast to NAT-keepalives
 they are authentic, so a peer that follows mappings learns a new one from them while no inner packet flows.
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Final, Protocol
 
 from natcompat.errors import NatCompatError, get_logger
-from natcompat.ipsec import Direction, Event, InstalledSA, PeerSilent, SaId
+from natcompat.ipsec import Direction, Event, InstalledSA, IntegrityFailure, PeerSilent, SaId
 
 DEFAULT_INTERVAL: Final = 20
 """Seconds without a packet after which a dummy packet is sent, where an SA has no nat_keepalive."""
@@ -36,7 +36,8 @@ class KeepAlive:
 
     `intervals`: seconds without a packet before a dummy packet, by SPI of the outbound SAs; others get none.
     `silence`: seconds without an authentic packet, although this end sent some, after which
-    `report` gets a `PeerSilent`; 0: never. `report` is called in the thread.
+    `report` gets a `PeerSilent`; 0: never. It gets an `IntegrityFailure` for the first of a series of packets
+    with a wrong check value; a series ends with an authentic packet. `report` is called in the thread.
     """
 
     def __init__(
@@ -54,6 +55,10 @@ class KeepAlive:
         self._began = time.time()
         self._reported: float | None = None
         """The time of the last authentic packet before the silence that was reported."""
+        self._counted: dict[int, tuple[int, int]] = {}
+        """Packets with a wrong check value and authentic ones, by SPI of the inbound SAs."""
+        self._failing: set[int] = set()
+        """SPIs of a series that has been reported."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="natcompat-tunnel-keepalive", daemon=True)
 
@@ -85,6 +90,9 @@ class KeepAlive:
                 self._send(sa.sa_id)
         if self._silence:
             self._judge(installed, now)
+        for sa in installed:
+            if sa.association is not None and sa.association.direction is Direction.IN:
+                self._judge_integrity(sa, sa.association.reqid)
 
     def _send(self, sa_id: SaId) -> None:
         try:
@@ -106,6 +114,20 @@ class KeepAlive:
             sa = max(outbound, key=lambda sa: last_sent(sa) or 0)
             reqid = sa.association.reqid if sa.association is not None else 0
             self._report(PeerSilent(sa_id=sa.sa_id, reqid=reqid, seconds=now - received))
+
+    def _judge_integrity(self, sa: InstalledSA, reqid: int) -> None:
+        """Report the first packet of a series whose check value is wrong."""
+        spi, failed, authentic = sa.sa_id.spi, sa.usage.integrity_drops or 0, sa.usage.packets
+        failed_before, authentic_before = self._counted.get(spi, (0, 0))
+        self._counted[spi] = failed, authentic
+        if failed > failed_before:
+            if spi not in self._failing:
+                self._failing.add(spi)
+                self._report(
+                    IntegrityFailure(sa_id=sa.sa_id, reqid=reqid, address=None, port=0, count=failed)
+                )
+        elif authentic > authentic_before:
+            self._failing.discard(spi)
 
     def _run(self) -> None:
         while not self._ended.is_set():

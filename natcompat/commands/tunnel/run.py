@@ -28,6 +28,7 @@ from natcompat.ipsec import (
     Events,
     Expire,
     InstalledSA,
+    IntegrityFailure,
     IPAddress,
     IPsec,
     MappingChange,
@@ -37,6 +38,8 @@ from natcompat.ipsec import (
 from natcompat.ipsec.describe import describe_sa
 
 _MOST_AT_ONCE = 64
+_ONE_SERIES = 10.0
+"""Seconds within which two reports of integrity failures of one SA are about the same series."""
 _log = get_logger()
 
 
@@ -217,6 +220,8 @@ class _Foreground:
     ) -> None:
         self._state = state
         self._noted: deque[Event] = deque()
+        self._failures: dict[int, float] = {}
+        """When an integrity failure was shown last, by SPI."""
         self._tunnel, self._side, self._sock = tunnel, side, sock
         self._signals, self._reporter = signals, reporter
         self._complaints: deque[str] = deque()
@@ -279,15 +284,23 @@ class _Foreground:
         return 128 + self._signals.number
 
     def _handle(self, event: Event) -> None:
-        log_event(event)
+        if isinstance(event, IntegrityFailure) and self._is_known(event):
+            return
         with self._signals.writing():
             self._reporter.event(event)
+        log_event(event)
         if isinstance(event, MappingChange) and self._tunnel.endpoint.follow_mapping:
             try:
                 self._side.follow(event)
                 self._remember(event)
             except NatCompatError as error:
                 self._warn(f"{error.strerror}. {error.remedy}")
+
+    def _is_known(self, event: IntegrityFailure) -> bool:
+        """Return whether this series was shown a moment ago: the engine and the counters report it both."""
+        now, before = time.monotonic(), self._failures.get(event.sa_id.spi, float("-inf"))
+        self._failures[event.sa_id.spi] = now
+        return now - before < _ONE_SERIES
 
     def _remember(self, event: MappingChange) -> None:
         """Keep the address of the peer for the next start."""

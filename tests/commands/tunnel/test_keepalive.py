@@ -136,6 +136,44 @@ def test_silence_is_reported_and_logged_with_its_causes(network: Topology, tmp_p
     assert "goes down with status 143" in text
 
 
+@pytest.mark.parametrize("datapath", DATAPATHS)
+def test_another_key_is_explained_at_both_ends(
+    network: Topology, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, datapath: str
+) -> None:
+    """One end sees packets that fail authentication, the other gets no answer; each says so, once."""
+    monkeypatch.setenv(datapaths.ENVIRONMENT_VARIABLE, datapath)
+    first, second = examples(tmp_path)
+    put(tmp_path / "wrong.key", "77" * 36)
+    edit(second, ("from-peer.key|to-peer.key", "from-peer.key"))
+    text = second.read_text()
+    inbound = text.index('direction = "in"')
+    put(
+        second,
+        text[:inbound] + re.sub(r'key_file = "[^"]*"', 'key_file = "wrong.key"', text[inbound:], count=1),
+    )
+    edit(first, ("^local_address", "silence = 2\nlocal_address"))
+    with (
+        tunnel(network, network.responder, second, "--create-state", "--log-level", "warning") as responder,
+        tunnel(network, network.initiator, first, "--create-state") as initiator,
+    ):
+        ping(network, network.initiator, FAR, "-W", "1", count=4)
+        silent = initiator.until("peer silent")
+        assert silent["spi"] == "0x00c0de01"
+        assert "the peer is down or has other keys" in next_line(initiator, "peer silent: ")
+        failure = responder.until("integrity failure")
+        assert (failure["spi"], failure["count"] >= 1) == ("0x00c0de01", True)
+        logged = next_line(responder, "WARNING integrity failure")
+        assert "usual causes: the peer has another key or other transforms" in logged
+
+
+def next_line(running: Any, words: str) -> str:
+    """Return the next line of the output that contains `words`."""
+    for line in running.process.stdout:
+        if words in line:
+            return str(line)
+    raise AssertionError(f"no line with {words!r}")
+
+
 # --- natcompat tunnel status -----------------------------------------------------------------------
 
 
