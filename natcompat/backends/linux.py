@@ -104,7 +104,7 @@ class _Attachment:
             self._bypassed = _bypass(sock)
             if self._bypassed:
                 undo.callback(undo_bypass, sock)
-            self.reason = features.put_filter(sock, filters.IKE_ONLY)
+            self.reason = features.put_filter(sock, filters.IKE_OUTSIDE_ESP)
             if not self.reason:
                 self._filtered = True
                 undo.callback(features.take_filter_off, sock)

@@ -24,6 +24,11 @@ SO_DETACH_REUSEPORT_BPF: Final = 68
 
 # include/uapi/linux/bpf_common.h and filter.h
 _LD_W_ABS: Final = 0x20
+_LD_H_ABS: Final = 0x28
+_LD_B_ABS: Final = 0x30
+_TAX: Final = 0x07
+_AND_K: Final = 0x54
+_JEQ_X: Final = 0x1D
 _LD_W_LEN: Final = 0x80
 _JEQ_K: Final = 0x15
 _JGE_K: Final = 0x35
@@ -50,6 +55,53 @@ IKE_ONLY: Final[Program] = (
 """Socket filter: passes datagrams that begin with the non-ESP marker, drops the others.
 
 It runs after decapsulation (UDP_ENCAP), so XFRM still gets its ESP.
+"""
+
+# offsets of a load: from the header of the network layer, of the link layer, and of the device's type
+_NETWORK: Final = (1 << 32) - 0x100000  # SKF_NET_OFF
+_LINK: Final = (1 << 32) - 0x200000  # SKF_LL_OFF
+_DEVICE_TYPE: Final = (1 << 32) - 0x1000 + 28  # SKF_AD_OFF + SKF_AD_HATYPE
+_ETHERNET, _LOOPBACK = 1, 772  # ARPHRD_*, include/uapi/linux/if_arp.h
+_BEHIND_LINK: Final = _LINK + 14  # ETH_HLEN
+
+IKE_OUTSIDE_ESP: Final[Program] = (
+    *IKE_ONLY[:1],
+    (_JEQ_K, 0, 23, 0),
+    (_LD_W_ABS, 0, 0, _DEVICE_TYPE),
+    (_JEQ_K, 1, 0, _ETHERNET),
+    (_JEQ_K, 0, 19, _LOOPBACK),
+    (_LD_B_ABS, 0, 0, _NETWORK),
+    (_AND_K, 0, 0, 0xF0),
+    (_JEQ_K, 8, 0, 0x40),
+    # IPv6: version, class and flow label are equal, and the length is not
+    (_LD_W_ABS, 0, 0, _BEHIND_LINK),
+    (_TAX, 0, 0, 0),
+    (_LD_W_ABS, 0, 0, _NETWORK),
+    (_JEQ_X, 0, 12, 0),
+    (_LD_H_ABS, 0, 0, _BEHIND_LINK + 4),
+    (_TAX, 0, 0, 0),
+    (_LD_H_ABS, 0, 0, _NETWORK + 4),
+    (_JEQ_X, 8, 9, 0),
+    # IPv4: the identification is equal, and the length is not
+    (_LD_W_ABS, 0, 0, _BEHIND_LINK + 4),
+    (_TAX, 0, 0, 0),
+    (_LD_W_ABS, 0, 0, _NETWORK + 4),
+    (_JEQ_X, 0, 4, 0),
+    (_LD_H_ABS, 0, 0, _BEHIND_LINK + 2),
+    (_TAX, 0, 0, 0),
+    (_LD_H_ABS, 0, 0, _NETWORK + 2),
+    (_JEQ_X, 0, 1, 0),
+    (_RET_K, 0, 0, _PASS),
+    (_RET_K, 0, 0, _DROP),
+)
+"""Socket filter: as `IKE_ONLY`, but drops IKE that came inside a transport-mode SA, as Solaris does.
+
+``xfrm4_transport_input()`` and ``xfrm6_transport_input()`` move the IP header over the ESP header and leave
+at least the first 8 bytes of the old one behind the Ethernet header. So the datagram came out of ESP if an IP
+header stands there with the same identification (IPv6: flow label) and another length. IKE of tunnel-mode SAs
+never gets here: the kernel drops it at a socket exempt from policies (``__xfrm_policy_check()``). Only links
+with an Ethernet header are examined. Where esp4_offload or esp6_offload receives, the kernel moves the
+Ethernet header, too, and the filter passes the datagram.
 """
 
 NO_RUNTS: Final[Program] = (
