@@ -72,7 +72,7 @@ class Aliases:
 def endpoint_state_of(sock: object) -> EndpointState | None:
     """Return the state of the endpoint that `sock` is, whether its class tells or not; else None."""
     state = state_of(sock)
-    if isinstance(state, EndpointState):  # else somebody else's attribute of that name
+    if isinstance(state, EndpointState):  # else an attribute of another library's
         return state
     aliases = _plain.get(id(sock))
     return aliases.state if aliases is not None and sock in aliases else None

@@ -135,6 +135,8 @@ class NatTEndpoint:
 
     def stats(self) -> Stats:
         """Return the counters."""
+        if self._state.in_child is not None:
+            self._state.in_child()
         counters = self._state.counters
         attachment = self._switch.attachment()
         sock = self._switch.aliases.any()

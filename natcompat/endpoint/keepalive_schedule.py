@@ -67,7 +67,7 @@ class Peer:
 
     def shortly_before(self, seconds: float) -> float:
         """Return `seconds`, less a random part of a tenth."""
-        return seconds * (1 - _JITTER * random.random())  # noqa: S311 - nobody gains by guessing it
+        return seconds * (1 - _JITTER * random.random())  # noqa: S311 - no secret
 
 
 class Schedule:

@@ -174,7 +174,7 @@ class Switch:
             self.state.enabled = False
             try:
                 self._detach(sock)
-            finally:  # whatever the kernel refuses to undo, the process ends its part
+            finally:  # where the kernel refuses to undo its part, the process ends its own
                 self._exemption.end(sock, owned=self._ownership.is_ours())
                 for undo in self._undo_at_close if self._ownership.is_ours() else ():
                     with contextlib.suppress(OSError):

@@ -1,6 +1,6 @@
 """A failed attach leaves the socket as it was; each step of each backend fails once.
 
-The faults are put in where the kernel would answer: one system call of the real ones raises, the
+The test injects the faults in place of the kernel: one of the real system calls raises, the
 others run. What is compared is all that can be seen of the socket and of the process afterwards.
 """
 
@@ -49,7 +49,7 @@ class Fault(OSError):
     """The error that the test injects."""
 
     def __init__(self) -> None:
-        super().__init__(errno.ENOMEM, "put in by the test")
+        super().__init__(errno.ENOMEM, "injected by the test")
 
 
 class Interruption(BaseException):
@@ -142,7 +142,7 @@ def test_a_failure_of_each_step_of_attaching_leaves_nothing(
                     break
                 assert isinstance(fault, OSError)
                 if endpoint.mode != strongest:
-                    assert "put in by the test" in endpoint.reason
+                    assert "injected by the test" in endpoint.reason
                     outcomes.append(endpoint.mode)
                 for payload in (KEEPALIVE, ESP):
                     peer.sendto(payload, at(sock))

@@ -44,13 +44,13 @@ for _ in range(5_000_000):  # should the test not end it
 @contextlib.contextmanager
 def flooded(port: int) -> Iterator[None]:
     """Another process floods `port` with ESP and keepalives."""
-    enemy = subprocess.Popen([sys.executable, "-c", _FLOOD, str(port), ESP.hex()])
+    flooder = subprocess.Popen([sys.executable, "-c", _FLOOD, str(port), ESP.hex()])
     try:
         yield
-        assert enemy.poll() is None, "the flood ended before the test"
+        assert flooder.poll() is None, "the flood ended before the test"
     finally:
-        enemy.kill()
-        enemy.wait()
+        flooder.kill()
+        flooder.wait()
 
 
 class Pair:

@@ -238,7 +238,7 @@ def test_threads_receive_with_the_local_address(server: Server) -> None:
     for thread in threads:
         thread.join()
     assert len(received) == 60
-    assert {(each.payload, str(each.local_address)) for each in received} == {
+    assert {(datagram.payload, str(datagram.local_address)) for datagram in received} == {
         (b"%d" % number, host) for number, host in enumerate(HOSTS)
     }
     assert not ready(server.peer)

@@ -205,6 +205,7 @@ def test_a_daemon_is_told_at_once_that_ipsec_has_ended(backend: str) -> None:
             lambda: app.sendto(b"IKE", peer.getsockname()),
             lambda: app.sendmsg([b"IKE"], [], 0, peer.getsockname()),
             lambda: endpoint.receive(),
+            endpoint.stats,
             lambda: endpoint.send(b"IKE", peer.getsockname()),
             lambda: endpoint.send_keepalive(peer.getsockname()),
             lambda: set_nat_t_endpoint(app),

@@ -243,21 +243,21 @@ def test_the_error_queue_returns_what_was_sent_without_the_marker(pair: Pair, si
     option = (socket.IPPROTO_IPV6, 25) if v6 else (socket.IPPROTO_IP, 11)  # IPV6_RECVERR, IP_RECVERR
     plain = pair.plain()
     deaf = pair.plain()
-    nobody = deaf.getsockname()
+    closed_port = deaf.getsockname()
     deaf.close()
     for sock in (plain, pair.app):
         sock.setsockopt(*option, 1)
-        sock.sendto(b"request", nobody)
+        sock.sendto(b"request", closed_port)
         until(partial(poll_error, sock))
     expected = plain.recvmsg(size, 500, socket.MSG_ERRQUEUE)
-    got = pair.app.recvmsg(size, 500, socket.MSG_ERRQUEUE)
-    assert got[0] == expected[0] == b"request"[:size]
-    assert got[2:] == expected[2:]
-    assert [item[:2] for item in got[1]] == [item[:2] for item in expected[1]]
-    assert struct.unpack_from("=I", got[1][0][2])[0] == errno.ECONNREFUSED
+    received = pair.app.recvmsg(size, 500, socket.MSG_ERRQUEUE)
+    assert received[0] == expected[0] == b"request"[:size]
+    assert received[2:] == expected[2:]
+    assert [item[:2] for item in received[1]] == [item[:2] for item in expected[1]]
+    assert struct.unpack_from("=I", received[1][0][2])[0] == errno.ECONNREFUSED
     # a keepalive, which has no marker, returns whole
     outcome(lambda: pair.app.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
-    pair.endpoint.send_keepalive(nobody)
+    pair.endpoint.send_keepalive(closed_port)
     until(lambda: poll_error(pair.app))
     assert pair.app.recvmsg(size, 500, socket.MSG_ERRQUEUE)[0] == b"\xff"
 
@@ -322,19 +322,19 @@ def test_peeks_and_receives_of_many_threads_lose_no_ike(pair: Pair) -> None:
     expected = {b"%d" % number for number in range(60)}
 
     def receive() -> list[bytes]:
-        got: list[bytes] = []
+        received: list[bytes] = []
         with contextlib.suppress(TimeoutError):
             while True:
                 pair.app.recv(100, PEEK)
-                got.append(pair.app.recv(100))
-        return got
+                received.append(pair.app.recv(100))
+        return received
 
     threads = [in_thread(receive) for _ in range(3)]
     for message in sorted(expected):
         pair.peer.sendto(ESP, pair.address)
         pair.ike(message)
-    got = [message for wait in threads for message in wait()]
-    assert sorted(got) == sorted(expected)
+    received = [message for wait in threads for message in wait()]
+    assert sorted(received) == sorted(expected)
     assert pair.endpoint.stats().esp == 60
 
 
@@ -370,12 +370,12 @@ def test_threads_receive_and_send_at_once_and_every_counter_is_exact(pair: Pair)
             pair.ike(b"%d" % number)
             # no queue may overflow
             until(partial(keeps_up, pair, number))
-        got = [message for wait in receivers for message in wait()]
+        received = [message for wait in receivers for message in wait()]
         for wait in senders:
             wait()
     finally:
         sys.setswitchinterval(switch)
-    assert sorted(got) == sorted(b"%d" % number for number in range(count * threads))
+    assert sorted(received) == sorted(b"%d" % number for number in range(count * threads))
     assert len(wire) == count * threads
     assert all(payload.startswith(MARKER) for payload in wire)
     stats = pair.endpoint.stats()

@@ -157,12 +157,12 @@ def test_a_daemon_with_select_and_blocking_receives_never_hangs_and_loses_nothin
     expected = [b"message %d" % number for number in range(200)]
 
     def daemon() -> list[bytes]:
-        got: list[bytes] = []
-        while len(got) < len(expected):
+        received: list[bytes] = []
+        while len(received) < len(expected):
             assert ready(pair.app, 10)
-            got.append(pair.app.recvfrom(4096)[0])
+            received.append(pair.app.recvfrom(4096)[0])
             pair.app.sendto(b"answer", pair.peer.getsockname())
-        return got
+        return received
 
     wait = in_thread(daemon)
     with flood(pair):
@@ -177,7 +177,7 @@ def test_a_daemon_with_select_and_blocking_receives_never_hangs_and_loses_nothin
 def test_in_line_a_selector_and_a_non_blocking_receive_find_every_ike(pair: Pair, selector: str) -> None:
     pair.app.setblocking(False)
     expected = [b"message %d" % number for number in range(50)]
-    got: list[bytes] = []
+    received: list[bytes] = []
     with getattr(selectors, selector)() as waiting:
         waiting.register(pair.app, selectors.EVENT_READ)
         for message in expected:
@@ -186,8 +186,8 @@ def test_in_line_a_selector_and_a_non_blocking_receive_find_every_ike(pair: Pair
             while waiting.select(0):
                 with contextlib.suppress(BlockingIOError):
                     while True:
-                        got.append(pair.app.recv(100))
-    assert got == expected
+                        received.append(pair.app.recv(100))
+    assert received == expected
 
 
 @pytest.fixture

@@ -250,13 +250,13 @@ def test_switching_under_threads_loses_and_mixes_no_datagrams(pair: Pair) -> Non
     over = threading.Event()
 
     def receive() -> list[bytes]:
-        got = []
+        received = []
         while True:
             try:
-                got.append(app.recvfrom(100)[0])
+                received.append(app.recvfrom(100)[0])
             except TimeoutError:
                 if over.is_set():
-                    return got
+                    return received
 
     def send() -> int:
         sent = 0
@@ -280,8 +280,8 @@ def test_switching_under_threads_loses_and_mixes_no_datagrams(pair: Pair) -> Non
             pair.switch_on(app)
             time.sleep(0.002)
     over.set()
-    got = [message for wait in receivers for message in wait()]
-    assert sorted(message.removeprefix(MARKER) for message in got) == sorted(expected)
+    received = [message for wait in receivers for message in wait()]
+    assert sorted(message.removeprefix(MARKER) for message in received) == sorted(expected)
     assert sender() > 0
     assert_on(pair, app)
 

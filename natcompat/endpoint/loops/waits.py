@@ -1,4 +1,4 @@
-"""Tasks that wait for a descriptor on an asyncio loop, and what that is on any loop (`Waits`)."""
+"""Tasks that wait for a descriptor: the protocol `Waits`, and its implementation on asyncio loops."""
 
 from __future__ import annotations
 

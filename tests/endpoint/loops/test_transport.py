@@ -45,8 +45,8 @@ class TestSelectorLoopOfAsyncio:
                 Receiver, sock=sock
             )
             if when != "before":
-                found = transport.get_extra_info("socket") if "get_extra_info" in when else sock
-                assert set_nat_t_endpoint(found, backend=backend, esp=take) is get_nat_t_endpoint(sock)
+                reported = transport.get_extra_info("socket") if "get_extra_info" in when else sock
+                assert set_nat_t_endpoint(reported, backend=backend, esp=take) is get_nat_t_endpoint(sock)
             expected = send_table(peer, sock.getsockname())
             await until(lambda: len(protocol.received) >= len(expected), "all IKE has come")
             assert protocol.received == [(message, peer.getsockname()) for message in expected]
