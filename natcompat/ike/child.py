@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, Self, TypeAlias
 
 from natcompat.contract import NAT_T_PORT
 from natcompat.errors import NatCompatError
-from natcompat.ike.keymat import split_keymat
+from natcompat.ike.keymat import as_key, split_keymat
 from natcompat.ike.nat import NatDetection
 from natcompat.ike.selectors import IkeSelector, policy_selectors
 from natcompat.ike.steps import add_policy, delete_present, failure_of, undo_quietly
@@ -145,7 +145,11 @@ class ChildSa:
         On an error nothing of it remains, and policies that were replaced are back. EPROTONOSUPPORT: `nat`
         says no UDP, and this IPsec has ESP in UDP only. ValueError: an argument cannot be.
         """
-        keymat = Key(keymat)  # a traceback that shows this frame shows no key
+        try:
+            keymat = as_key(keymat)
+        except TypeError:
+            keymat = Key()  # a traceback may show the local variables of this frame
+            raise
         keys = split_keymat(keymat, encryption, integrity, initiator=initiator, key_bits=key_bits)
         pairs = list(selectors)
         near, far = _end(local), _end(remote)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NoReturn, SupportsIndex
+from typing import Final, NoReturn, SupportsIndex
 
 from natcompat.ipsec import Encr, Integ, Key
+
+_NO_KEY: Final = Key()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,11 @@ def split_keymat(
 
     ValueError: `keymat` does not have exactly the length that the transforms take.
     """
-    keymat = Key(keymat)  # a traceback that shows this frame shows no key
+    try:
+        keymat = as_key(keymat)
+    except TypeError:
+        keymat = _NO_KEY  # a traceback may show the local variables of this frame
+        raise
     encryption, integrity = Encr(encryption), Integ(integrity)
     if key_bits is None:
         lengths: tuple[int, ...] = encryption.key_lengths
@@ -71,10 +77,20 @@ def split_keymat(
             f"keymat: {len(keymat)} bytes; {encryption.name} with {integrity.name} takes {expected}"
         )
     half = len(keymat) // 2
-    forward = Key(keymat[:length]), Key(keymat[length:half])
-    backward = Key(keymat[half : half + length]), Key(keymat[half + length :])
+    parts = memoryview(keymat)  # slices of bytes would be copies that nothing overwrites
+    forward = Key(parts[:length]), Key(parts[length:half])
+    backward = Key(parts[half : half + length]), Key(parts[half + length :])
     inbound, outbound = (backward, forward) if initiator else (forward, backward)
     return ChildKeys(*inbound, *outbound)
+
+
+def as_key(keymat: object) -> Key:
+    """Return key material as a `Key`, which no traceback, log or pickle shows. TypeError: it is not bytes."""
+    if not isinstance(keymat, (bytes, bytearray, memoryview)):
+        kind = type(keymat).__name__
+        del keymat  # a traceback may show the local variables of this frame
+        raise TypeError(f"keymat: bytes are wanted, not {kind}")
+    return Key(keymat)
 
 
 def _encryption_length(encryption: Encr, key_bits: int | None) -> int:

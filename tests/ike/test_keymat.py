@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pickle
 import traceback
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 
+from natcompat.esp.engine import EspEngine
 from natcompat.ike import keymat_length, split_keymat
 from natcompat.ipsec import Encr, Integ
+from tests.ike.children import Negotiated
 
 INTEGRITIES = [integrity for integrity in Integ if integrity is not Integ.NONE]
 TRANSFORMS = [
@@ -96,3 +101,20 @@ def test_keys_are_neither_shown_nor_pickled() -> None:
     assert "a5" not in repr(keys)
     with pytest.raises(TypeError, match="pickled"):
         pickle.dumps(keys)
+
+
+@pytest.mark.parametrize("install", [False, True], ids=["split_keymat", "ChildSa.install"])
+def test_a_key_of_the_wrong_type_is_not_told(install: bool) -> None:
+    """A traceback with local variables, as debuggers and error reporters make it, has no key in it."""
+    wrong: Any = "5ec2e7" * 12
+    with EspEngine(timer=False) as engine:
+        call: Callable[[], object] = partial(split_keymat, wrong, Encr.AES_GCM_16, initiator=True)
+        if install:
+            call = partial(Negotiated(keymat=wrong).install, engine, near=True)
+        with pytest.raises(TypeError, match="bytes are wanted, not str") as caught:
+            call()
+    frames = traceback.TracebackException.from_exception(caught.value, capture_locals=True)
+    inside = [frame for frame in frames.stack if "/natcompat/ike/" in frame.filename]
+    assert len(inside) >= 2
+    assert "5ec2e7" not in str([frame.locals for frame in inside])
+    assert "5ec2e7" not in str(caught.value)
