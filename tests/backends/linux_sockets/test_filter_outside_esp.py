@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import time
 from ipaddress import ip_address
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_ike_outside_of_esp_passes_by_every_kind_of_device(version: int, device:
 
 
 def sent_by_tun(sock: socket.socket, version: int) -> Any:
-    """Return a TUN that has brought IKE for `sock`: a device without a header of its own."""
+    """Return a TUN that has brought IKE to `sock`: a device whose packets have no header of a link."""
     from natcompat.esp.device.tun import TunDevice
 
     tun = TunDevice()
@@ -76,7 +77,10 @@ def sent_by_tun(sock: socket.socket, version: int) -> Any:
         ("198.18.1.2", "198.18.1.1") if version == 4 else ("2001:db8:19::2", "2001:db8:19::1")
     )
     segment = udp_segment(NON_ESP_MARKER + ike(1), source, destination, sock.getsockname()[1])
-    tun.write_burst([ip_packet(source, destination, segment)])
+    deadline = time.monotonic() + 10
+    while not readable(sock, 0.05):  # the kernel may not have the address at once
+        assert time.monotonic() < deadline
+        tun.write_burst([ip_packet(source, destination, segment)])
     return tun
 
 
