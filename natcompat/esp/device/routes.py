@@ -198,7 +198,7 @@ class DeviceRoutes:
 
     def _follow(self, destinations: Set[IPNetwork]) -> None:
         """Make the routes to `destinations` those that the policies want."""
-        addresses = [*self._device.addresses, *self._netlink.addresses()]
+        addresses = list(dict.fromkeys((*self._device.addresses, *self._netlink.addresses())))
         if addresses != list(self._addresses):
             self._addresses = {address: frozenset(covering(ip_network(address))) for address in addresses}
             destinations = destinations | self._policies.destinations()

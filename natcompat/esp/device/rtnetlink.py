@@ -37,6 +37,7 @@ _IFLA_IFNAME = 3  # linux/if_link.h
 _RT_SCOPE_LINK = 253
 _RT_SCOPE_NOWHERE = 255
 _FR_ACT_TO_TBL = 1  # linux/fib_rules.h, as all FRA_*
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
 _IFA_F_NODAD = 0x02  # linux/if_addr.h
 _IFF_UP = 0x1  # linux/if.h
 _NLM_F_REPLACE = 0x100  # linux/netlink.h
@@ -222,19 +223,22 @@ class Rtnetlink:
 
     def addresses_of(self, index: int) -> set[IPAddress]:
         """Return the addresses of an interface."""
-        return {
-            ip_address(message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
-            for message in self._dump("Listing the addresses", ifaddrmsg, _RTM_GETADDR)
-            if message["index"] == index
-        }
+        return {address for interface, address in self._all_addresses() if interface == index}
 
     def addresses(self) -> list[IPAddress]:
         """Return the addresses of this host, those of the loopback interface last."""
-        found = [
-            ip_address(message.get_attr("IFA_LOCAL") or message.get_attr("IFA_ADDRESS"))
-            for message in self._dump("Listing the addresses", ifaddrmsg, _RTM_GETADDR)
-        ]
-        return sorted(found, key=lambda each: each.is_loopback)
+        addresses = [address for _, address in self._all_addresses()]
+        return sorted(addresses, key=lambda address: address.is_loopback)
+
+    def _all_addresses(self) -> Iterator[tuple[int, IPAddress]]:
+        """Yield interfaces and addresses, as fast as it takes to do so for every policy."""
+        message = bytearray(HEADER.size + 8)
+        for answer in self._netlink.dump("Listing the addresses", message, _RTM_GETADDR):
+            values = {kind: answer[start:end] for kind, start, end in attributes(answer, HEADER.size + 8)}
+            packed = values.get(_IFA_LOCAL) or values.get(_IFA_ADDRESS)
+            if packed is not None and len(packed) in (4, 16):
+                index = int.from_bytes(answer[HEADER.size + 4 : HEADER.size + 8], sys.byteorder)
+                yield index, ip_address(packed)
 
     def add_rule(self, rule: Rule) -> None:
         """Put a rule in. EEXIST: there is one like it."""
