@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 
-from natcompat import Datagram, Keepalive, NatTEndpoint, set_nat_t_endpoint
+from natcompat import Datagram, Keepalive, NatTEndpoint, open_ipsec, set_nat_t_endpoint
 from natcompat.backends import local_address as module
 from natcompat.backends.local_address import is_bound_to, local_address, source_address
 from natcompat.endpoint.receive import discard_peeked
 from natcompat.endpoint.state import state_of
+from natcompat.esp.device.queue import QueueDevice
 from tests.support.linux import LINUX, ip, isolated, set_up, wait_until
 from tests.support.pairs import ESP, MARKER, NOISE, PEEK, Kind, eagain, outcome, ready
 from tests.support.steering import glued_or_early
+from tests.support.tunnel_ends import SPIS, install, question
 
 pytestmark = LINUX  # whose loopback interface has all addresses of 127.0.0.0/8
 
@@ -87,6 +89,21 @@ def test_answers_and_keepalives_leave_from_the_local_address(server: Server) -> 
         assert server.peer.recvfrom(100) == (b"\xff", (host, server.port))
     assert server.endpoint.stats().markers_inserted == len(HOSTS)
     assert server.endpoint.stats().keepalives_sent == len(HOSTS)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_esp_of_an_sa_leaves_from_the_local_address(stack: contextlib.ExitStack, host: str) -> None:
+    ipsec = stack.enter_context(open_ipsec("userspace", device="queue"))
+    assert isinstance(ipsec.device, QueueDevice)
+    server = Server(stack, Kind("userspace", "userspace"))
+    server.send(host)
+    _, source, local = server.endpoint.receive()
+    ports = {"local_port": server.port, "remote_port": source[1]}
+    install(ipsec, near=True, addresses=(str(local), source[0]), **ports)
+    ipsec.device.put(question())
+    packet, sender = server.peer.recvfrom(2000)
+    assert packet.startswith(SPIS[0].to_bytes(4, "big"))
+    assert sender == (host, server.port)
 
 
 def test_repeated_keepalives_leave_from_the_local_address(server: Server) -> None:

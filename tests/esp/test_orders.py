@@ -10,7 +10,6 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import pytest
 
@@ -89,8 +88,8 @@ class Tunnel:
         else:
             getattr(self, f"add_{step}")(self.ipsec)
 
-    def add_address(self, ipsec: Any) -> None:
-        ipsec.device.add_address(f"{INNER}/32")
+    def add_address(self, ipsec: UserspaceIPsec) -> None:
+        ipsec.add_address(f"{INNER}/32")
 
     def add_SA(self, ipsec: UserspaceIPsec) -> None:  # noqa: N802 - the name of the step
         ipsec.add_sa(
