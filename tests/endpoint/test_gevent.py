@@ -268,6 +268,22 @@ class TestCooperation:
             pair.sock.recvfrom(100)
 
 
+def test_receive_tells_the_local_address_and_send_uses_it(pair: Pair) -> None:
+    def send() -> None:
+        gevent.sleep(0.01)
+        for payload in (ESP, NAT_KEEPALIVE, NON_ESP_MARKER + b"IKE"):
+            pair.peer.sendto(payload, pair.address)
+
+    with others() as turns:
+        gevent.spawn(send)
+        message, source, local = pair.endpoint.receive()
+        assert turns[0] > 2, "other greenlets did not run"
+    assert (message, source, str(local)) == (b"IKE", pair.peer.getsockname(), pair.address[0])
+    assert pair.endpoint.send(b"answer", source, local_address=local) == 6
+    pair.endpoint.send_keepalive(source, local_address=local)
+    assert [pair.peer.recv(100), pair.peer.recv(100)] == [NON_ESP_MARKER + b"answer", NAT_KEEPALIVE]
+
+
 class TestLife:
     def test_a_duplicate_is_served(self, pair: Pair) -> None:
         with contextlib.closing(pair.sock.dup()) as alias:
