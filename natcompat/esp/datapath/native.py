@@ -31,7 +31,6 @@ from natcompat.esp.engine import process
 from natcompat.esp.engine.association import UNLIMITED, Address, Association, Inbound, Link, Outbound
 from natcompat.esp.engine.data_path import Admission, Sealed, Way
 from natcompat.esp.engine.databases import AssociationDatabase, PolicyDatabase, PolicyEntry
-from natcompat.esp.engine.faults import FAULTS
 from natcompat.esp.engine.packet import Flow, FlowKey, expand, flow_key, runs
 from natcompat.esp.engine.portable import PortableDataPath
 from natcompat.esp.engine.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
@@ -298,11 +297,7 @@ class NativeDataPath(PortableDataPath):
         self, association: Inbound, sa: SecurityAssociation, inner: bytes, now: float
     ) -> Opened | Dropped:
         """Return the decision about an inner packet that `sa` brought, whose flow C does not know yet."""
-        dropped: Dropped | None = DROPPED[Reason.FAULT]
-        try:
-            dropped = self._enter(association, flow_key(inner), now)
-        except Exception as error:  # noqa: BLE001 - one bad packet costs one packet
-            FAULTS.note("deciding about a flow failed", type(error).__name__, error=error)
+        dropped = self._enter(association, flow_key(inner), now)
         if dropped is None:
             return Opened(inner, sa)
         self.count((dropped,))

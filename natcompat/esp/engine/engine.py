@@ -23,10 +23,11 @@ from natcompat.esp.engine.databases import allows
 from natcompat.esp.engine.endpoints import LocalEndpoints, not_local
 from natcompat.esp.engine.packet import Flow, expand, flow_key, inner_length
 from natcompat.esp.engine.portable import PortableDataPath
-from natcompat.esp.engine.reporting import Reporting
 from natcompat.esp.engine.results import DROPPED, Destination, Dropped, Opened, Packet, Reason
 from natcompat.esp.engine.state import KEEPALIVE, Larval
 from natcompat.esp.engine.timer import Timer
+from natcompat.esp.engine.watching import INTERVAL as WATCH_INTERVAL
+from natcompat.esp.engine.watching import Watching
 from natcompat.ipsec import Action, Direction, IPAddress, SaId, SecurityAssociation
 
 _log = get_logger()
@@ -41,7 +42,7 @@ _LONGEST_DUMMY: Final = 64
 _BY_ACTION: Final = {Action.DISCARD: Reason.DISCARD, Action.BYPASS: Reason.BYPASS}
 
 
-class EspEngine(Reporting):
+class EspEngine(Watching):
     """Security associations, policies, and the packets that go by them.
 
     `deliver` takes the packets that `inbound` opened; without it they wait in `received`. `transmit` takes
@@ -271,6 +272,8 @@ class EspEngine(Reporting):
         keepalives: list[Sealed] = []
         process.notice_restore()
         with self._usable():
+            if now >= self._next_watch:
+                self._watch(now)
             for _ in range(_MOST_PER_TICK):
                 item = self._deadlines.take(now)
                 if item is None:
@@ -315,7 +318,11 @@ class EspEngine(Reporting):
         except Exception:  # noqa: BLE001
             if not self._closed:  # SAs must go on to expire, even if the owner's function raises
                 _log.exception("sending NAT-keepalives failed")
-        return self.next_deadline()
+        deadline = self.next_deadline()
+        if not self._associations:
+            return deadline
+        watch = time.monotonic() + WATCH_INTERVAL
+        return watch if deadline is None else min(deadline, watch)
 
     # -- the end
 

@@ -167,7 +167,11 @@ class PortableDataPath:
         """Return why a flow that `association` brought may not enter; None: it may."""
         if key is None:
             return DROPPED[Reason.MALFORMED]
-        admission = self._admitted.decisions.get((association, key)) or self._admit(association, key)
+        try:
+            admission = self._admitted.decisions.get((association, key)) or self._admit(association, key)
+        except Exception as error:  # noqa: BLE001 - one bad packet costs one packet
+            FAULTS.note("deciding about a flow failed", type(error).__name__, error=error)
+            return DROPPED[Reason.FAULT]
         entry, dropped = admission
         if entry is not None:
             entry.last_used = now

@@ -37,8 +37,8 @@ WIPES: Final = _wiped is not None
 
 def identity() -> int:
     """Return the identity of this process."""
-    if not WORD[0]:
-        renew()
+    if not WORD[0]:  # a child of which Python does not know
+        _after_fork()
     return WORD[0]
 
 
@@ -73,6 +73,7 @@ def notice_restore() -> None:
     A copy of a whole virtual machine does not show: no process in it can tell.
     """
     global _born  # noqa: PLW0603
+    identity()
     birth = _birth()
     if birth is None or birth == _born:
         return

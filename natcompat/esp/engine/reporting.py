@@ -38,10 +38,9 @@ ACQUIRE_INTERVAL: Final = 10.0
 class Reporting(Control):
     """Control that tells listeners of expiries, moves and missing SAs, and follows moves where it shall."""
 
-    def __init__(self, *, follow_mapping: bool, silence: float | None, **options: Any) -> None:
+    def __init__(self, *, follow_mapping: bool, **options: Any) -> None:
         """`options`: those of `EngineState`."""
         super().__init__(**options)
-        self._silence = silence
         self._follow = follow_mapping
         self._listeners: tuple[EspEvents, ...] = ()
         self._acquires = 0
@@ -166,8 +165,8 @@ class Reporting(Control):
         """Return why no peer can be at an address and port, or nothing."""
         if sa.encapsulation is None:
             return "ESP without UDP passes no NAT"
-        if not port:
-            return "port 0"
+        if not 0 < port <= 65535:
+            return f"port {port}"
         if address.is_multicast or address.is_unspecified or address == _BROADCAST:
             return f"{address} is no host"
         if address.is_loopback and not sa.source.is_loopback:

@@ -114,6 +114,7 @@ class AssociationVerbs(EngineState):
             self._associations.add(association)
             self._path.forget(association)
             now = time.monotonic()
+            self._wake_at(now + 1)
             for seconds, kind in (
                 (sa.lifetime.soft_seconds, SOFT),
                 (sa.lifetime.hard_seconds, HARD),

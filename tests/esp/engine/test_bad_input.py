@@ -7,14 +7,17 @@ import os
 import tracemalloc
 from collections import Counter
 from ipaddress import ip_address
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from natcompat.esp.engine.association import Inbound
 from natcompat.esp.engine.crypto import make_cipher
 from natcompat.esp.engine.engine import EspEngine
-from natcompat.esp.engine.packet import DUMMY, IPV4, IPV6, PADDINGS
+from natcompat.esp.engine.faults import FAULTS
+from natcompat.esp.engine.packet import DUMMY, IPV4, IPV6, PADDINGS, Flow
 from natcompat.esp.engine.results import Destination, Dropped, Opened, Reason
 from natcompat.ipsec import (
     Direction,
@@ -329,3 +332,60 @@ def test_authentic_and_from_another_family(source: tuple[str, int, int, int]) ->
         (found,) = far.list_sas()
         assert found.association is not None
         assert found.association.source.version == 4
+
+
+HOSTILE_SOURCES: st.SearchStrategy[Any] = st.one_of(
+    ADDRESSES,
+    st.tuples(st.ip_addresses().map(str), st.integers(-(1 << 70), 1 << 70)),
+    st.sampled_from([None, 5, [], ["192.0.2.1", 4500], ({}, 1), ("192.0.2.1",), ("192.0.2.1", "port"), b"x"]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sources=st.lists(HOSTILE_SOURCES, min_size=1, max_size=12),
+    classes=st.integers(-(1 << 40), 1 << 40),
+    follow=st.booleans(),
+    mode=st.sampled_from(list(Mode)),
+)
+def test_no_field_of_an_outer_header_costs_another_packet(
+    sources: list[Any], classes: int, follow: bool, mode: Mode
+) -> None:
+    """Every packet is authentic: what differs is written by the network, and none is lost for it."""
+    association = sa(Direction.IN, mode=mode, copy_ecn=False)
+    forger = Forger(association)
+    packet = inner() if mode is Mode.TUNNEL else udp()
+    padding = -(len(packet) + 2) % 4
+    text = packet + PADDINGS[padding] + bytes((padding, IPV4 if mode is Mode.TUNNEL else 17))
+    with EspEngine(timer=False, follow_mapping=follow) as engine:
+        engine.add_sa(association, without_policies=True)
+        burst = [(forger.seal(text), source) for source in sources]
+        results = engine.open_burst(burst, [classes] * len(burst))
+        assert all(isinstance(result, Opened) for result in results), results
+        assert engine.counters() == {}
+
+
+def test_an_error_costs_one_packet(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Reports and decisions about a packet may fail. The rest of the burst does not notice."""
+    monkeypatch.setattr(FAULTS, "_logged", {})
+    pair = Pair()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a mistake in the engine")
+
+    moved = [(pair.seal(inner())[0], ("198.51.100.1", 1000 + number)) for number in range(3)]
+    monkeypatch.setattr(pair.far, "_report_move", fail)
+    assert [type(result) for result in pair.far.open_burst(moved)] == [Opened] * 3
+    assert pair.far.counters() == {Reason.FAULT: 3}
+    assert sum("acting on an SA that is due failed" in message for message in caplog.messages) == 1
+    packets = [inner(), inner(payload=udp(source_port=9)), inner()]
+    burst = [(pair.seal(packet)[0], ("198.51.100.1", 1002)) for packet in packets]
+    decide = pair.far.path._admission  # type: ignore[attr-defined]
+
+    def fail_once(association: Inbound, flow: Flow) -> Any:
+        return fail() if flow.source_port == 9 else decide(association, flow)
+
+    monkeypatch.setattr(pair.far.path, "_admission", fail_once)
+    kinds = [type(result) for result in pair.far.open_burst(burst)]
+    assert kinds == [Opened, Dropped, Opened]
+    assert pair.far.counters() == {Reason.FAULT: 4}

@@ -7,16 +7,22 @@ from typing import Any
 
 import pytest
 
+from natcompat.esp.engine.databases import AssociationDatabase
 from natcompat.esp.engine.engine import EspEngine
-from natcompat.esp.engine.results import Opened, Reason
+from natcompat.esp.engine.events import LONGEST_QUEUE as MOST_EVENTS
+from natcompat.esp.engine.results import Dropped, Opened, Reason
 from natcompat.ipsec import (
     Direction,
+    EventsLost,
     MappingChange,
+    ProtectionRestored,
     TrafficSelector,
     UDPEncapsulation,
 )
+from tests.esp.datapath.twins import forger
 from tests.support.esp import (
     INBOUND_SELECTOR,
+    SPI,
     Pair,
     drop_reason,
     inner,
@@ -96,3 +102,136 @@ def test_a_new_mapping_is_followed_when_asked() -> None:
             assert destination == (address if "." in address[0] else ("198.51.100.2", 4500))
         others = [each for each in far.list_sas() if each.association and each.association.reqid == 8]
         assert str(others[0].sa_id.destination) == "192.0.2.1"
+
+
+# -- who moves, and where to
+
+
+class TwoPeers:
+    """A follower with two peers, A and B, that have the same reqid; both forge as they like."""
+
+    def __init__(self) -> None:
+        self.engine = EspEngine(timer=False, follow_mapping=True)
+        self.forge, self.numbers = {}, {}
+        for number, (peer, network) in enumerate(
+            {"192.0.2.2": "10.2.0.0/16", "192.0.2.3": "10.3.0.0/16"}.items()
+        ):
+            inbound = sa(Direction.IN, source=peer, spi=SPI + number, encryption_key=bytes([number]) * 20)
+            self.engine.add_sa(inbound)
+            self.engine.add_sa(
+                sa(Direction.OUT, destination=peer, spi=SPI + number, encryption_key=bytes([9 - number]) * 20)
+            )
+            for direction in Direction:
+                ends, networks = ("192.0.2.1", peer), ("10.1.0.0/16", network)
+                if direction is Direction.IN:
+                    ends, networks = ends[::-1], networks[::-1]
+                self.engine.add_policy(
+                    policy(
+                        direction,
+                        selector=TrafficSelector(source=networks[0], destination=networks[1]),
+                        source=ends[0],
+                        destination=ends[1],
+                    )
+                )
+            self.forge[peer], self.numbers[peer] = forger(inbound), 0
+
+    def arrive(self, peer: str, source: tuple[str, int]) -> Opened | Dropped:
+        """Let `peer`, which has its own keys, send with the outer source `source`."""
+        self.numbers[peer] += 1
+        network = "10.2.0.1" if peer == "192.0.2.2" else "10.3.0.1"
+        packet = ip_packet(network, "10.1.0.1", udp())
+        return self.engine.open(self.forge[peer](self.numbers[peer], packet + bytes((0, 4))), source)
+
+    def destination(self, network: str) -> tuple[str, int]:
+        """Return where packets for `network` go."""
+        host, port = only(self.engine.seal(ip_packet("10.1.0.1", network, udp())))[1]
+        return host, port
+
+
+def test_a_peer_moves_only_itself() -> None:
+    """Also where it claims the address of another one first."""
+    peers = TwoPeers()
+    for source in (("192.0.2.3", 4500), ("198.51.100.66", 6666), ("192.0.2.3", 4500)):
+        assert isinstance(peers.arrive("192.0.2.2", source), Opened)
+        assert peers.destination("10.2.0.1") == source
+        assert peers.destination("10.3.0.1") == ("192.0.2.3", 4500)
+    assert isinstance(peers.arrive("192.0.2.3", ("192.0.2.3", 1024)), Opened)
+    assert peers.destination("10.3.0.1") == ("192.0.2.3", 1024)
+    assert peers.destination("10.2.0.1") == ("192.0.2.3", 4500)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        ("192.0.2.2", 0),
+        ("224.0.0.1", 4500),
+        ("255.255.255.255", 4500),
+        ("0.0.0.0", 4500),
+        ("127.0.0.1", 4500),
+        ("::ffff:127.0.0.1", 4500),
+        ("192.0.2.1", 4500),
+        ("ff02::1", 4500),
+        ("::", 1),
+    ],
+    ids=str,
+)
+def test_places_where_no_peer_can_be(source: tuple[str, int], caplog: pytest.LogCaptureFixture) -> None:
+    """The packet is taken, since it is authentic; nothing moves, and nobody is told."""
+    peers = TwoPeers()
+    with peers.engine.events() as events:
+        for _ in range(5):
+            assert isinstance(peers.arrive("192.0.2.2", source), Opened)
+        assert not events.read()
+        assert peers.destination("10.2.0.1") == ("192.0.2.2", 4500)
+        assert isinstance(peers.arrive("192.0.2.2", ("192.0.2.2", 4501)), Opened)
+        assert len(events.read()) == 1
+    assert sum("is not followed" in message for message in caplog.messages) <= 1
+
+
+def test_the_newest_mapping_is_told_after_events_were_lost() -> None:
+    peers = TwoPeers()
+    with peers.engine.events() as events:
+        peers.arrive("192.0.2.3", ("192.0.2.3", 7777))
+        for number in range(MOST_EVENTS + 1):
+            peers.engine._emit(ProtectionRestored(description="as from a busy system", count=number))
+        lost, *told = events.read()
+        assert lost == EventsLost()
+        (moved,) = told
+        assert isinstance(moved, MappingChange)
+        assert (str(moved.new_address), moved.new_port) == ("192.0.2.3", 7777)
+
+
+def test_a_noisy_peer_pushes_nothing_out() -> None:
+    peers = TwoPeers()
+    with peers.engine.events() as events:
+        peers.arrive("192.0.2.3", ("192.0.2.3", 7777))
+        for number in range(MOST_EVENTS + 50):
+            peers.arrive("192.0.2.2", ("192.0.2.2", 5000 + number % 2))
+        quiet, noisy = events.read()
+        assert isinstance(quiet, MappingChange)
+        assert isinstance(noisy, MappingChange)
+        assert (quiet.new_port, noisy.new_port) == (7777, 5000 + (MOST_EVENTS + 49) % 2)
+
+
+def test_a_move_looks_at_no_other_sa(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With thousands of SAs as with two: the databases are not walked over, no decision is forgotten."""
+    peers = TwoPeers()
+    for number in range(2000):
+        peers.engine.add_sa(
+            sa(
+                Direction.OUT,
+                destination="192.0.2.9",
+                spi=0x10000 + number,
+                encryption_key=number.to_bytes(20),
+            )
+        )
+    peers.arrive("192.0.2.2", ("192.0.2.2", 4500))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a move has nothing to do with the other SAs")
+
+    monkeypatch.setattr(AssociationDatabase, "__iter__", refuse)
+    monkeypatch.setattr(type(peers.engine.path), "forget", refuse)
+    assert isinstance(peers.arrive("192.0.2.2", ("192.0.2.2", 999)), Opened)
+    assert peers.destination("10.2.0.1") == ("192.0.2.2", 999)
+    assert peers.engine.counters() == {}
