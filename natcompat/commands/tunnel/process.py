@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from natcompat.commands.tunnel.file import Device, Tunnel
 from natcompat.commands.tunnel.reserve import Numbers
 from natcompat.errors import NatCompatError
-from natcompat.esp.engine.results import Dropped
 from natcompat.ipsec import (
     Direction,
     InstalledSA,
@@ -30,8 +27,6 @@ if TYPE_CHECKING:
 
 ETHERNET_MTU = 1500
 """The path MTU where the kernel does not tell one."""
-_LONGEST_DUMMY: Final = 64
-"""Bytes of payload of a dummy packet; each has a random length up to this."""
 
 
 class ProcessSide:
@@ -131,10 +126,7 @@ class ProcessSide:
 
     def send_dummy(self, sa_id: SaId) -> None:
         """Send a dummy packet by an outbound SA."""
-        sealed = self.ipsec.seal_dummy(sa_id, secrets.randbelow(_LONGEST_DUMMY + 1))
-        if isinstance(sealed, Dropped):
-            raise NatCompatError(errno.ENOBUFS, f"it was dropped: {sealed.reason.value}")
-        self.ipsec.carrier.transmit([sealed])
+        self.ipsec.send_dummy(sa_id)
 
     def start_at(self, address: IPAddress, port: int) -> None:
         """Let the SAs begin at the learnt address of the peer."""

@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import errno
+import socket
+from collections.abc import Callable
 
 from natcompat.ipsec import Action, Direction, Integ, SaId, TrafficSelector
 from natcompat.testing.ipsec.harness import OUTER, REQID, SPI, IPsecHarness, keys, policy, raises
+
+_NO_ADDRESSES = (errno.EOPNOTSUPP, errno.ENOENT, errno.ENODEV, errno.ENXIO)
+"""Errors of an implementation that assigns no addresses, or of a system without TUN devices."""
+
+
+def _refusal(operation: Callable[[], object]) -> OSError | None:
+    """Return the error of `operation`; None: it has none."""
+    try:
+        operation()
+    except OSError as error:
+        return error
+    return None
 
 
 class IPsecManagement(IPsecHarness):
@@ -68,6 +82,30 @@ class IPsecManagement(IPsecHarness):
             sa_id = ipsec.add_sa(self.association(Direction.OUT, spi=SPI.to_bytes(4)))
             assert sa_id == SaId(spi=SPI.to_bytes(4), destination=OUTER[4][1])
             assert ipsec.get_sa(sa_id).packets == 0
+
+    def test_inner_addresses_are_given_and_taken_away(self, version: int) -> None:
+        """An address can be bound to between `add_address` and `remove_address`, or both are refused."""
+        address = {4: "10.255.77.10", 6: "fd00:ff:77::10"}[version]
+        interface = f"{address}/{32 if version == 4 else 128}"
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        with self.opened() as ipsec:
+            with raises(errno.EADDRNOTAVAIL, *_NO_ADDRESSES):
+                ipsec.remove_address(interface)
+            refusal = _refusal(lambda: ipsec.add_address(interface))
+            if refusal is not None:
+                assert refusal.errno in _NO_ADDRESSES, refusal
+                return
+            with raises(errno.EEXIST):
+                ipsec.add_address(interface)
+            with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                sock.bind((address, 0))
+            ipsec.remove_address(interface)
+            with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                refusal = _refusal(lambda: sock.bind((address, 0)))
+                assert refusal is not None
+                assert refusal.errno == errno.EADDRNOTAVAIL
+            with raises(errno.EADDRNOTAVAIL):
+                ipsec.remove_address(interface)
 
     def test_listed_transforms_can_be_installed(self) -> None:
         """`transforms()` names nothing that `add_sa` refuses, and names AES-GCM."""
