@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import socket
 import struct
@@ -99,7 +100,12 @@ class Host:
         """Return what left by an interface until nothing comes for `seconds`, but no IPv6 housekeeping."""
         tap, packets = self.taps[interface], []
         while select.select([tap], [], [], seconds)[0]:
-            packet, address = tap.recvfrom(65535)
+            try:
+                packet, address = tap.recvfrom(65535)
+            except OSError as error:
+                if error.errno != errno.ENETDOWN:  # which is told once
+                    raise
+                continue
             if address[2] == socket.PACKET_OUTGOING:
                 seen = parse(packet)
                 if seen is not None and not (

@@ -70,6 +70,7 @@ class HostTraffic:
         self._guard: Guard | None = None
         self._clear: ClearPath | None = None
         self._watch: RouteWatch | None = None
+        self._no_clear_path = ""
         self._gone = False
         self._newest: float | None = None
         """When the last policy was added, while guards of killed processes are still there."""
@@ -103,8 +104,12 @@ class HostTraffic:
             self._undo.callback(self._guard.close)
         self.routes = self._undo.enter_context(DeviceRoutes(self.device))
         if self._guard is not None and self.routes_follow and not self.routes.refusal:
-            self._clear = ClearPath(MARK | PASSED)
-            self._undo.callback(self._clear.close)
+            try:
+                self._clear = ClearPath(MARK | PASSED)
+                self._undo.callback(self._clear.close)
+            except NatCompatError as error:  # without CAP_NET_RAW
+                self._no_clear_path = str(error)
+                _log.warning("policies for protocols or ports are refused: %s", error)
         self._watch = RouteWatch(self.device.index, self.routes.table, self._check)
         self._undo.callback(self._watch.close)
         self.device.addresses_changed = self._follow_addresses
@@ -181,8 +186,8 @@ class HostTraffic:
             raise NatCompatError(
                 errno.EOPNOTSUPP,
                 f"a policy for {selector} would cut off other traffic between these addresses: "
-                f"{self.weakness or self.routes.refusal}",
-                "Use a policy for whole networks, or a kernel with nf_tables and routing rules",
+                f"{self.weakness or self._no_clear_path or self.routes.refusal}",
+                "Use a policy for whole networks, or a kernel with nf_tables and rules, and CAP_NET_RAW",
             )
 
     def delete_policy(self, policy: Policy) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 from collections.abc import Iterator
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from natcompat import open_ipsec
+from natcompat.errors import NatCompatError
+from natcompat.esp.device import clear_path, nftables
 from natcompat.ipsec import Action, Direction, ProtectionRestored
 from tests.support.linux import LINUX, isolated
-from tests.support.tun import TUN
+from tests.support.tun import TUN, interfaces
 from tests.support.wire import (
     BEHIND,
     EVERYTHING,
@@ -316,3 +320,33 @@ def test_what_somebody_else_changes_is_said_in_the_log() -> None:
         sh("ip link del natcompat0")
         wait_for(lambda: any("policies cover stays blocked" in text for text in texts), "logged")
         assert any(text.startswith("ERROR") and "was deleted or moved" in text for text in texts)
+
+
+@pytest.mark.parametrize("missing", ["nf_tables", "raw sockets"])
+@isolated(network=True)
+def test_what_cannot_be_said_exactly_is_refused(missing: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        if missing == "nf_tables":
+            patch.setattr(nftables.Nfnetlink, "tables", refused)
+        else:
+            patch.setattr(clear_path.ClearPath, "__init__", refused)
+        with protected() as (host, ipsec):
+            for inexact in ({"protocol": TCP, "destination_port": 23}, {"far": "10.2.0.1-10.2.0.9"}):
+                with pytest.raises(NatCompatError, match="would cut off other traffic") as caught:
+                    ipsec.add_policy(policy(**inexact))
+                assert caught.value.errno == errno.EOPNOTSUPP
+            assert ipsec.list_policies() == []
+            send(FAR[4], NEAR[4], count=1)
+            assert len(host.clear(FAR[4])) == 1, "nothing is left of what was refused"
+            ipsec.add_policy(policy())
+            assert send(FAR[4], NEAR[4]) == sealed(host) == 3
+            sh("ip rule flush; ip rule add priority 32766 lookup main")
+            wait_for(lambda: "proto 78" in sh("ip rule"), "put back by the watch alone")
+        if missing == "nf_tables":
+            with pytest.raises(NatCompatError, match="lockdown takes nf_tables"):
+                open_ipsec("userspace", lockdown=True)
+            assert interfaces() == {"lo", "eth0", "wire", "lan0", "lan"}
+
+
+def refused(*_: object) -> None:
+    raise NatCompatError(errno.EOPNOTSUPP, "Operation not supported")
