@@ -10,6 +10,9 @@ import pytest
 
 from natcompat import NON_ESP_MARKER, set_nat_t_endpoint
 from natcompat.backends.linux_sockets import features, options
+from natcompat.esp.device.tun import TunDevice
+from natcompat.esp.userspace import UserspaceIPsec
+from tests.support.esp import native_providers
 from tests.support.linux import (
     ESP,
     FAMILIES,
@@ -26,8 +29,10 @@ from tests.support.linux import (
     set_up,
     state,
     udp,
+    wait_until,
 )
 from tests.support.steering import (
+    glued_or_early,
     peer_behind_veth,
     steered,
     unshare_network,
@@ -150,3 +155,30 @@ def test_without_loopback_steering_is_believed_and_works() -> None:
     with udp(host="192.0.2.1") as sock, peer_behind_veth() as peer:
         steered(sock, consumer)
         check_demultiplexing(sock, consumer, peer, at(sock, "192.0.2.1"))
+
+
+@isolated(network=True)
+@pytest.mark.parametrize("path", ["python", "c"])
+def test_a_socket_bound_to_a_device_is_read_by_the_data_path(path: str) -> None:
+    """Without a way back, IKE that comes to the ESP socket is counted by either data path."""
+    if path == "c" and not native_providers():
+        pytest.skip("the C data path is not built: python ffi/build_datapath.py")
+    veth_pair()
+    with (
+        UserspaceIPsec(TunDevice(vnet_header=path == "c"), datapath=path) as ipsec,
+        udp(host="0.0.0.0") as sock,
+        peer_behind_veth() as peer,
+    ):
+        sock.setsockopt(socket.SOL_SOCKET, options.SO_BINDTODEVICE, b"here")
+        endpoint = steered(sock, ipsec)
+        attachment: Any = endpoint._switch.attachment()
+        reader = type(attachment._steering._reader).__module__
+        assert (reader == "natcompat.esp.carrier.native") == (path == "c")
+        address = at(sock, "192.0.2.1")
+        for payload in (ESP, ESP, b"\xff", NON_ESP_MARKER + ike(1)):
+            peer.sendto(payload, address)
+        assert sock.recv(64) == ike(1)
+        wait_until(lambda: (endpoint.stats().esp, endpoint.stats().keepalives) == (2, 1))
+        glued_or_early(endpoint, sock, address, peer)
+        assert (endpoint.stats().handed_back, endpoint.stats().errors) == (0, 1)
+        assert not readable(sock)
