@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import socket
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as with_changes
@@ -32,6 +31,7 @@ from natcompat.esp.carrier.device_mtu import DeviceMtu
 from natcompat.esp.carrier.portable import Carrier
 from natcompat.esp.control_socket import control_of
 from natcompat.esp.device.queue import QueueDevice
+from natcompat.esp.device_choice import host_traffic, refuse_options
 from natcompat.esp.engine.data_path import Sealed
 from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.results import Reason
@@ -350,7 +350,7 @@ def open_process_ipsec(
     if host is not None:
         device = host.device
     elif not isinstance(device, str) or device == "queue":
-        _refuse_options(netns, lockdown)
+        refuse_options(netns, lockdown)
     elif device not in ("auto", "tun"):
         raise ValueError(f"device: {device!r} is neither 'auto', 'tun', 'queue' nor a packet device")
     with _opening:
@@ -366,7 +366,7 @@ def open_process_ipsec(
             elif device == "queue":
                 packets = QueueDevice()
             else:
-                host = _host_traffic(netns, lockdown)
+                host = host_traffic(netns, lockdown)
                 undo.callback(host.close)
                 packets = host.device
             ipsec = UserspaceIPsec(packets, host=host, follow_mapping=follow_mapping)
@@ -374,32 +374,6 @@ def open_process_ipsec(
             PROCESS_ESP.change(ipsec)
             undo.pop_all()
         return ipsec
-
-
-def _refuse_options(netns: NetworkNamespace | None, lockdown: bool) -> None:
-    for name, given in (("netns", netns is not None), ("lockdown", lockdown)):
-        if given:
-            raise NatCompatError(
-                errno.EOPNOTSUPP,
-                f"{name} is for a TUN device that natcompat makes",
-                f'Omit {name}, or use device="tun"',
-            )
-
-
-def _host_traffic(netns: NetworkNamespace | None, lockdown: bool) -> HostTraffic:
-    """Return a TUN device with what applies policies to this host's traffic."""
-    try:
-        if sys.platform != "linux":
-            raise NatCompatError(errno.ENOTSUP, "TUN devices are here for Linux only")
-        from natcompat.esp.device.host_traffic import HostTraffic
-        from natcompat.esp.device.tun import TunDevice
-
-        vnet_header = datapaths.select().name == "c"
-        return HostTraffic(lambda: TunDevice(vnet_header=vnet_header), netns=netns, lockdown=lockdown)
-    except NatCompatError as error:
-        remedies = [error.remedy] if error.remedy else []
-        remedies.append('or take inner packets yourself: device="queue"')
-        raise NatCompatError(error.errno or 0, error.strerror or "", ", ".join(remedies)) from None
 
 
 def _after_fork() -> None:
