@@ -187,11 +187,13 @@ class UserspaceIPsec(EspEngine):
         sequence: int | None = None,
         permitted: int | None = None,
         without_policies: bool = False,
+        legacy: bool = False,
     ) -> SaId:
         """Install `sa`; see `EspEngine.add_sa`. The MTU of the device shrinks to what the SA can carry, and
         grows again when the path does, after ten minutes or with the next SA.
         """
-        sa_id = super().add_sa(sa, sequence=sequence, permitted=permitted, without_policies=without_policies)
+        options = {"without_policies": without_policies, "legacy": legacy}
+        sa_id = super().add_sa(sa, sequence=sequence, permitted=permitted, **options)
         if sa.direction is Direction.OUT and self._host is not None and self._host.routes_follow:
             with self._lock:
                 self._mtu.take(sa)

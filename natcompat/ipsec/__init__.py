@@ -9,6 +9,7 @@ from natcompat.ipsec.associations import (
     SecurityAssociation,
     UDPEncapsulation,
 )
+from natcompat.ipsec.offload import HardwareOffload
 from natcompat.ipsec.policies import Policy
 from natcompat.ipsec.protocol import (
     Acquire,
@@ -49,6 +50,7 @@ __all__ = [
     "EventsLost",
     "Expire",
     "Features",
+    "HardwareOffload",
     "IPAddress",
     "IPNetwork",
     "IPsec",

@@ -7,11 +7,14 @@ SPIs are integers in host byte order, durations are seconds, sizes are bytes.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, NoReturn, Self, SupportsIndex
 
+from natcompat.errors import NatCompatError
+from natcompat.ipsec.offload import HardwareOffload
 from natcompat.ipsec.selectors import TrafficSelector
 from natcompat.ipsec.transforms import Encr, Integ, Key
 from natcompat.ipsec.values import Direction, IPAddress, Mark, Mode, check_address, check_range, describe
@@ -125,6 +128,13 @@ class SecurityAssociation:
     """Tunnel: keep ECN across the tunnel (RFC 6040)."""
     copy_df: bool = True
     """Outbound tunnel: copy the DF bit to the outer header; False: clear it there."""
+    output_mark: Mark | None = None
+    """The kernel sets these bits of the packet mark (XFRMA_SET_MARK) on what the SA sealed or opened.
+    So answers find the right one of two clients behind one NAT (RFC 3948, 5.2)."""
+    hw_offload: HardwareOffload | None = None
+    cpu: int | None = None
+    """The SA is for what this processor sends (RFC 9611; XFRMA_SA_PCPU, Linux 6.13). Unproven: no such kernel
+    with ESP was at hand; the tests see the message."""
 
     __repr__ = describe
 
@@ -153,6 +163,9 @@ class SecurityAssociation:
         copy_dscp: bool = True,
         copy_ecn: bool = True,
         copy_df: bool = True,
+        output_mark: Mark | int | None = None,
+        hw_offload: HardwareOffload | None = None,
+        cpu: int | None = None,
     ) -> None:
         # First of all: from here on no frame of ours holds key material that prints itself.
         try:
@@ -184,6 +197,9 @@ class SecurityAssociation:
         put(self, "copy_dscp", bool(copy_dscp))
         put(self, "copy_ecn", bool(copy_ecn))
         put(self, "copy_df", bool(copy_df))
+        put(self, "output_mark", Mark(value=output_mark) if isinstance(output_mark, int) else output_mark)
+        put(self, "hw_offload", hw_offload)
+        put(self, "cpu", None if cpu is None else check_range("cpu", cpu, 0, 0xFFFF_FFFE))
         self._check_addresses()
         self._check_transforms()
         self._check_services()
@@ -231,6 +247,12 @@ class SecurityAssociation:
             raise ValueError("tfc: only tunnel mode knows the length of what it carries (RFC 4303, 2.7)")
 
     @property
+    def kernel_services(self) -> tuple[str, ...]:
+        """The arguments of this SA that ask for what only a kernel does, by name; empty: none."""
+        names = ("mark", "interface_id", "output_mark", "hw_offload", "cpu")
+        return tuple(name for name in names if getattr(self, name) is not None)
+
+    @property
     def sa_id(self) -> SaId:
         """What names this SA from now on."""
         return SaId(spi=self.spi, destination=self.destination, source=self.source, mark=self.mark)
@@ -272,6 +294,17 @@ class SaId:
 
     def __str__(self) -> str:
         return f"ESP 0x{self.spi:08x} to {self.destination}"
+
+
+def refuse_legacy(sa: SecurityAssociation, legacy: bool) -> None:
+    """Raise `natcompat.NatCompatError` (EPROTONOSUPPORT) for old transforms without leave."""
+    names = [transform.name for transform in (sa.encryption, sa.integrity) if transform.is_legacy]
+    if names and not legacy:
+        raise NatCompatError(
+            errno.EPROTONOSUPPORT,
+            f"{' and '.join(names)} of {sa.sa_id}: too old to be installed unasked (RFC 8221)",
+            "Negotiate AES_GCM_16; for a peer that has nothing better, add_sa(sa, legacy=True)",
+        )
 
 
 _NO_KEY = Key()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from natcompat.ipsec.offload import HardwareOffload
 from natcompat.ipsec.selectors import ANY_PORT, TrafficSelector
 from natcompat.ipsec.values import (
     Action,
@@ -38,6 +39,8 @@ class Policy:
     """Let packets pass in the clear while there is no SA."""
     mark: Mark | None = None
     interface_id: int | None = None
+    hw_offload: HardwareOffload | None = None
+    """Of its SAs, where they have one with `packet`."""
 
     __repr__ = describe
 
@@ -55,6 +58,7 @@ class Policy:
         optional: bool = False,
         mark: Mark | int | None = None,
         interface_id: int | None = None,
+        hw_offload: HardwareOffload | None = None,
     ) -> None:
         put = object.__setattr__
         put(self, "direction", Direction(direction))
@@ -68,15 +72,24 @@ class Policy:
         put(self, "optional", bool(optional))
         put(self, "mark", Mark(value=mark) if isinstance(mark, int) else mark)
         put(self, "interface_id", interface_id)
+        put(self, "hw_offload", hw_offload)
         if priority is not None:
             check_range("priority", priority, 0, 0xFFFF_FFFF)
         if interface_id is not None:
             check_range("interface_id", interface_id, 1, 0xFFFF_FFFF)
+        if hw_offload is not None and not hw_offload.packet:
+            raise ValueError("hw_offload: only cards that handle whole packets (packet=True) know policies")
         tunnel = self.action is Action.PROTECT and self.mode is Mode.TUNNEL
         if tunnel and (self.source is None or self.destination is None):
             raise ValueError("source, destination: a tunnel policy needs both outer addresses")
         if self.source and self.destination and self.source.version != self.destination.version:
             raise ValueError("source, destination: a tunnel has one outer address family")
+
+    @property
+    def kernel_services(self) -> tuple[str, ...]:
+        """The arguments of this policy that ask for what only a kernel does, by name; empty: none."""
+        names = ("mark", "interface_id", "hw_offload")
+        return tuple(name for name in names if getattr(self, name) is not None)
 
 
 def default_priority(selector: TrafficSelector) -> int:

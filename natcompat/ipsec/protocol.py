@@ -23,6 +23,7 @@ from natcompat.ipsec.associations import (
     SecurityAssociation,
     UDPEncapsulation,
 )
+from natcompat.ipsec.offload import HardwareOffload
 from natcompat.ipsec.policies import Policy
 from natcompat.ipsec.selectors import AddressRange, PortRange, TrafficSelector
 from natcompat.ipsec.transforms import Encr, Integ, Key
@@ -42,6 +43,7 @@ __all__ = [
     "EventsLost",
     "Expire",
     "Features",
+    "HardwareOffload",
     "IPAddress",
     "IPNetwork",
     "IPsec",
@@ -302,8 +304,11 @@ class IPsec(Protocol):
         """
         ...
 
-    def add_sa(self, sa: SecurityAssociation) -> SaId:
-        """Install `sa`, whole or not at all; completes what `allocate_spi` began."""
+    def add_sa(self, sa: SecurityAssociation, *, legacy: bool = False) -> SaId:
+        """Install `sa`, whole or not at all; completes what `allocate_spi` began.
+
+        EPROTONOSUPPORT without `legacy`: a transform of it is old (`Encr.is_legacy`, `Integ.is_legacy`).
+        """
         ...
 
     def update_sa(

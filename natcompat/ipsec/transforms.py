@@ -12,6 +12,8 @@ from typing import NoReturn, Self, SupportsIndex
 class Encr(enum.IntEnum):
     """Encryption transforms, by their IANA numbers of IKEv2 (transform type 1)."""
 
+    TRIPLE_DES_CBC = 3
+    """RFC 2451. Old (`is_legacy`), as CAMELLIA_CBC (RFC 4312): for peers that have nothing better."""
     NULL = 11
     AES_CBC = 12
     AES_CTR = 13
@@ -22,19 +24,25 @@ class Encr(enum.IntEnum):
     AES_GCM_12 = 19
     AES_GCM_16 = 20
     NULL_AUTH_AES_GMAC = 21
+    CAMELLIA_CBC = 23
     CHACHA20_POLY1305 = 28
 
     @property
     def is_aead(self) -> bool:
         """Whether the transform protects the integrity, too, and so takes no `Integ`."""
-        return self not in (Encr.NULL, Encr.AES_CBC, Encr.AES_CTR)
+        return self not in _NO_AEAD
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether `IPsec.add_sa` installs the transform only with ``legacy=True`` (RFC 8221, 5)."""
+        return self in (Encr.TRIPLE_DES_CBC, Encr.CAMELLIA_CBC)
 
     @property
     def salt_length(self) -> int:
         """Bytes of salt or nonce at the end of the key (RFC 3686, 4106, 4309, 4543, 7634)."""
-        return {Encr.NULL: 0, Encr.AES_CBC: 0, Encr.AES_CCM_8: 3, Encr.AES_CCM_12: 3, Encr.AES_CCM_16: 3}.get(
-            self, 4
-        )
+        if self in (Encr.AES_CCM_8, Encr.AES_CCM_12, Encr.AES_CCM_16):
+            return 3
+        return 4 if self.is_aead or self is Encr.AES_CTR else 0
 
     @property
     def icv_length(self) -> int:
@@ -47,25 +55,40 @@ class Encr(enum.IntEnum):
         """Bytes that a key may have, salt included."""
         if self is Encr.NULL:
             return (0,)
+        if self is Encr.TRIPLE_DES_CBC:
+            return (24,)
         sizes = (32,) if self is Encr.CHACHA20_POLY1305 else (16, 24, 32)
         return tuple(size + self.salt_length for size in sizes)
+
+
+_NO_AEAD = frozenset({Encr.TRIPLE_DES_CBC, Encr.NULL, Encr.AES_CBC, Encr.AES_CTR, Encr.CAMELLIA_CBC})
 
 
 class Integ(enum.IntEnum):
     """Integrity transforms, by their IANA numbers of IKEv2 (transform type 3)."""
 
     NONE = 0
+    HMAC_MD5_96 = 1
+    """RFC 2403. Old (`is_legacy`), as HMAC_SHA2_256_96."""
     HMAC_SHA1_96 = 2
     AES_XCBC_96 = 5
     AES_CMAC_96 = 8
     HMAC_SHA2_256_128 = 12
     HMAC_SHA2_384_192 = 13
     HMAC_SHA2_512_256 = 14
+    HMAC_SHA2_256_96 = 1026
+    """As draft-ietf-ipsec-ciph-sha-256-00 truncates it, and old Linux kernels. IANA has no number
+    for it; this one is of the private range, as strongSwan has it."""
+
+    @property
+    def is_legacy(self) -> bool:
+        """Whether `IPsec.add_sa` installs the transform only with ``legacy=True`` (RFC 8221, 6)."""
+        return self in (Integ.HMAC_MD5_96, Integ.HMAC_SHA2_256_96)
 
     @property
     def key_length(self) -> int:
         """Bytes of the key."""
-        lengths = {0: 0, 2: 20, 12: 32, 13: 48, 14: 64}
+        lengths = {0: 0, 2: 20, 12: 32, 13: 48, 14: 64, 1026: 32}
         return lengths.get(self.value, 16)
 
     @property

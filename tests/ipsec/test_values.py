@@ -53,6 +53,7 @@ def test_strings_become_addresses() -> None:
 
 
 IANA = {
+    "TRIPLE_DES_CBC": (3, (24,)),
     "NULL": (11, (0,)),
     "AES_CBC": (12, (16, 24, 32)),
     "AES_CTR": (13, (20, 28, 36)),
@@ -63,6 +64,7 @@ IANA = {
     "AES_GCM_12": (19, (20, 28, 36)),
     "AES_GCM_16": (20, (20, 28, 36)),
     "NULL_AUTH_AES_GMAC": (21, (20, 28, 36)),
+    "CAMELLIA_CBC": (23, (16, 24, 32)),
     "CHACHA20_POLY1305": (28, (36,)),
 }
 
@@ -91,7 +93,16 @@ def test_key_lengths(transform: Encr, length: int) -> None:
 
 @pytest.mark.parametrize(
     ("transform", "length", "icv"),
-    [(2, 20, 12), (5, 16, 12), (8, 16, 12), (12, 32, 16), (13, 48, 24), (14, 64, 32)],
+    [
+        (1, 16, 12),
+        (2, 20, 12),
+        (5, 16, 12),
+        (8, 16, 12),
+        (12, 32, 16),
+        (13, 48, 24),
+        (14, 64, 32),
+        (1026, 32, 12),
+    ],
 )
 def test_integrity_key_lengths(transform: int, length: int, icv: int) -> None:
     cbc: dict[str, Any] = {"encryption": 12, "encryption_key": bytes(16), "integrity": transform}
@@ -111,8 +122,8 @@ def test_integrity_key_lengths(transform: int, length: int, icv: int) -> None:
         ({"source": "2001:db8::1"}, "one outer address family"),
         ({"source": "192.0.2.300"}, "source: '192.0.2.300' is not an IP address"),
         ({"destination": "0.0.0.0"}, "destination: an SA has one"),
-        ({"encryption": 99}, "encryption: transform 99 is not known here; known are NULL"),
-        ({"integrity": 1}, "integrity: transform 1 is not known here"),
+        ({"encryption": 99}, "encryption: transform 99 is not known here; known are TRIPLE_DES_CBC"),
+        ({"integrity": 3}, "integrity: transform 3 is not known here"),
         ({"integrity": Integ.HMAC_SHA1_96, "integrity_key": bytes(20)}, "AES_GCM_16 brings its own"),
         ({"encryption": Encr.AES_CBC, "encryption_key": bytes(16)}, "without integrity is forbidden"),
         ({"replay_window": 4097}, "replay_window: 4097 is not in"),

@@ -42,7 +42,7 @@ TRANSFORMS: list[tuple[Encr, Integ]] = [
     *((encryption, Integ.NONE) for encryption in Encr if encryption.is_aead),
     *itertools.product(
         [Encr.AES_CBC, Encr.AES_CTR, Encr.NULL],
-        [each for each in Integ if each not in (Integ.NONE, Integ.AES_XCBC_96)],
+        [each for each in Integ if each not in (Integ.NONE, Integ.AES_XCBC_96) and not each.is_legacy],
     ),
 ]
 """Every combination that the engine has."""

@@ -229,7 +229,11 @@ def counts(encryption: Encr) -> bool:
     return encryption.is_aead or encryption is Encr.AES_CTR
 
 
-SUPPORTED_INTEGRITY: Final = frozenset(Integ) - {Integ.AES_XCBC_96, Integ.NONE}
+SUPPORTED_INTEGRITY: Final = frozenset(
+    integrity
+    for integrity in Integ
+    if integrity not in (Integ.NONE, Integ.AES_XCBC_96) and not integrity.is_legacy
+)
 """AES-XCBC-96 is in no library that this package rests on, and no IKE daemon prefers it."""
 
 
@@ -243,6 +247,12 @@ def make_cipher(encryption: Encr, encryption_key: Key, integrity: Integ, integri
             errno.EPROTONOSUPPORT,
             f"the ESP of this process has no {integrity.name}",
             "Negotiate HMAC_SHA2_256_128, or an AEAD",
+        )
+    if encryption.is_legacy:
+        raise NatCompatError(
+            errno.EPROTONOSUPPORT,
+            f"the ESP of this process has no {encryption.name}",
+            "Negotiate AES_GCM_16, or use the linux backend where the kernel has ESP",
         )
     size = len(encryption_key) - encryption.salt_length
     material = memoryview(encryption_key)  # a slice of bytes would be a copy that nobody overwrites

@@ -19,11 +19,12 @@ class PolicyVerbs(EngineState):
 
         With `replace` it takes the place of that one; packets meet either the one or the other.
         """
-        if policy.mark is not None or policy.interface_id is not None:
+        if policy.kernel_services:
+            names = " and ".join(policy.kernel_services)
             raise NatCompatError(
                 errno.EOPNOTSUPP,
-                "the ESP of this process sees neither packet marks nor XFRM interfaces",
-                "Leave mark and interface_id away, or use the linux backend",
+                f"the ESP of this process has no {names}: only a kernel does that",
+                f"Leave {names} away, or use the linux backend",
             )
         with self._usable():
             if self._policies.get(policy) is not None and not replace:

@@ -26,7 +26,7 @@ from natcompat.ipsec import (
     UDPEncapsulation,
     Usage,
 )
-from natcompat.ipsec.associations import spi_number
+from natcompat.ipsec.associations import refuse_legacy, spi_number
 
 _ALLOCATION_ATTEMPTS: Final = 1 << 16
 
@@ -83,6 +83,7 @@ class AssociationVerbs(EngineState):
         sequence: int | None = None,
         permitted: int | None = None,
         without_policies: bool = False,
+        legacy: bool = False,
     ) -> SaId:
         """Install `sa`, whole or not at all; completes what `allocate_spi` began.
 
@@ -101,6 +102,7 @@ class AssociationVerbs(EngineState):
         encapsulation, or a transform that is not had. EOPNOTSUPP: mark, interface and keepalive without the
         means for them.
         """
+        refuse_legacy(sa, legacy)
         self._refuse_foreign(sa)
         with self._usable():
             if self._associations.find(sa.sa_id) is not None:
@@ -131,11 +133,12 @@ class AssociationVerbs(EngineState):
                 "the ESP of this process is carried in UDP only here",
                 "Let IKE act as if there were a NAT (features.requires_udp_encapsulation)",
             )
-        if sa.mark is not None or sa.interface_id is not None:
+        if sa.kernel_services:
+            names = " and ".join(sa.kernel_services)
             raise NatCompatError(
                 errno.EOPNOTSUPP,
-                "the ESP of this process sees neither packet marks nor XFRM interfaces",
-                "Leave mark and interface_id away, or use the linux backend",
+                f"the ESP of this process has no {names}: only a kernel does that",
+                f"Leave {names} away, or use the linux backend",
             )
         if sa.nat_keepalive is not None and not self._keepalives:
             raise NatCompatError(

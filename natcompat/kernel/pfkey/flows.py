@@ -96,6 +96,7 @@ def encode_flow(dialect: Dialect, policy: Policy, kind: int) -> Message:
     for what, asked, remedy in (
         ("has no marks", policy.mark is not None, "Tell flows apart by selectors"),
         ("ties no flow to an interface", policy.interface_id is not None, "Leave interface_id out"),
+        ("hands no policy to a network card", policy.hw_offload is not None, "Leave hw_offload out"),
         ("asks the more specific flow first", policy.priority is not None, "Leave priority out"),
     ):
         if asked:

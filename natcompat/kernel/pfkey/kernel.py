@@ -27,6 +27,7 @@ from natcompat.ipsec import (
     UDPEncapsulation,
     Usage,
 )
+from natcompat.ipsec.associations import refuse_legacy
 from natcompat.ipsec.selectors import refuse_ranges
 from natcompat.kernel.events import RECEIVE_BUFFER, Known
 from natcompat.kernel.pfkey import numbers as n
@@ -123,12 +124,13 @@ class PfKeyIPsec(KernelIPsec[Message]):
         spi = _understood(what, lambda: read_sa(required(answer, n.SADB_EXT_SA)).spi)
         return spi, request.sequence
 
-    def add_sa(self, sa: SecurityAssociation) -> SaId:
+    def add_sa(self, sa: SecurityAssociation, *, legacy: bool = False) -> SaId:
         """Install `sa` and return its name; completes a larval SA of the same destination and SPI.
 
         EEXIST: there is an SA with this destination and SPI (FreeBSD: with this SPI). EOPNOTSUPP: the
         dialect lacks something that `sa` asks for; ENOSYS: it or the kernel lacks a transform.
         """
+        refuse_legacy(sa, legacy)
         refuse_ranges(sa.selectors, f"PF_KEY of {self._dialect.system}")
         check_sa(self._dialect, sa)
         return self._add(

@@ -145,6 +145,7 @@ def check_policy(dialect: Dialect, policy: Policy) -> None:
     for what, asked, remedy in (
         ("has no marks", policy.mark is not None, "Tell policies apart by selectors"),
         ("ties no policy to an interface", policy.interface_id is not None, "Leave interface_id out"),
+        ("hands no policy to a network card", policy.hw_offload is not None, "Leave hw_offload out"),
         (
             "cannot tie an optional policy to an SA",
             protects and policy.optional and policy.reqid,

@@ -86,7 +86,9 @@ def _beyond(dialect: Dialect, sa: SecurityAssociation) -> Iterator[tuple[str, ob
         dialect.largest_reqid and sa.reqid > dialect.largest_reqid,
         "Choose a smaller one",
     )
-    yield "has no marks", sa.mark is not None, "Tell SAs apart by addresses and SPI"
+    yield "has no marks", sa.mark or sa.output_mark, "Tell SAs apart by addresses and SPI"
+    yield "hands no SA to a network card", sa.hw_offload is not None, "Leave hw_offload out"
+    yield "ties no SA to a processor", sa.cpu is not None, "Leave cpu out"
     yield "ties no SA to an interface", sa.interface_id is not None, "Leave interface_id out"
     yield "does not pad packets (TFC)", sa.tfc, "Leave tfc out"
     if outbound:

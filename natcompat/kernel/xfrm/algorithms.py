@@ -11,6 +11,7 @@ from natcompat.ipsec import (
 from natcompat.kernel.xfrm.probe import MODULES, probe_esp
 
 ENCRYPTION_NAMES = {
+    Encr.TRIPLE_DES_CBC: "cbc(des3_ede)",
     Encr.NULL: "ecb(cipher_null)",
     Encr.AES_CBC: "cbc(aes)",
     Encr.AES_CTR: "rfc3686(ctr(aes))",
@@ -21,24 +22,32 @@ ENCRYPTION_NAMES = {
     Encr.AES_GCM_12: "rfc4106(gcm(aes))",
     Encr.AES_GCM_16: "rfc4106(gcm(aes))",
     Encr.NULL_AUTH_AES_GMAC: "rfc4543(gcm(aes))",
+    Encr.CAMELLIA_CBC: "cbc(camellia)",
     Encr.CHACHA20_POLY1305: "rfc7539esp(chacha20,poly1305)",
 }
 """The names of net/xfrm/xfrm_algo.c."""
 
 INTEGRITY_NAMES = {
+    Integ.HMAC_MD5_96: "hmac(md5)",
     Integ.HMAC_SHA1_96: "hmac(sha1)",
     Integ.AES_XCBC_96: "xcbc(aes)",
     Integ.AES_CMAC_96: "cmac(aes)",
     Integ.HMAC_SHA2_256_128: "hmac(sha256)",
     Integ.HMAC_SHA2_384_192: "hmac(sha384)",
     Integ.HMAC_SHA2_512_256: "hmac(sha512)",
+    Integ.HMAC_SHA2_256_96: "hmac(sha256)",
 }
 
 
 def supported_transforms() -> Transforms:
-    """Ask the kernel by a dry run for each transform; see `natcompat.kernel.xfrm.probe.probe_esp`."""
+    """Ask the kernel by a dry run for each transform; see `natcompat.kernel.xfrm.probe.probe_esp`.
+
+    Without those that are legacy: nobody should propose them unasked.
+    """
     encryption = {}
     for transform, name in ENCRYPTION_NAMES.items():
+        if transform.is_legacy:
+            continue
         integrity = "" if transform.is_aead else "hmac(sha256)"
         icv_bits = transform.icv_length * 8 if transform.is_aead else None
         lengths = tuple(
@@ -49,7 +58,9 @@ def supported_transforms() -> Transforms:
         if lengths:
             encryption[transform] = lengths
     integrities = (
-        transform for transform, name in INTEGRITY_NAMES.items() if probe_esp("ecb(cipher_null)", name)
+        transform
+        for transform, name in INTEGRITY_NAMES.items()
+        if not transform.is_legacy and probe_esp("ecb(cipher_null)", name)
     )
     return Transforms(encryption=encryption, integrity=frozenset(integrities), esn=True)
 

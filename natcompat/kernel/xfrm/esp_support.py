@@ -49,5 +49,11 @@ class XfrmAttributes:
     """SAs have a direction (Linux 6.10)."""
     keepalive: bool | None = None
     """The kernel sends NAT-keepalives (Linux 6.11)."""
+    output_mark: bool | None = None
+    """SAs set bits of packet marks, under a mask (Linux 4.19)."""
+    hw_offload: bool | None = None
+    """SAs can be given to a network card; whether there is one that takes them, only a try tells."""
+    cpu: bool | None = None
+    """SAs can belong to a processor (Linux 6.13)."""
     errno: int = 0
     """Why it did not say."""

@@ -22,6 +22,7 @@ from natcompat.ipsec import (
     UDPEncapsulation,
     Usage,
 )
+from natcompat.ipsec.associations import refuse_legacy
 from natcompat.ipsec.selectors import refuse_ranges
 from natcompat.kernel.events import RECEIVE_BUFFER, Known
 from natcompat.kernel.verbs import KernelIPsec, words
@@ -33,6 +34,7 @@ from natcompat.kernel.xfrm.inner_addresses import InnerAddresses
 from natcompat.kernel.xfrm.keepalive import KeepaliveSender
 from natcompat.kernel.xfrm.move import move_sa
 from natcompat.kernel.xfrm.netlink import LocalAddresses, Netlink, attributes, failure
+from natcompat.kernel.xfrm.offload import NO_CARD_REMEDY, has_card, not_offloaded
 from natcompat.kernel.xfrm.probe import NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, probe_attributes
 from natcompat.kernel.xfrm.readback import XFRMA, decode, installed_sa, usage_of
 from natcompat.kernel.xfrm.translate import (
@@ -42,12 +44,14 @@ from natcompat.kernel.xfrm.translate import (
     encode_sa,
     encode_sa_id,
     put_sequence,
+    refuse_unknown,
 )
 from natcompat.kernel.xfrm.translate_policy import (
     encode_policy,
     encode_policy_id,
     kernel_directions,
-    policy_of,
+    no_policy,
+    policy_usage_of,
 )
 
 _NEW = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL
@@ -122,7 +126,7 @@ class XfrmIPsec(KernelIPsec[bytes]):
             raise
         return int(decode(messages.xfrm_usersa_info, answer)["id_spi"]), 0
 
-    def add_sa(self, sa: SecurityAssociation, *, sequence: int | None = None) -> SaId:
+    def add_sa(self, sa: SecurityAssociation, *, sequence: int | None = None, legacy: bool = False) -> SaId:
         """Install `sa` and return its name; completes a larval SA of the same destination and SPI.
 
         `sequence`, for an SA that was there before: the last sequence number sent, or the highest
@@ -130,9 +134,14 @@ class XfrmIPsec(KernelIPsec[bytes]):
         of counter modes begin where the kernel likes (crypto/seqiv.c), so they need new keys.
 
         EEXIST: there is an SA with this destination and SPI (and mark). ENOSYS: the kernel lacks a
-        transform; EPROTONOSUPPORT: it lacks ESP. Where the kernel sends no keepalives, a thread of
-        this process does from now on, until the SA or this object is gone.
+        transform; EPROTONOSUPPORT: it lacks ESP, or a transform is old and `legacy` is not set. EOPNOTSUPP:
+        it has no output marks, offload or SAs of processors, or the card of `hw_offload` does not do it.
+        Where the kernel sends no keepalives, a thread of this process does from now on, until the SA or
+        this object is gone.
         """
+        refuse_legacy(sa, legacy)
+        refuse_ranges(sa.selectors, "XFRM", port_masks=True)
+        refuse_unknown(sa, self._kernel)
         return self._add(
             sa,
             Known(sa.reqid, sa.direction),
@@ -165,12 +174,16 @@ class XfrmIPsec(KernelIPsec[bytes]):
         sequence: int | None,
         features: KernelFeatures | None = None,
     ) -> None:
-        refuse_ranges(sa.selectors, "XFRM", port_masks=True)
         message = encode_sa(sa, features or self._kernel)
         if sequence:
             put_sequence(message, sa.direction, sequence)
         remedies = {errno.ENOSYS: modules_of(sa), errno.ENOENT: modules_of(sa)}
+        if sa.hw_offload is not None:
+            remedies[errno.EINVAL] = NO_CARD_REMEDY
         self._netlink.request(f"Adding {sa.sa_id}", message, kind, flags, remedies=remedies)
+        if sa.hw_offload is not None and not has_card(self._get(sa.sa_id)):
+            self.delete_sa(sa.sa_id)
+            raise not_offloaded(f"Adding {sa.sa_id}", sa.hw_offload)
 
     def is_larval(self, sa_id: SaId) -> bool:
         """Tell whether the kernel has an SA of this name without any algorithm: only the SPI is taken."""
@@ -184,7 +197,8 @@ class XfrmIPsec(KernelIPsec[bytes]):
 
     def get_sa(self, sa_id: SaId) -> Usage:
         """Return what the SA has done so far. ESRCH: there is none of this name."""
-        return usage_of(self._get(sa_id))
+        known = self.known.get(sa_id)
+        return usage_of(self._get(sa_id), known.direction if known else None)
 
     def update_sa(
         self,
@@ -265,6 +279,8 @@ class XfrmIPsec(KernelIPsec[bytes]):
             for direction in kernel_directions(policy):
                 self._put_policy(policy, direction, replace=replace)
                 done.append(direction)
+            if policy.hw_offload is not None and self.get_policy(policy).policy.hw_offload is None:
+                raise not_offloaded(f"Adding the policy for {words(policy)}", policy.hw_offload)
             self._inner.follow()
         except BaseException:
             for installed in done:
@@ -299,9 +315,9 @@ class XfrmIPsec(KernelIPsec[bytes]):
         message = encode_policy_id(policy, kernel_directions(policy)[0])
         what = f"Looking at the policy for {words(policy)}"
         try:
-            return _policy_usage(self._netlink.request(what, message, messages.XFRM_MSG_GETPOLICY, 0))
+            return policy_usage_of(self._netlink.request(what, message, messages.XFRM_MSG_GETPOLICY, 0))
         except NatCompatError as error:
-            raise _no_policy(error) from None
+            raise no_policy(error) from None
 
     def delete_policy(self, policy: Policy) -> None:
         """Remove the policy of this selector, direction, mark and interface. ESRCH: there is none."""
@@ -319,7 +335,7 @@ class XfrmIPsec(KernelIPsec[bytes]):
         try:
             self._netlink.request(what, encode_policy_id(policy, direction), messages.XFRM_MSG_DELPOLICY)
         except NatCompatError as error:
-            raise _no_policy(error) from None
+            raise no_policy(error) from None
 
     def flush_policies(self, *, reqid: int | None = None) -> None:
         """Remove every policy of this network namespace, whoever installed it; sockets keep their own.
@@ -343,7 +359,7 @@ class XfrmIPsec(KernelIPsec[bytes]):
             "Listing policies", bytearray(empty.data), messages.XFRM_MSG_GETPOLICY
         ):
             try:
-                found.append(_policy_usage(answer))
+                found.append(policy_usage_of(answer))
             except NatCompatError:
                 continue
         return found
@@ -367,24 +383,15 @@ def _ask_kernel() -> KernelFeatures:
     found = probe_attributes()
     if found.errno:
         raise failure("Opening XFRM", found.errno, os.strerror(found.errno))
-    return KernelFeatures(sa_direction=bool(found.sa_direction), keepalive=bool(found.keepalive))
+    return KernelFeatures(
+        sa_direction=bool(found.sa_direction),
+        keepalive=bool(found.keepalive),
+        output_mark=bool(found.output_mark),
+        hw_offload=bool(found.hw_offload),
+        cpu=bool(found.cpu),
+    )
 
 
 def open_xfrm() -> XfrmIPsec:
     """Open the kernel's IPsec."""
     return XfrmIPsec()
-
-
-def _no_policy(error: NatCompatError) -> NatCompatError:
-    """Say ESRCH for a policy that is not there, as for an SA; the kernel says ENOENT."""
-    if error.errno != errno.ENOENT:
-        return error
-    return failure((error.strerror or "").split(":")[0], errno.ESRCH, "there is no such policy")
-
-
-def _policy_usage(answer: bytes) -> PolicyUsage:
-    message = decode(messages.xfrm_userpolicy_info, answer)
-    last_used = float(message["curlft_use_time"])
-    return PolicyUsage(
-        policy=policy_of(message), added=float(message["curlft_add_time"]), last_used=last_used or None
-    )

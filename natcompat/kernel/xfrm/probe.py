@@ -42,8 +42,11 @@ XFRMA_ALG_CRYPT = 2
 XFRMA_ALG_AEAD = 18
 XFRMA_ALG_AUTH_TRUNC = 20
 XFRMA_REPLAY_ESN_VAL = 23
+XFRMA_OFFLOAD_DEV = 28
+XFRMA_SET_MARK_MASK = 30
 XFRMA_SA_DIR = 33
 XFRMA_NAT_KEEPALIVE_INTERVAL = 34
+XFRMA_SA_PCPU = 35
 UDP_ENCAP = 100  # linux/udp.h
 UDP_ENCAP_ESPINUDP = 2
 
@@ -63,6 +66,7 @@ KEY_BITS = {
     "cbc(camellia)": 128,
     "cbc(des3_ede)": 192,
     "ecb(cipher_null)": 0,
+    "hmac(md5)": 128,
     "hmac(sha1)": 160,
     "hmac(sha256)": 256,
     "hmac(sha384)": 384,
@@ -86,6 +90,7 @@ MODULES = {
     "cbc(camellia)": "camellia_generic and cbc",
     "cbc(des3_ede)": "des_generic and cbc",
     "ecb(cipher_null)": "crypto_null",
+    "hmac(md5)": "md5 and hmac",
     "hmac(sha1)": "sha1_generic and hmac",
     "hmac(sha256)": "sha256_generic and hmac",
     "hmac(sha384)": "sha512_generic and hmac",
@@ -118,6 +123,10 @@ def probe_attributes() -> XfrmAttributes:
             return XfrmAttributes(
                 sa_direction=ask(_attribute(XFRMA_SA_DIR, b"\xff")) != bare,
                 keepalive=ask(_attribute(XFRMA_NAT_KEEPALIVE_INTERVAL, b"\0")) != bare,
+                # One byte is too short for each of these.
+                output_mark=ask(_attribute(XFRMA_SET_MARK_MASK, b"\0")) != bare,
+                hw_offload=ask(_attribute(XFRMA_OFFLOAD_DEV, b"\0")) != bare,
+                cpu=ask(_attribute(XFRMA_SA_PCPU, b"\0")) != bare,
             )
     except (AttributeError, OSError) as error:
         return XfrmAttributes(errno=getattr(error, "errno", None) or errno.EAFNOSUPPORT)

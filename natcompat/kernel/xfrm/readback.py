@@ -26,6 +26,7 @@ from natcompat.ipsec.associations import encapsulation_of
 from natcompat.kernel.xfrm import layouts, messages
 from natcompat.kernel.xfrm.algorithms import ENCRYPTION_NAMES, INTEGRITY_NAMES
 from natcompat.kernel.xfrm.netlink import LocalAddresses, attributes
+from natcompat.kernel.xfrm.offload import offload_of
 from natcompat.kernel.xfrm.translate import BODY, INFO_END, address_of, lifetime_of, selector_of
 
 XFRMA = {
@@ -45,8 +46,11 @@ _AEAD = {
 _INTEGRITY = {(name, 8 * each.icv_length): each for each, name in INTEGRITY_NAMES.items()}
 
 
-def usage_of(answer: bytes) -> Usage:
-    """Return the usage in a message that starts with an xfrm_usersa_info (XFRM_MSG_NEWSA)."""
+def usage_of(answer: bytes, direction: Direction | None = None) -> Usage:
+    """Return the usage in a message that starts with an xfrm_usersa_info (XFRM_MSG_NEWSA).
+
+    `direction` is that of the SA where the kernel does not know it.
+    """
     octets, packets, added, first_used = struct.unpack_from("=4Q", answer, _CURRENT)
     window_drops, replay_drops, integrity_drops = struct.unpack_from("=3I", answer, _STATISTICS)
     last_used = None
@@ -59,6 +63,8 @@ def usage_of(answer: bytes) -> Usage:
             sequence = max(struct.unpack_from("=2I", answer, start))
         elif kind == XFRMA["LASTUSED"] and end - start == 8:
             last_used = float(struct.unpack_from("=Q", answer, start)[0]) or None
+        elif kind == XFRMA["SA_DIR"]:
+            direction = Direction.IN if answer[start] == messages.XFRM_SA_DIR_IN else Direction.OUT
     return Usage(
         packets=packets,
         octets=octets,
@@ -69,6 +75,8 @@ def usage_of(answer: bytes) -> Usage:
         window_drops=window_drops,
         integrity_drops=integrity_drops,
         sequence=sequence,
+        last_received=last_used if direction is Direction.IN else None,
+        last_sent=last_used if direction is Direction.OUT else None,
     )
 
 
@@ -106,14 +114,19 @@ def installed_sa(answer: bytes, directions: Mapping[SaId, Direction], local: Loc
     protocol = {50: "ESP", 51: "AH", 108: "IPComp"}.get(message["id_proto"], str(message["id_proto"]))
     larval = protocol == "ESP" and not names
     association = None
+    direction = _direction_of(message, sa_id, directions, local)
     description = " ".join([protocol, *names])
     if not larval:
         try:
-            association = _association(message, sa_id, _direction_of(message, sa_id, directions, local))
+            association = _association(message, sa_id, direction)
         except (ValueError, KeyError, OSError) as error:
             description += f" ({error.args[0] if isinstance(error, KeyError) else error})"
     return InstalledSA(
-        sa_id=sa_id, association=association, usage=usage_of(answer), larval=larval, description=description
+        sa_id=sa_id,
+        association=association,
+        usage=usage_of(answer, direction),
+        larval=larval,
+        description=description,
     )
 
 
@@ -169,7 +182,18 @@ def _association(message: Any, sa_id: SaId, direction: Direction) -> SecurityAss
         & messages.XFRM_SA_XFLAG_DONT_ENCAP_DSCP,
         copy_ecn=not flags & messages.XFRM_STATE_NOECN,
         copy_df=not flags & messages.XFRM_STATE_NOPMTUDISC,
+        output_mark=_output_mark(message),
+        hw_offload=offload_of(message),
+        cpu=message.get_attr("XFRMA_SA_PCPU"),
     )
+
+
+def _output_mark(message: Any) -> Mark | None:
+    value = message.get_attr("XFRMA_SET_MARK")
+    if value is None:
+        return None
+    mask = message.get_attr("XFRMA_SET_MARK_MASK") or 0xFFFF_FFFF
+    return Mark(value=value & mask, mask=mask)
 
 
 def _transforms(message: Any) -> dict[str, Any]:

@@ -7,12 +7,14 @@ the one buffer that is sent (and overwritten by `natcompat.kernel.xfrm.netlink`)
 
 from __future__ import annotations
 
+import errno
 import functools
 import socket
 import struct
 from ipaddress import IPv4Address, IPv6Address, ip_network
 from typing import Any, NamedTuple
 
+from natcompat.errors import NatCompatError
 from natcompat.ipsec import (
     Direction,
     Encr,
@@ -31,6 +33,7 @@ from natcompat.ipsec.associations import wire_ports
 from natcompat.kernel.xfrm import layouts, messages
 from natcompat.kernel.xfrm.algorithms import ENCRYPTION_NAMES, INTEGRITY_NAMES
 from natcompat.kernel.xfrm.netlink import HEADER, attributes
+from natcompat.kernel.xfrm.offload import offload_fields
 from natcompat.kernel.xfrm.probe import UDP_ENCAP_ESPINUDP
 
 MAPPING_INTERVAL = 5
@@ -51,6 +54,9 @@ class KernelFeatures(NamedTuple):
 
     sa_direction: bool
     keepalive: bool
+    output_mark: bool = False
+    hw_offload: bool = False
+    cpu: bool = False
 
 
 def octets(address: IPAddress | None) -> bytes:
@@ -90,6 +96,10 @@ class _Shape(NamedTuple):
     copy_dscp: bool
     copy_ecn: bool
     copy_df: bool
+    output_mark: Mark | None
+    hw_offload: tuple[int, int] | None
+    """Interface index, flags."""
+    cpu: int | None
     features: KernelFeatures
 
 
@@ -123,6 +133,9 @@ def encode_sa(sa: SecurityAssociation, features: KernelFeatures) -> bytearray:
             sa.copy_dscp,
             sa.copy_ecn,
             sa.copy_df,
+            sa.output_mark,
+            None if sa.hw_offload is None else offload_fields(sa.hw_offload, sa.direction),
+            sa.cpu,
             features,
         )
     )
@@ -138,6 +151,17 @@ def encode_sa(sa: SecurityAssociation, features: KernelFeatures) -> bytearray:
     if sa.integrity_key:
         message[template.integrity_key : template.integrity_key + len(sa.integrity_key)] = sa.integrity_key
     return message
+
+
+def refuse_unknown(sa: SecurityAssociation, features: KernelFeatures) -> None:
+    """Raise `natcompat.NatCompatError` (EOPNOTSUPP) for attributes that this kernel would ignore."""
+    for name in ("output_mark", "hw_offload", "cpu"):
+        if getattr(sa, name) is not None and not getattr(features, name):
+            raise NatCompatError(
+                errno.EOPNOTSUPP,
+                f"Adding {sa.sa_id}: this kernel knows no {name} of SAs",
+                f"Leave {name} out, or run a newer kernel",
+            )
 
 
 def put_sequence(message: bytearray, direction: Direction, sequence: int) -> None:
@@ -170,7 +194,7 @@ def _template(shape: _Shape) -> _Template:
         "id_proto": socket.IPPROTO_ESP,
         "family": shape.family,
         "mode": messages.XFRM_MODE_TUNNEL if tunnel else messages.XFRM_MODE_TRANSPORT,
-        **_lifetime_fields(shape.lifetime),
+        **lifetime_fields(shape.lifetime),
     }
     flags = 0
     if shape.selector is not None:
@@ -207,6 +231,14 @@ def _template(shape: _Shape) -> _Template:
         found.append(("XFRMA_TFCPAD", shape.tfc))
     if outbound and not shape.copy_dscp:
         found.append(("XFRMA_SA_EXTRA_FLAGS", messages.XFRM_SA_XFLAG_DONT_ENCAP_DSCP))
+    if shape.output_mark is not None:
+        found.append(("XFRMA_SET_MARK", shape.output_mark.value))
+        found.append(("XFRMA_SET_MARK_MASK", shape.output_mark.mask))
+    if shape.hw_offload is not None:
+        index, offload_flags = shape.hw_offload
+        found.append(("XFRMA_OFFLOAD_DEV", {"ifindex": index, "flags": offload_flags}))
+    if shape.cpu is not None:
+        found.append(("XFRMA_SA_PCPU", shape.cpu))
 
     message = messages.xfrm_usersa_info()
     message.update({**fields, "flags": flags, "attrs": found})
@@ -240,7 +272,8 @@ def _algorithms(shape: _Shape) -> list[tuple[str, Any]]:
     return [("XFRMA_ALG_CRYPT", blank), ("XFRMA_ALG_AUTH_TRUNC", integrity)]
 
 
-def _lifetime_fields(lifetime: Lifetime | None) -> dict[str, int]:
+def lifetime_fields(lifetime: Lifetime | None) -> dict[str, int]:
+    """Return the fields of a struct xfrm_lifetime_cfg; None: no limits."""
     fields = dict.fromkeys(
         (f"lft_{grade}_{unit}_limit" for grade in ("soft", "hard") for unit in ("byte", "packet")),
         messages.XFRM_INF,

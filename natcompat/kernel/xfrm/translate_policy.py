@@ -13,14 +13,18 @@ from natcompat.ipsec import (
     Mark,
     Mode,
     Policy,
+    PolicyUsage,
 )
 from natcompat.ipsec.policies import default_priority
 from natcompat.kernel.xfrm import messages
+from natcompat.kernel.xfrm.netlink import failure
+from natcompat.kernel.xfrm.offload import offload_fields, offload_of
+from natcompat.kernel.xfrm.readback import decode
 from natcompat.kernel.xfrm.translate import (
     KERNEL_DIRECTIONS,
-    _lifetime_fields,
     address_of,
     family_of,
+    lifetime_fields,
     octets,
     selector_fields,
     selector_of,
@@ -43,7 +47,7 @@ def encode_policy(policy: Policy, direction: int) -> bytearray:
     message.update(
         {
             **selector_fields(policy.selector, "sel_"),
-            **_lifetime_fields(None),
+            **lifetime_fields(None),
             "priority": default_priority(policy.selector) if policy.priority is None else policy.priority,
             "dir": direction,
             "action": messages.XFRM_POLICY_BLOCK if discard else messages.XFRM_POLICY_ALLOW,
@@ -69,6 +73,9 @@ def encode_policy(policy: Policy, direction: int) -> bytearray:
         found.append(("XFRMA_MARK", {"v": policy.mark.value, "m": policy.mark.mask}))
     if policy.interface_id is not None:
         found.append(("XFRMA_IF_ID", policy.interface_id))
+    if policy.hw_offload is not None and direction != messages.XFRM_POLICY_FWD:
+        index, _ = offload_fields(policy.hw_offload, policy.direction)
+        found.append(("XFRMA_OFFLOAD_DEV", {"ifindex": index, "flags": messages.XFRM_OFFLOAD_PACKET}))
     message["attrs"] = found
     message.encode()
     return bytearray(message.data)
@@ -112,4 +119,21 @@ def policy_of(message: Any) -> Policy:
         optional=bool(template and template["optional"]),
         mark=Mark(value=mark["v"], mask=mark["m"]) if mark else None,
         interface_id=message.get_attr("XFRMA_IF_ID") or None,
+        hw_offload=offload_of(message),
+    )
+
+
+def no_policy(error: NatCompatError) -> NatCompatError:
+    """Say ESRCH for a policy that is not there, as for an SA; the kernel says ENOENT."""
+    if error.errno != errno.ENOENT:
+        return error
+    return failure((error.strerror or "").split(":")[0], errno.ESRCH, "there is no such policy")
+
+
+def policy_usage_of(answer: bytes) -> PolicyUsage:
+    """Return the policy in a message that starts with an xfrm_userpolicy_info, and its usage."""
+    message = decode(messages.xfrm_userpolicy_info, answer)
+    last_used = float(message["curlft_use_time"])
+    return PolicyUsage(
+        policy=policy_of(message), added=float(message["curlft_add_time"]), last_used=last_used or None
     )

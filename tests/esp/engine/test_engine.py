@@ -19,6 +19,8 @@ from natcompat.esp.engine.results import Dropped, Opened, Packet, Reason
 from natcompat.ipsec import (
     Direction,
     Encr,
+    HardwareOffload,
+    Integ,
     Lifetime,
     UDPEncapsulation,
 )
@@ -150,15 +152,22 @@ def test_cryptography_is_optional(program: str, expected: str | None) -> None:
     ("changes", "number", "problem"),
     [
         ({"encapsulation": None}, errno.EPROTONOSUPPORT, "carried in UDP only"),
-        ({"mark": 5}, errno.EOPNOTSUPP, "neither packet marks"),
-        ({"interface_id": 5}, errno.EOPNOTSUPP, "neither packet marks"),
+        ({"mark": 5}, errno.EOPNOTSUPP, "has no mark:"),
+        ({"interface_id": 5}, errno.EOPNOTSUPP, "has no interface_id:"),
+        ({"output_mark": 5, "cpu": 0}, errno.EOPNOTSUPP, "has no output_mark and cpu:"),
+        ({"hw_offload": HardwareOffload(interface="eth0")}, errno.EOPNOTSUPP, "has no hw_offload:"),
         (
             {"encryption": 12, "encryption_key": bytes(16), "integrity": 5, "integrity_key": bytes(16)},
             errno.EPROTONOSUPPORT,
             "has no AES_XCBC_96",
         ),
+        (
+            {"encryption": 3, "encryption_key": bytes(24), "integrity": 12, "integrity_key": bytes(32)},
+            errno.EPROTONOSUPPORT,
+            "TRIPLE_DES_CBC of ESP .*: too old",
+        ),
     ],
-    ids=["no UDP", "mark", "interface", "XCBC"],
+    ids=["no UDP", "mark", "interface", "output mark", "offload", "XCBC", "3DES"],
 )
 def test_refused(engine: EspEngine, changes: dict[str, Any], number: int, problem: str) -> None:
     with pytest.raises(NatCompatError, match=problem) as caught:
@@ -168,9 +177,33 @@ def test_refused(engine: EspEngine, changes: dict[str, Any], number: int, proble
     assert engine.list_sas() == []
 
 
+@pytest.mark.parametrize("integrity", list(Integ), ids=lambda transform: transform.name)
+@pytest.mark.parametrize("encryption", list(Encr), ids=lambda transform: transform.name)
+def test_no_legacy_transform_is_taken_for_another(
+    engine: EspEngine, encryption: Encr, integrity: Integ
+) -> None:
+    """Even with legacy=True: the engine has none of them, and must not seal with NULL instead."""
+    if encryption.is_aead or not (encryption.is_legacy or integrity.is_legacy):
+        return
+    if integrity is Integ.NONE:
+        return
+    changes: dict[str, Any] = {
+        "encryption": encryption,
+        "encryption_key": bytes(range(encryption.key_lengths[0])),
+        "integrity": integrity,
+        "integrity_key": bytes(range(integrity.key_length)),
+    }
+    with pytest.raises(NatCompatError) as caught:
+        engine.add_sa(sa(Direction.OUT, **changes), legacy=True)
+    assert caught.value.errno == errno.EPROTONOSUPPORT
+    assert engine.list_sas() == []
+    assert not any(transform.is_legacy for transform in engine.transforms().encryption)
+    assert not any(transform.is_legacy for transform in engine.transforms().integrity)
+
+
 @pytest.mark.parametrize("changes", [{"mark": 5}, {"interface_id": 5}], ids=str)
 def test_policies_refused(engine: EspEngine, changes: dict[str, int]) -> None:
-    with pytest.raises(NatCompatError, match="neither packet marks"):
+    with pytest.raises(NatCompatError, match=f"has no {next(iter(changes))}:"):
         engine.add_policy(policy(Direction.OUT, **changes))
 
 

@@ -71,13 +71,20 @@ def test_attributes_are_known_from_the_kernels_that_brought_them_on() -> None:
     release = tuple(map(int, os.uname().release.split("-")[0].split("+")[0].split(".")[:2]))
     assert found.sa_direction or release < (6, 10)
     assert found.keepalive or release < (6, 11)
+    assert found.output_mark or release < (4, 19)
+    assert found.hw_offload or release < (4, 11)
+    assert found.cpu or release < (6, 13)
 
 
 @becomes_nobody
 def test_an_attribute_that_no_kernel_knows_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probe, "XFRMA_SA_DIR", 1000)
-    monkeypatch.setattr(probe, "XFRMA_NAT_KEEPALIVE_INTERVAL", 1001)
-    assert probe.probe_attributes() == XfrmAttributes(sa_direction=False, keepalive=False)
+    for number, name in enumerate(
+        ("SA_DIR", "NAT_KEEPALIVE_INTERVAL", "SET_MARK_MASK", "OFFLOAD_DEV", "SA_PCPU"), 1000
+    ):
+        monkeypatch.setattr(probe, f"XFRMA_{name}", number)
+    assert probe.probe_attributes() == XfrmAttributes(
+        sa_direction=False, keepalive=False, output_mark=False, hw_offload=False, cpu=False
+    )
 
 
 @becomes_nobody
