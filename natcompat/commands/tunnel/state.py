@@ -27,7 +27,7 @@ from natcompat.errors import NatCompatError
 from natcompat.ipsec import Direction, IPAddress, SecurityAssociation
 from natcompat.ipsec.transforms import Encr
 
-COUNTING: Final = frozenset(Encr) - {Encr.NULL, Encr.AES_CBC}
+COUNTING: Final = frozenset(encr for encr in Encr if encr.is_aead or encr is Encr.AES_CTR)
 """Transforms that fail altogether when a key meets an IV twice (RFC 3686, 4106, 4309, 4543, 7634)."""
 
 _VERSION: Final = 1

@@ -313,7 +313,7 @@ def test_two_sas_of_one_name(tmp_path: Path) -> None:
     assert "[[sa]] 1 has this SPI, too" in str(refused(write(tmp_path, text)))
 
 
-@pytest.mark.parametrize("encryption", [each for each in Encr if each.name not in ("NULL", "AES_CBC")])
+@pytest.mark.parametrize("encryption", [encr for encr in Encr if encr.is_aead or encr is Encr.AES_CTR])
 def test_counter_modes_on_the_kernel(tmp_path: Path, encryption: Encr) -> None:
     text = TUNNEL.replace("AES_GCM_16", encryption.name)
     if encryption is Encr.AES_CTR:
