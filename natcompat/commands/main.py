@@ -75,6 +75,8 @@ def natcompat() -> None:
                           comma-separated order of preference (auto, linux, userspace, ...)
       NATCOMPAT_DATAPATH  what carries ESP in this process: auto, c, python
       NATCOMPAT_IPSEC     on Linux, how to reach the kernel's IPsec: auto, xfrm, pfkey
+      NATCOMPAT_OFFLOADS  which offloads the data path may use: a list, none, or names
+                          with a minus (natcompat doctor names them)
       NATCOMPAT_CONTROL   none: user-space IPsec shows itself to no natcompat sad, spd,
                           events, top and tunnel status
       NO_COLOR            if set, no colours on a terminal

@@ -7,6 +7,7 @@ and ``errors`` (a list of sentences: what could not be removed, and why).
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +39,13 @@ def clean() -> dict[str, Any]:
 def _control_sockets() -> list[str]:
     from natcompat.esp.control_directory import remove_stale
 
-    return [str(path) for where in directories() if where.is_dir() for path in remove_stale(where)]
+    # of this user's own: root would remove in directories that their users can exchange meanwhile
+    return [
+        str(path)
+        for where in directories()
+        if where.is_dir() and where.stat().st_uid == os.geteuid()
+        for path in remove_stale(where)
+    ]
 
 
 def _unless_unknown(remove: Callable[[], list[str]]) -> Callable[[], list[str]]:
