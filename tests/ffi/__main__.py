@@ -44,6 +44,7 @@ def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.ffi")
     parser.add_argument("--rounds", type=int, default=20_000, help="of changes while threads carry packets")
+    parser.add_argument("--bursts", type=int, default=1_000_000, help="of hostile frames and datagrams")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="natcompat-sanitize-") as temporary:
         directory = Path(temporary)
@@ -53,6 +54,8 @@ def main() -> None:
             run(f"{title}: SAs change while threads carry packets", threads, str(options.rounds))
             build("loop_threads", threads, *flags)
             run(f"{title}: all changes under loops that carry packets", threads, str(options.rounds // 10))
+            build("loop_fuzz", threads, *flags)
+            run(f"{title}: hostile frames and datagrams through a loop", threads, str(options.bursts))
         build("esp_fuzz", corpus, "-DMAIN", *ADDRESS)
         run("AddressSanitizer, UndefinedBehaviorSanitizer: the corpus", corpus, CORPUS)
         if shutil.which("valgrind"):
