@@ -18,6 +18,7 @@ DEFAULT_INTERVAL: Final = 20
 """Seconds without a packet after which a dummy packet is sent, where an SA has no nat_keepalive."""
 
 _ROUND: Final = 0.5
+_LONGEST_ROUND: Final = 5.0
 _log = get_logger()
 
 
@@ -50,6 +51,8 @@ class KeepAlive:
     ) -> None:
         self._sender = sender
         self._intervals = intervals
+        # a kernel lists every SA of the namespace for a look: without dummy packets there is less hurry
+        self._round = _ROUND if intervals else min(_LONGEST_ROUND, max(_ROUND, silence / 10))
         self._silence = silence
         self._report = report
         self._began = time.time()
@@ -135,7 +138,7 @@ class KeepAlive:
                 self.look()
             except NatCompatError as error:  # IPsec is being closed
                 _log.debug("the SAs cannot be looked at: %s", error)
-            self._ended.wait(_ROUND)
+            self._ended.wait(self._round)
 
 
 def last_sent(sa: InstalledSA) -> float | None:
