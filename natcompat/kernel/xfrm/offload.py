@@ -8,10 +8,11 @@ from typing import Any
 
 from natcompat.errors import NatCompatError
 from natcompat.ipsec import Direction, HardwareOffload
-from natcompat.kernel.xfrm import layouts, messages
+from natcompat.kernel.xfrm import layouts
 from natcompat.kernel.xfrm.netlink import HEADER, attributes
 from natcompat.kernel.xfrm.probe import XFRMA_OFFLOAD_DEV
 
+XFRM_OFFLOAD_INBOUND, XFRM_OFFLOAD_PACKET = 2, 4  # linux/xfrm.h
 NO_CARD_REMEDY = (
     "Leave hw_offload out, or choose an interface whose driver has ESP (ethtool -k: esp-hw-offload)"
 )
@@ -28,8 +29,8 @@ def offload_fields(offload: HardwareOffload, direction: Direction) -> tuple[int,
             f"hw_offload: there is no network interface {offload.interface}",
             "Name one of those that `ip link` shows in this network namespace",
         ) from None
-    flags = messages.XFRM_OFFLOAD_INBOUND if direction is Direction.IN else 0
-    return index, flags | messages.XFRM_OFFLOAD_PACKET * offload.packet
+    flags = XFRM_OFFLOAD_INBOUND if direction is Direction.IN else 0
+    return index, flags | XFRM_OFFLOAD_PACKET * offload.packet
 
 
 def offload_of(message: Any) -> HardwareOffload | None:
@@ -41,7 +42,7 @@ def offload_of(message: Any) -> HardwareOffload | None:
         name = socket.if_indextoname(attribute["ifindex"])
     except OSError:
         return None
-    return HardwareOffload(interface=name, packet=bool(attribute["flags"] & messages.XFRM_OFFLOAD_PACKET))
+    return HardwareOffload(interface=name, packet=bool(attribute["flags"] & XFRM_OFFLOAD_PACKET))
 
 
 def has_card(answer: bytes) -> bool:

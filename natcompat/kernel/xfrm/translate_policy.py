@@ -18,7 +18,7 @@ from natcompat.ipsec import (
 from natcompat.ipsec.policies import default_priority
 from natcompat.kernel.xfrm import messages
 from natcompat.kernel.xfrm.netlink import failure
-from natcompat.kernel.xfrm.offload import offload_fields, offload_of
+from natcompat.kernel.xfrm.offload import XFRM_OFFLOAD_PACKET, offload_fields, offload_of
 from natcompat.kernel.xfrm.readback import decode
 from natcompat.kernel.xfrm.translate import (
     KERNEL_DIRECTIONS,
@@ -75,7 +75,7 @@ def encode_policy(policy: Policy, direction: int) -> bytearray:
         found.append(("XFRMA_IF_ID", policy.interface_id))
     if policy.hw_offload is not None and direction != messages.XFRM_POLICY_FWD:
         index, _ = offload_fields(policy.hw_offload, policy.direction)
-        found.append(("XFRMA_OFFLOAD_DEV", {"ifindex": index, "flags": messages.XFRM_OFFLOAD_PACKET}))
+        found.append(("XFRMA_OFFLOAD_DEV", {"ifindex": index, "flags": XFRM_OFFLOAD_PACKET}))
     message["attrs"] = found
     message.encode()
     return bytearray(message.data)
