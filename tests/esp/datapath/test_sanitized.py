@@ -36,10 +36,10 @@ def test_corpus(tmp_path: Path) -> None:
 def test_hostile_frames_and_datagrams(tmp_path: Path, flags: list[str]) -> None:
     """From both sides of a loop: nothing is read too far, and every merged frame has the right checksums."""
     build("loop_fuzz", tmp_path / "fuzz", *flags)
-    said = run(tmp_path / "fuzz", "20000")
-    assert said.startswith("20000 bursts; ")
+    said = run(tmp_path / "fuzz", "5000")
+    assert said.startswith("5000 bursts; ")
     numbers = [int(word) for word in said.split() if word.isdigit()]
-    assert all(number > 1000 for number in numbers), said
+    assert all(number > 500 for number in numbers), said
 
 
 @pytest.mark.parametrize("program", ["esp_threads", "loop_threads"])
