@@ -1,6 +1,6 @@
-"""ESP in this process (RFC 4303): no kernel, no privilege, no I/O. `natcompat.esp.engine` is the way in.
+"""ESP in this process (RFC 4303): no kernel and no privilege needed.
 
-`packet`, `replay` and `crypto` are the protocol, `association` is the state of one SA, `databases`
-finds it, `events` tells of it, `engine` is all of that as one `natcompat.ipsec.IPsec`. `device` is where
-inner packets come from and go to.
+`engine` has the protocol and the databases and does no I/O; `datapath` is its second data path, in C.
+`carrier` moves packets between sockets and a packet device (`device`), and `userspace` is all of that as one
+`natcompat.ipsec.IPsec`.
 """

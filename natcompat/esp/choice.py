@@ -1,4 +1,4 @@
-"""The data paths there are, and the choice among them: NATCOMPAT_DATAPATH."""
+"""The choice among the data paths: NATCOMPAT_DATAPATH."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ class DataPathChoice:
     name: str
     viable: bool
     reason: str
-    """Why not, or what it is."""
+    """Why it does not work, or a description."""
     ciphers: str = ""
-    """The library that does the ciphers, where there is a choice."""
+    """The library of the ciphers, where there is a choice."""
     make_path: DataPathFactory | None = None
-    """What `natcompat.esp.engine.engine.EspEngine` takes; None: it does not work here."""
+    """The factory that `natcompat.esp.engine.engine.EspEngine` takes; None: it does not work here."""
     make_carrier: CarrierFactory | None = None
-    """What makes the carrier; None: it does not work here."""
+    """The factory of the carrier; None: it does not work here."""
 
 
 def probe() -> list[DataPathChoice]:
@@ -62,12 +62,12 @@ def select(requested: str | None = None) -> DataPathChoice:
             f"Choose among {AUTO}, {', '.join(_FINDERS)} ({ENVIRONMENT_VARIABLE})",
         )
     for name in _FINDERS if asked == AUTO else (asked,):
-        found = _find(name)
-        if found.viable:
-            return found
+        choice = _find(name)
+        if choice.viable:
+            return choice
     raise NatCompatError(
         errno.ENOTSUP,
-        f"the data path {asked} does not work here: {found.reason}",
+        f"the data path {asked} does not work here: {choice.reason}",
         f"Choose one that does ({ENVIRONMENT_VARIABLE}): `natcompat doctor` tells",
     )
 
@@ -81,7 +81,7 @@ def _find(name: str) -> DataPathChoice:
 
 def _find_c() -> DataPathChoice:
     if sys.platform != "linux":
-        return DataPathChoice("c", False, "it is made of system calls of Linux")
+        return DataPathChoice("c", False, "it uses system calls of Linux")
     try:
         from natcompat.esp.carrier.native import NativeCarrier
         from natcompat.esp.datapath.native import NativeDataPath

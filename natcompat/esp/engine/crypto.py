@@ -1,6 +1,6 @@
 """The transforms of ESP, on the `cryptography` package. None of them goes without integrity.
 
-One cipher object per SA, made once: the key schedule is what costs. An object belongs to one
+One cipher object per SA, made once, since the key schedule is expensive. An object belongs to one
 direction of one SA and is used under that SA's lock; it keeps no nonce from one packet to the next.
 """
 
@@ -167,8 +167,8 @@ class _Cbc(_EncryptThenMac):
     """AES-CBC (RFC 3602) with one context for the whole life of the SA.
 
     CBC goes on from block to block, so a context need not be made anew for every IV. Sealing: the
-    16 random bytes of `prefix` are encrypted as a block of their own, and what comes out, random
-    and unpredictable, is the IV. Opening: what an IV decrypts to is thrown away, the next block
+    16 random bytes of `prefix` are encrypted as a block of their own; the result, random and
+    unpredictable, is the IV. Opening: the block that an IV decrypts to is thrown away, the next block
     needs nothing but the IV.
     """
 

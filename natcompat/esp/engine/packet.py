@@ -1,4 +1,4 @@
-"""What ESP carries and how: inner packets, trailer, ECN, checksums. Pure functions on bytes.
+"""Inner packets, the trailer of ESP, ECN and checksums: pure functions on bytes.
 
 Sources: RFC 4303 (2.4 to 2.7), RFC 4301 (5.1.2), RFC 6040, RFC 3948 (3.1.2), RFC 1624.
 """
@@ -15,7 +15,7 @@ from natcompat.esp.engine.results import Packet, Reason
 from natcompat.ipsec import AddressRange, IPAddress, TrafficSelector
 
 IPV4, IPV6, DUMMY = 4, 41, 59
-"""Next headers of ESP (IANA protocol numbers): what tunnel mode carries, and what says nothing."""
+"""Next headers of ESP (IANA protocol numbers): those of tunnel mode, and that of dummy packets."""
 
 _TCP, _UDP = 6, 17
 _PLAIN: Final = (_TCP, _UDP)
@@ -24,14 +24,14 @@ _ICMP, _ICMPV6, _MOBILITY = 1, 58, 135
 _HOP_BY_HOP, _ROUTING, _FRAGMENT, _DESTINATION, _AH = 0, 43, 44, 60, 51
 _EXTENSIONS: Final = frozenset({_HOP_BY_HOP, _ROUTING, _FRAGMENT, _DESTINATION, _AH})
 _MOST_EXTENSIONS: Final = 8
-"""Extension headers that are walked; who sends more wants to cost time."""
+"""Extension headers that are walked. More of them would be an attempt to cost time."""
 
 PADDINGS: Final = tuple(bytes(range(1, length + 1)) for length in range(256))
 """1, 2, 3... of every length (RFC 4303, 2.4)."""
 
 
 class Flow(NamedTuple):
-    """What selectors look at. Ports are 0 where a packet has none, or hides them in a later fragment."""
+    """The fields that selectors compare. Ports are 0 where a packet has none, and in later fragments."""
 
     version: int
     protocol: int
@@ -42,7 +42,7 @@ class Flow(NamedTuple):
 
 
 FlowKey: TypeAlias = bytes | Flow
-"""Equal keys, equal flows; cheaper than a `Flow` for what most packets are."""
+"""Equal keys, equal flows; for TCP and UDP cheaper than a `Flow`."""
 
 
 def address_of(version: int, value: int) -> IPAddress:
@@ -107,8 +107,8 @@ def runs(packets: Iterable[Packet]) -> Iterator[tuple[FlowKey | None, list[bytes
     run: list[bytes] = []
     key: FlowKey | None = None
     like: tuple[object, ...] | None = None
-    for each in packets:
-        packet = each if isinstance(each, bytes) else bytes(each)
+    for item in packets:
+        packet = item if isinstance(item, bytes) else bytes(item)
         size = len(packet)
         first = packet[0] if size >= 24 else 0
         if first == 0x45:
@@ -159,10 +159,10 @@ def flow_of(packet: bytes) -> Flow | None:
         version = 4
     else:
         version, source, destination = 6, int.from_bytes(packet[8:24]), int.from_bytes(packet[24:40])
-        found = _walk(packet)
-        if found is None:
+        transport = _walk(packet)
+        if transport is None:
             return None
-        protocol, offset, later = found
+        protocol, offset, later = transport
     ports = (0, 0) if later else _ports(packet, protocol, offset)
     return Flow(version, protocol, source, destination, *ports)
 
@@ -186,7 +186,7 @@ def _walk(packet: bytes) -> tuple[int, int, bool] | None:
 
 
 def _ports(packet: bytes, protocol: int, offset: int) -> tuple[int, int]:
-    """Return the ports, or what stands in for them (RFC 4301, 4.4.1.1)."""
+    """Return the ports, or the fields that RFC 4301, 4.4.1.1, puts in their place."""
     start = packet[offset : offset + 4]
     if len(start) == 4:
         if protocol in _PORTS:
@@ -199,7 +199,7 @@ def _ports(packet: bytes, protocol: int, offset: int) -> tuple[int, int]:
 
 
 def matches(selector: TrafficSelector, flow: Flow) -> bool:
-    """Tell whether `flow` is among what `selector` means."""
+    """Tell whether `selector` covers `flow`."""
     source, destination = selector.source, selector.destination
     return (
         source.version == flow.version
@@ -255,7 +255,7 @@ def _with_ecn(packet: bytes, traffic_class: int, ecn: int) -> bytes:
 
 
 def split_for_transport(packet: bytes) -> tuple[int, bytes] | Reason:
-    """Return next header and payload of what transport mode protects, or why it cannot.
+    """Return next header and payload for transport mode, or the reason why it cannot carry the packet.
 
     The outer header is the socket's, so IPv4 options are left behind, and IPv6 extension headers
     that have to stand in front of ESP cannot be sent.

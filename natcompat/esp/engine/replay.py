@@ -80,5 +80,5 @@ class ReplayWindow:
         if newest - last > mask:
             blocks[:] = bytes(len(blocks))
         else:
-            for each in range(last + 1, newest + 1):
-                blocks[each & mask] = 0
+            for block in range(last + 1, newest + 1):
+                blocks[block & mask] = 0

@@ -1,4 +1,4 @@
-"""`Reporting`: events of the ESP engine, and what it does of its own accord when an SA expires or moves."""
+"""`Reporting`: events of the ESP engine, and its own actions when an SA expires or moves."""
 
 from __future__ import annotations
 
