@@ -57,6 +57,7 @@ class ChildSa:
 
     __slots__ = (
         "_ipsec",
+        "_legacy",
         "_pending",
         "encapsulation",
         "inbound",
@@ -91,6 +92,7 @@ class ChildSa:
         self.remote: OuterEnd = OuterEnd(outbound.destination, ports.remote_port if ports else NAT_T_PORT)
         """Outer address of the peer as this host sees it, and its port."""
         self._pending: SecurityAssociation | None = outbound
+        self._legacy = False
 
     def __repr__(self) -> str:
         return f"<ChildSa {self.inbound} / {self.outbound}, {len(self.policies)} policies>"
@@ -119,7 +121,9 @@ class ChildSa:
         replay_window: int = 64,
         original_address: IPAddress | None = None,
         mark: Mark | int | None = None,
+        output_mark: Mark | int | None = None,
         interface_id: int | None = None,
+        legacy: bool = False,
         replace_policies: bool = False,
         rekeys: ChildSa | None = None,
     ) -> Self:
@@ -135,7 +139,7 @@ class ChildSa:
         is True). `original_address`: the peer's address before its NAT, for checksums in transport mode.
 
         `replace_policies`: a policy of the same selector is replaced, for a daemon that installed trap
-        policies or was restarted. Without it such a policy is EEXIST.
+        policies or was restarted. Without it such a policy is EEXIST. `legacy` permits old transforms.
 
         `rekeys` is the CHILD_SA that this one replaces. The policies stay as they are until
         `rekeys.rekeyed_by(this)`, and `selectors` may be left out. The responder of a rekey (`initiator`
@@ -176,6 +180,7 @@ class ChildSa:
                 reqid=reqid,
                 nat_keepalive=keepalive if out and encapsulation and behind_nat else None,
                 mark=mark,
+                output_mark=output_mark,
                 interface_id=interface_id,
             )
 
@@ -200,12 +205,13 @@ class ChildSa:
             raise ValueError("selectors: a CHILD_SA needs at least one pair, or `rekeys`")
         inbound = association(Direction.IN)
         child = cls(ipsec, inbound, association(Direction.OUT), policies)
+        child._legacy = legacy
         child._add(inbound, replace_policies, later=rekeys is not None and not initiator)
         return child
 
     def _add(self, inbound: SecurityAssociation, replace_policies: bool, *, later: bool) -> None:
         with contextlib.ExitStack() as undo:
-            added = self._ipsec.add_sa(inbound)
+            added = self._ipsec.add_sa(inbound, legacy=self._legacy)
             undo.callback(undo_quietly, self._ipsec.delete_sa, added)
             for policy in self.policies:
                 if policy.direction is Direction.OUT and self._pending is not None:
@@ -217,7 +223,7 @@ class ChildSa:
 
     def _add_outbound(self, undo: contextlib.ExitStack) -> None:
         assert self._pending is not None
-        added = self._ipsec.add_sa(self._pending)
+        added = self._ipsec.add_sa(self._pending, legacy=self._legacy)
         undo.callback(undo_quietly, self._ipsec.delete_sa, added)
         self.outbound, self._pending = added, None
 

@@ -292,6 +292,22 @@ def test_arguments_that_cannot_be(engines: Engines) -> None:
         assert databases(near) == ([], [])
 
 
+@pytest.mark.parametrize("encryption", [encryption for encryption in Encr if encryption.is_legacy])
+def test_old_transforms_need_the_permission(engines: Engines, encryption: Encr) -> None:
+    """The engine has none of them: with the permission the error is another one."""
+    near, _ = engines
+    keymat = bytes(range(2 * (max(encryption.key_lengths) + 20)))
+    child = Negotiated(encryption=encryption, integrity=Integ.HMAC_SHA1_96, keymat=keymat)
+    with pytest.raises(NatCompatError) as caught:
+        child.install(near, near=True)
+    assert caught.value.errno == errno.EPROTONOSUPPORT
+    assert "legacy=True" in caught.value.remedy
+    with pytest.raises(NatCompatError) as caught:
+        child.install(near, near=True, legacy=True)
+    assert "legacy=True" not in caught.value.remedy
+    assert databases(near) == ([], [])
+
+
 def test_keys_are_not_shown(engines: Engines) -> None:
     near, _ = engines
     child: ChildSa = Negotiated(keymat=b"\xa5" * 72).install(near, near=True)

@@ -89,12 +89,21 @@ def empty(host: Host) -> bool:
 
 @pytest.mark.parametrize(
     ("encryption", "integrity", "length"),
-    [(Encr.AES_GCM_16, Integ.NONE, 36), (Encr.AES_CBC, Integ.HMAC_SHA2_256_128, 64)],
+    [
+        (Encr.AES_GCM_16, Integ.NONE, 36),
+        (Encr.AES_CBC, Integ.HMAC_SHA2_256_128, 64),
+        (Encr.TRIPLE_DES_CBC, Integ.HMAC_MD5_96, 40),
+    ],
 )
 def test_from_beginning_to_end(
     ends: Ends, network: Network, encryption: Encr, integrity: Integ, length: int
 ) -> None:
-    agreed = ends.negotiate(encryption=encryption, integrity=integrity, keymat=os.urandom(2 * length))
+    agreed = ends.negotiate(
+        encryption=encryption,
+        integrity=integrity,
+        keymat=os.urandom(2 * length),
+        legacy=encryption.is_legacy,
+    )
     far = ends.install("far", agreed)
     near = ends.install("near", agreed)
     assert ends.near.ping("10.2.0.1") == 3
