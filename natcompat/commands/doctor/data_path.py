@@ -56,14 +56,14 @@ def offloads(datapath: str | None) -> dict[str, str]:
         allowed = enabled()
     except ValueError as error:
         return dict.fromkeys(OFFLOADS, str(error))
-    found = {name: f"switched off by {VARIABLE}" for name in OFFLOADS if name not in allowed}
-    found |= {name: answer for name, answer in _offloads_of_a_tun().items() if name not in found}
+    states = {name: f"switched off by {VARIABLE}" for name in OFFLOADS if name not in allowed}
+    states |= {name: answer for name, answer in _offloads_of_a_tun().items() if name not in states}
     for name, option in (("gso", _UDP_SEGMENT), ("gro", _UDP_GRO)):
-        found.setdefault(name, _socket_offload(option))
+        states.setdefault(name, _socket_offload(option))
     for name in ("tcp-gro", "udp-gro"):  # the writer's own work, which a TUN with a header takes
         needs = "tso4" if name == "tcp-gro" else "uso"
-        found.setdefault(name, found.get(needs, "not tried") if found.get(needs) != "on" else "on")
-    return {name: found.get(name, "not tried") for name in OFFLOADS}
+        states.setdefault(name, states.get(needs, "not tried") if states.get(needs) != "on" else "on")
+    return {name: states.get(name, "not tried") for name in OFFLOADS}
 
 
 def hand_back() -> dict[str, str]:

@@ -36,12 +36,12 @@ def namespace() -> int | None:
 
 def directories() -> list[Path]:
     """Return the directories that may hold control sockets which this user may ask."""
-    own = directory()
-    if own is None:
+    of_this_user = directory()
+    if of_this_user is None:
         return []
     if os.environ.get(ENVIRONMENT_VARIABLE) or os.geteuid() != 0:
-        return [own]
-    return [own, *sorted(Path("/run/user").glob("*/natcompat"))]
+        return [of_this_user]
+    return [of_this_user, *sorted(Path("/run/user").glob("*/natcompat"))]
 
 
 class Engine:

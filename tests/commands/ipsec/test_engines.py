@@ -92,38 +92,41 @@ def test_a_table_on_a_terminal(ipsec: UserspaceIPsec) -> None:
     assert "0xc0de0001" in shown
 
 
-def test_events_of_engines_arrive(ipsec: UserspaceIPsec) -> None:
-    timer = threading.Timer(
-        1.5,
-        lambda: ipsec.add_sa(
-            sa(Direction.OUT, spi=0x7001, lifetime=Lifetime(soft_seconds=1, hard_seconds=2))
-        ),
+def listen(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, "events", "--json", *arguments], stdout=subprocess.PIPE, text=True, env=environment()
     )
-    timer.start()
-    done = natcompat("events", "--json", "--count", "2", "--timeout", "30")
-    timer.join()
-    events = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [(event["event"], event["spi"]) for event in events] == [
-        ("soft expire", "0x00007001"),
-        ("hard expire", "0x00007001"),
-    ]
+
+
+def expire_until_the_end_of(listener: subprocess.Popen[str], ipsec: UserspaceIPsec) -> list[dict[str, Any]]:
+    """Let SAs expire, one a second, until the command has seen enough, however late it began to listen."""
+    with listener:
+        for spi in range(0x7001, 0x7040):
+            ipsec.add_sa(sa(Direction.OUT, spi=spi, lifetime=Lifetime(soft_seconds=1, hard_seconds=2)))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                listener.wait(1)
+                break
+        listener.kill()
+        assert listener.stdout is not None
+        return [json.loads(line) for line in listener.stdout]
+
+
+def test_events_of_engines_arrive(ipsec: UserspaceIPsec) -> None:
+    events = expire_until_the_end_of(listen("--count", "6"), ipsec)
+    assert len(events) == 6
+    assert {event["event"] for event in events} == {"soft expire", "hard expire"}
     assert {event["pid"] for event in events} == {os.getpid()}
+    assert all(int(event["spi"], 16) >= 0x7001 for event in events)
 
 
 def test_events_of_an_engine_that_begins_later_arrive(directory: Path) -> None:
     """And the command goes on when one ends."""
     with open_process_ipsec(device="queue"):
-        listener = subprocess.Popen(
-            [*COMMAND, "events", "--json", "--count", "1", "--timeout", "40"],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(),
-        )
-    with listener, open_process_ipsec(device="queue") as later:
-        threading.Event().wait(4)
-        later.add_sa(sa(Direction.OUT, lifetime=Lifetime(soft_seconds=1, hard_seconds=200)))
-        assert listener.stdout is not None
-        assert json.loads(listener.stdout.read())["event"] == "soft expire"
+        listener = listen("--count", "1")
+        threading.Event().wait(2)
+    with open_process_ipsec(device="queue") as later:
+        (event,) = expire_until_the_end_of(listener, later)
+    assert event["pid"] == os.getpid()
 
 
 def test_nothing_to_report_in_time(ipsec: UserspaceIPsec) -> None:
