@@ -56,7 +56,9 @@ class TestConformance(EndpointConformance):
 
 
 @pytest.mark.parametrize("consumed", [False, True], ids=["ESP dropped", "ESP consumed"])
-def test_a_backend_that_boasts_is_found_out(family: socket.AddressFamily, consumed: bool) -> None:
+def test_the_suite_fails_a_backend_that_claims_duties_it_lacks(
+    family: socket.AddressFamily, consumed: bool
+) -> None:
     suite, service = EndpointConformance(), Service(Boaster(), consumed)
     with pytest.raises(AssertionError):
         suite.test_select_does_not_wake_for_dropped_datagrams(service, family)

@@ -161,7 +161,7 @@ def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch, empty: str |
     assert backends.select(empty).name == "userspace"
 
 
-def test_auto_takes_nothing_that_works_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_chooses_no_backend_that_works_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
     viable(monkeypatch, "linux", "userspace", by_name_only=("linux",))
     assert backends.select().name == "userspace"
     assert backends.select("linux").name == "linux"
@@ -345,7 +345,7 @@ def test_a_plugin_is_found_by_a_program_that_starts_with_it(plugin: Path) -> Non
     assert done.stdout.strip() == "plugin"
 
 
-def test_the_seam_is_what_its_protocols_say() -> None:
+def test_built_in_backends_have_the_attributes_of_the_protocol() -> None:
     """What natcompat's own backends have, a third party's has to have."""
     for name in BUILT_IN:
         backend: base.Backend = backends.get(name)

@@ -205,7 +205,7 @@ class TestLinuxByTheDryRun:
 
 @LINUX
 @pytest.mark.parametrize("encapsulating", [0, 2], ids=["plain", "with UDP_ENCAP of the application's"])
-def test_linux_sets_udp_encap_and_gives_it_back(encapsulating: int) -> None:
+def test_linux_sets_udp_encap_and_restores_it(encapsulating: int) -> None:
     udp_encap = (socket.IPPROTO_UDP, 100)  # linux/udp.h
     with udp() as sock:
         sock.setsockopt(*udp_encap, encapsulating)
@@ -219,7 +219,7 @@ def test_linux_sets_udp_encap_and_gives_it_back(encapsulating: int) -> None:
 
 
 @LINUX
-def test_linux_without_xfrm_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_linux_without_xfrm_raises_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = socket.socket.setsockopt
 
     def setsockopt(sock: socket.socket, level: int, option: int, *value: Any) -> None:

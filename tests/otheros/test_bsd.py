@@ -96,7 +96,7 @@ def test_the_data_fit_the_table_of_the_kernel(system: str) -> None:
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_auto_takes_it(run: Callable[..., str], system: str) -> None:
+def test_auto_chooses_the_backend_of_the_system(run: Callable[..., str], system: str) -> None:
     run(
         system,
         """
@@ -115,7 +115,9 @@ with udp(port=PORT) as sock:
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_who_may_install_no_sa_asks_by_name(run: Callable[..., str], system: str) -> None:
+def test_without_the_privilege_for_sas_the_backend_is_requested_by_name(
+    run: Callable[..., str], system: str
+) -> None:
     port = 0 if bsd_kernels.KERNEL_SUPPORT[system].option else free_port()  # as another daemon has set it
     run(
         system,
@@ -154,7 +156,9 @@ if SUPPORT.option:
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_it_is_exempt_from_policies_and_then_no_more(run: Callable[..., str], system: str) -> None:
+def test_the_socket_is_exempt_from_policies_until_the_option_is_off(
+    run: Callable[..., str], system: str
+) -> None:
     run(
         system,
         """

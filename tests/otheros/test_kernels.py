@@ -42,7 +42,7 @@ for version in (4, 6):
 
 
 @pytest.mark.parametrize("system", KERNELS)
-def test_a_model_does_what_its_table_says(make_model: MakeModel, system: str) -> None:
+def test_a_model_delivers_by_its_table(make_model: MakeModel, system: str) -> None:
     kernel = KERNELS[system]
     port = 0 if kernel.option else free_port()
     done = make_model(system).run(BARE, system, str(port), port=port)
@@ -106,7 +106,7 @@ def test_conformance_of_a_kernel_in_another_state(make_model: MakeModel, system:
     conformance(make_model, system, 120, kernel=kernel, port=port)
 
 
-def test_a_model_that_leaks_is_found_out(make_model: MakeModel) -> None:
+def test_the_suite_fails_a_model_that_leaks(make_model: MakeModel) -> None:
     """The suite is not blind to what is modelled: of Solaris the process would mend nothing."""
     done = make_model("solaris").pytest("conformance.py", kernel="no-demultiplexing")
     assert done.returncode == 1

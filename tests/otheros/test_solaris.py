@@ -108,7 +108,7 @@ for cls in (socket.socket, Mine):
 """)
 
 
-def test_what_the_kernel_says_counts(solaris: Any) -> None:
+def test_the_option_is_read_from_the_kernel(solaris: Any) -> None:
     """The application may set and clear the option itself; aliases have it as well."""
     solaris("""
 with udp() as sock:
@@ -137,7 +137,7 @@ assert aliases._plain == {}
 """)
 
 
-def test_without_the_privilege_it_is_eperm_and_then_the_family(solaris: Any) -> None:
+def test_errors_are_eperm_first_and_then_the_family(solaris: Any) -> None:
     solaris(
         """
 for family in (socket.AF_INET, socket.AF_INET6):
@@ -203,7 +203,7 @@ assert not found.viable and "does not have it" in found.reason
 """)
 
 
-def test_it_is_exempt_from_policies_unless_it_has_a_peer(solaris: Any) -> None:
+def test_the_socket_is_exempt_from_policies_unless_it_is_connected(solaris: Any) -> None:
     solaris("""
 with udp() as sock:
     endpoint = set_nat_t_endpoint(sock)

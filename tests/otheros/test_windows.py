@@ -52,7 +52,7 @@ def succeeds(code: str, *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_model_lacks_what_windows_lacks() -> None:
+def test_the_model_lacks_the_modules_that_windows_lacks() -> None:
     succeeds("""
 import importlib, os, select, socket
 assert not hasattr(socket, "SO_REUSEPORT") and not hasattr(socket, "AF_NETLINK")

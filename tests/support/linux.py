@@ -1,4 +1,4 @@
-"""What the tests of the kernel's half share: traffic, processes of their own, a socket's state."""
+"""Traffic, isolated processes and the state of a socket, for tests of Linux sockets."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def readable(sock: socket.socket, seconds: float = 0) -> bool:
 
 
 def queued(sock: socket.socket) -> list[bytes]:
-    """Take all that is in the queue of `sock`."""
+    """Return and remove all datagrams in the queue of `sock`."""
     found = []
     while readable(sock):
         found.append(sock.recv(65535))
@@ -90,7 +90,7 @@ def queued(sock: socket.socket) -> list[bytes]:
 
 
 class Collector:
-    """A consumer of ESP that keeps what it got."""
+    """A consumer of ESP that keeps the packets."""
 
     def __init__(self, *, coalesce: bool = False) -> None:
         self.coalesce = coalesce
@@ -107,7 +107,7 @@ class Collector:
 
 
 def check_demultiplexing(sock: socket.socket, consumer: Collector, peer: socket.socket, address: Any) -> None:
-    """Assert that what is sent to `address` goes where the contract says, each to its place and once."""
+    """Assert that datagrams to `address` reach the place that the contract names, each once."""
     endpoint_payloads = (KEEPALIVE, b"", b"\0\0\0", ESP, NON_ESP_MARKER + ike(1), ESP, NON_ESP_MARKER)
     before = len(consumer.packets)
     for payload in endpoint_payloads:
@@ -135,7 +135,7 @@ _OPTIONS = {
 
 
 def state(sock: socket.socket) -> dict[str, Any]:
-    """Return all that can be seen of `sock` and of this process's threads and descriptors."""
+    """Return the visible state of `sock`, and the threads and descriptors of this process."""
     return {
         "class": type(sock),
         "timeout": sock.gettimeout(),
@@ -149,7 +149,7 @@ def state(sock: socket.socket) -> dict[str, Any]:
 
 
 def descriptors() -> set[str]:
-    """Return the open descriptors of this process with what they are."""
+    """Return the open descriptors of this process with their files."""
     found = set()
     for entry in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # the one that lists them
@@ -185,7 +185,7 @@ def alone_on_port(sock: socket.socket) -> bool:
 
 @contextmanager
 def nothing_left() -> Iterator[None]:
-    """Assert that what is done inside leaves no descriptor and no thread behind."""
+    """Assert that the body leaves no descriptor and no thread behind."""
     # pyroute2 0.9.1 opens sockets when it is imported, and keeps them
     import natcompat.esp.device.rtnetlink  # noqa: F401
 

@@ -22,7 +22,7 @@ from natcompat.backends.linux import LinuxBackend
 MARKER = bytes(4)
 ESP = b"\xc0\xde\x00\x01" + bytes(range(60))
 NOISE = (b"\xff", ESP, b"", b"\0\0\0", b"\1\2\3\4", ESP * 20)
-"""What never reaches an application, of every kind."""
+"""Datagrams that never reach an application, of every kind."""
 PEEK, TRUNC = socket.MSG_PEEK, getattr(socket, "MSG_TRUNC", 0)
 DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 MESSAGE = bytes(range(1, 21))
@@ -138,7 +138,7 @@ class Pair:
 
 
 def until(condition: Callable[[], object], seconds: float = 10) -> None:
-    """Wait for what another thread or process does."""
+    """Wait until `condition`, which another thread or process makes true."""
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -151,7 +151,7 @@ def ready(sock: socket.socket, seconds: float = 0) -> bool:
 
 
 def outcome(operation: Callable[[], Any]) -> Any:
-    """Return what came of `operation`: its result, or class and errno of what it raised."""
+    """Return the result of `operation`, or the class and errno of its exception."""
     try:
         return operation()
     except Exception as error:
@@ -182,7 +182,7 @@ def flood(pair: Pair) -> Iterator[None]:
 
 
 def in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Run `function` in a thread; return what waits for its result and raises what it raised."""
+    """Run `function` in a thread; return a function that waits and returns or raises its result."""
     results: list[Any] = []
     errors: list[BaseException] = []
 

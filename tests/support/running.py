@@ -77,7 +77,7 @@ def as_nobody() -> tuple[str, ...]:
 
 
 def run_on_terminal(*arguments: str, width: int = 100, prefix: tuple[str, ...] = ()) -> tuple[int, str]:
-    """Run ``natcompat ARGUMENTS...`` on a terminal, behind `prefix`; return its status and what it showed."""
+    """Run ``natcompat ARGUMENTS...`` on a terminal, behind `prefix`; return its status and output."""
     ours, theirs = pty.openpty()
     env = environment({"TERM": "xterm-256color", "COLUMNS": str(width), "LINES": "40"})
     for name in ("NO_COLOR", "CI", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):

@@ -1,4 +1,4 @@
-"""What the tests of TUN devices share."""
+"""TUN devices in tests: their MTU, their packets, the interfaces of the system."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def interfaces() -> set[str]:
 
 
 def mtu_of(name: str) -> int:
-    """Return what the kernel has for an interface."""
+    """Return the MTU that the kernel has for an interface."""
     with socket.socket(type=socket.SOCK_DGRAM) as sock:  # /sys may be of another network namespace
         answer = fcntl.ioctl(
             sock, 0x8921, struct.pack("16s24x", name.encode())
@@ -35,7 +35,7 @@ def mtu_of(name: str) -> int:
 def read_until(
     device: TunDevice, wanted: Callable[[bytes], object], seconds: float = 10
 ) -> tuple[bytes, list[bytes]]:
-    """Return the first packet that is `wanted`, and what came before it."""
+    """Return the first packet that is `wanted`, and the packets before it."""
     others: list[bytes] = []
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import secrets
 import select
 import socket
@@ -64,6 +63,8 @@ class LoopbackWay:
         self.sock.close()
 
     def _is_loopback(self) -> bool:
+        import fcntl  # Windows has none, and imports this module
+
         answer = fcntl.ioctl(self.sock, _SIOCGIFFLAGS, struct.pack("16s24x", LOOPBACK))
         return bool(struct.unpack_from("=H", answer, 16)[0] & _IFF_LOOPBACK)
 

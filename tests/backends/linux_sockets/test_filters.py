@@ -52,7 +52,7 @@ def interpret(program: filters.Program, packet: bytes) -> int:
 @ROWS
 @FAMILIES
 @pytest.mark.parametrize("name", ["IKE_ONLY", "NO_RUNTS"])
-def test_a_filter_passes_what_its_name_says(family: socket.AddressFamily, name: str, row: Row) -> None:
+def test_a_filter_passes_the_payloads_of_its_name(family: socket.AddressFamily, name: str, row: Row) -> None:
     passed = (
         row.verdict is Verdict.IKE
         if name == "IKE_ONLY"
@@ -67,7 +67,9 @@ def test_a_filter_passes_what_its_name_says(family: socket.AddressFamily, name: 
 
 @ROWS
 @pytest.mark.parametrize("engines", [1, 2, 7])
-def test_the_steering_program_gives_the_application_what_the_marker_leads(row: Row, engines: int) -> None:
+def test_the_steering_program_selects_the_application_for_marked_datagrams_alone(
+    row: Row, engines: int
+) -> None:
     chosen = interpret(filters.steering(engines), row.payload)
     if row.verdict is Verdict.IKE:
         assert chosen == 0
@@ -183,7 +185,7 @@ def test_errors_of_the_kernel_come_through(call: object, number: int) -> None:
         assert raised.value.errno == number
 
 
-def test_drops_counts_what_the_filter_dropped() -> None:
+def test_drops_counts_datagrams_that_the_filter_dropped() -> None:
     with udp() as sock, udp() as peer:
         assert filters.drops(sock) == 0
         filters.attach_filter(sock, filters.IKE_ONLY)
@@ -200,7 +202,7 @@ def test_drops_is_none_where_the_kernel_does_not_say() -> None:
 
 
 @isolated(refused=(filters.SO_ATTACH_FILTER,))
-def test_a_sandbox_that_refuses_filters_is_heard() -> None:
+def test_a_sandbox_that_refuses_filters_raises_eperm() -> None:
     with udp() as sock:
         with pytest.raises(PermissionError):
             filters.attach_filter(sock, filters.IKE_ONLY)

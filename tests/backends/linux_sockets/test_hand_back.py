@@ -121,7 +121,7 @@ def test_ike_that_came_before_the_program_is_handed_back(
             peer.close()
 
 
-def test_what_a_peer_sends_is_never_taken_for_handed_back() -> None:
+def test_an_envelope_of_a_peer_is_an_ordinary_datagram() -> None:
     """Only the secret makes an envelope, and it is another one for every endpoint."""
     with udp() as sock, udp() as peer:
         steered(sock)
@@ -166,7 +166,7 @@ def test_ike_to_a_device_that_cannot_be_handed_back_is_counted(caplog: pytest.Lo
 
 
 @FAMILIES
-def test_what_is_handed_back_is_known_across_a_change_of_consumer(
+def test_envelopes_are_opened_after_a_change_of_consumer(
     family: socket.AddressFamily,
 ) -> None:
     with udp(family) as sock, udp(family) as peer:

@@ -51,7 +51,7 @@ def in_child(body: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_what_a_child_does_leaves_the_parent_alone() -> None:
+def test_actions_of_a_child_leave_the_parent_alone() -> None:
     consumer = Collector()
     with udp() as sock, udp() as peer:
         endpoint = steered(sock, consumer)

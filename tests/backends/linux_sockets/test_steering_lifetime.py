@@ -181,7 +181,7 @@ def test_the_consumer_may_raise(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("how", ["endpoint.close", "socket.close", "enable=False"])
-def test_the_consumer_may_end_it(how: str) -> None:
+def test_the_consumer_may_end_the_endpoint(how: str) -> None:
     with nothing_left(), udp() as peer:
         sock = udp()
         ended = threading.Event()
@@ -204,7 +204,7 @@ def test_the_consumer_may_end_it(how: str) -> None:
         sock.close()
 
 
-def test_two_that_would_wait_for_each_other_get_an_error() -> None:
+def test_two_threads_that_would_wait_for_each_other_get_an_error() -> None:
     """A thread switches off and waits for the consumer; the consumer wants to switch, too."""
     raised: list[OSError] = []
     entered, go = threading.Event(), threading.Event()

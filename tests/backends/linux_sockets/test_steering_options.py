@@ -53,7 +53,7 @@ REFUSALS: list[Any] = [
 
 
 @pytest.mark.parametrize(("change", "reason"), REFUSALS)
-def test_what_cannot_be_steered_is_served_in_line_and_says_why(
+def test_a_socket_that_cannot_be_steered_is_served_in_line_with_the_reason(
     change: Callable[[socket.socket], None], reason: str
 ) -> None:
     with udp() as sock:
@@ -68,7 +68,7 @@ def test_what_cannot_be_steered_is_served_in_line_and_says_why(
 
 
 @pytest.mark.parametrize(("change", "reason"), REFUSALS)
-def test_what_can_no_longer_be_steered_goes_in_line(
+def test_a_socket_that_can_no_longer_be_steered_is_served_in_line(
     change: Callable[[socket.socket], None], reason: str
 ) -> None:
     with udp() as sock:
@@ -80,7 +80,7 @@ def test_what_can_no_longer_be_steered_goes_in_line(
 
 
 @pytest.mark.parametrize("kind", ["in line", "encapsulating"])
-def test_the_application_may_take_it_back(kind: str) -> None:
+def test_a_socket_is_steered_again_when_the_application_clears_the_option(kind: str) -> None:
     option = RECVERR if kind == "in line" else ENCAP
     consumer = Collector()
     with udp() as sock, udp() as peer:
