@@ -20,10 +20,13 @@ ELSEWHERE = {
     "natcompat.esp.datapath.native": "the C data path is not built there",
     "natcompat.esp.datapath.native_association": "the C data path is not built there",
     "natcompat.esp.carrier.native": "the C data path is not built there",
+    "natcompat.esp.device.host_traffic": "of Linux",
+    "natcompat.esp.device.outer_path": "of Linux",
     "natcompat.esp.device.routes": "of Linux",
     "natcompat.esp.device.rtnetlink": "of Linux",
     "natcompat.esp.device.stale_rules": "of Linux",
     "natcompat.esp.device.tun": "TUN devices of Linux",
+    "natcompat.esp.device.watch": "of Linux",
     "natcompat.kernel.xfrm.netlink": "of Linux",
 }
 """Modules that cannot be imported there, and need not."""
