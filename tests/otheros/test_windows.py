@@ -152,7 +152,13 @@ def checked(packet):
     return packet[:10] + (~((total & 0xFFFF) + (total >> 16)) & 0xFFFF).to_bytes(2, "big") + packet[12:]
 
 INNER = tuple(map(checked, INNER))
-ends = open_ipsec("userspace"), UserspaceIPsec(QueueDevice())
+try:
+    open_ipsec("userspace")  # a TUN, which Windows lacks
+except OSError as error:
+    assert 'device="queue"' in error.remedy
+else:
+    raise AssertionError
+ends = open_ipsec("userspace", device="queue"), UserspaceIPsec(QueueDevice())
 socks = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in ends]
 for sock, end in zip(socks, ends):
     sock.bind((LOOPBACK, 0))
