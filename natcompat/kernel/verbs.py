@@ -121,7 +121,7 @@ class KernelIPsec(ABC, Generic[_Answer]):
         if not SMALLEST_SPI <= minimum <= maximum <= LARGEST_SPI:
             raise ValueError(f"minimum, maximum: {minimum}..{maximum} is no range within 256..4294967295")
         now = time.monotonic()
-        for key in [key for key, each in list(self._reserved.items()) if each.deadline < now]:
+        for key in [key for key, reservation in list(self._reserved.items()) if reservation.deadline < now]:
             self._reserved.pop(key, None)
         what = f"Allocating an SPI for {destination}"
         for _ in range(_ALLOCATION_ATTEMPTS):

@@ -352,17 +352,17 @@ class XfrmIPsec(KernelIPsec[bytes]):
 
     def list_policies(self) -> list[PolicyUsage]:
         """Return every IN and OUT policy that this package has words for (FWD comes with IN)."""
-        found = []
+        policies = []
         empty = messages.xfrm_userpolicy_id()
         empty.encode()
         for answer in self._netlink.dump(
             "Listing policies", bytearray(empty.data), messages.XFRM_MSG_GETPOLICY
         ):
             try:
-                found.append(policy_usage_of(answer))
+                policies.append(policy_usage_of(answer))
             except NatCompatError:
                 continue
-        return found
+        return policies
 
     # -- the rest
 
@@ -380,15 +380,15 @@ class XfrmIPsec(KernelIPsec[bytes]):
 
 def _ask_kernel() -> KernelFeatures:
     """Find out which attributes the kernel knows. EPERM: no privilege."""
-    found = probe_attributes()
-    if found.errno:
-        raise failure("Opening XFRM", found.errno, os.strerror(found.errno))
+    supported = probe_attributes()
+    if supported.errno:
+        raise failure("Opening XFRM", supported.errno, os.strerror(supported.errno))
     return KernelFeatures(
-        sa_direction=bool(found.sa_direction),
-        keepalive=bool(found.keepalive),
-        output_mark=bool(found.output_mark),
-        hw_offload=bool(found.hw_offload),
-        cpu=bool(found.cpu),
+        sa_direction=bool(supported.sa_direction),
+        keepalive=bool(supported.keepalive),
+        output_mark=bool(supported.output_mark),
+        hw_offload=bool(supported.hw_offload),
+        cpu=bool(supported.cpu),
     )
 
 

@@ -43,7 +43,7 @@ _AEAD = {
     for transform, name in ENCRYPTION_NAMES.items()
     if transform.is_aead
 }
-_INTEGRITY = {(name, 8 * each.icv_length): each for each, name in INTEGRITY_NAMES.items()}
+_INTEGRITY = {(name, 8 * transform.icv_length): transform for transform, name in INTEGRITY_NAMES.items()}
 
 
 def usage_of(answer: bytes, direction: Direction | None = None) -> Usage:

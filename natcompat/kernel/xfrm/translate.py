@@ -207,41 +207,41 @@ def _template(shape: _Shape) -> _Template:
     flags |= messages.XFRM_STATE_NOPMTUDISC * (outbound and not shape.copy_df)
     flags |= messages.XFRM_STATE_ESN * shape.esn
 
-    found: list[tuple[str, Any]] = _algorithms(shape)
+    attrs: list[tuple[str, Any]] = _algorithms(shape)
     # An outbound SA has no window, and a kernel that knows directions insists; others want one for ESN.
     window = shape.replay_window if not outbound else 32 * (shape.esn and not shape.features.sa_direction)
     if shape.esn or window > 32:
         words = -(-window // 32)
-        found.append(("XFRMA_REPLAY_ESN_VAL", {"bmp_len": words, "replay_window": window}))
+        attrs.append(("XFRMA_REPLAY_ESN_VAL", {"bmp_len": words, "replay_window": window}))
         window = 0
     fields["replay_window"] = window
     if shape.encapsulated:
-        found.append(("XFRMA_ENCAP", {"encap_type": UDP_ENCAP_ESPINUDP}))
+        attrs.append(("XFRMA_ENCAP", {"encap_type": UDP_ENCAP_ESPINUDP}))
         if not outbound:
-            found.append(("XFRMA_MTIMER_THRESH", MAPPING_INTERVAL))
+            attrs.append(("XFRMA_MTIMER_THRESH", MAPPING_INTERVAL))
     if shape.nat_keepalive is not None and shape.features.keepalive:
-        found.append(("XFRMA_NAT_KEEPALIVE_INTERVAL", shape.nat_keepalive))
+        attrs.append(("XFRMA_NAT_KEEPALIVE_INTERVAL", shape.nat_keepalive))
     if shape.features.sa_direction:
-        found.append(("XFRMA_SA_DIR", messages.XFRM_SA_DIR_OUT if outbound else messages.XFRM_SA_DIR_IN))
+        attrs.append(("XFRMA_SA_DIR", messages.XFRM_SA_DIR_OUT if outbound else messages.XFRM_SA_DIR_IN))
     if shape.mark is not None:
-        found.append(("XFRMA_MARK", {"v": shape.mark.value, "m": shape.mark.mask}))
+        attrs.append(("XFRMA_MARK", {"v": shape.mark.value, "m": shape.mark.mask}))
     if shape.interface_id is not None:
-        found.append(("XFRMA_IF_ID", shape.interface_id))
+        attrs.append(("XFRMA_IF_ID", shape.interface_id))
     if shape.tfc and outbound:
-        found.append(("XFRMA_TFCPAD", shape.tfc))
+        attrs.append(("XFRMA_TFCPAD", shape.tfc))
     if outbound and not shape.copy_dscp:
-        found.append(("XFRMA_SA_EXTRA_FLAGS", messages.XFRM_SA_XFLAG_DONT_ENCAP_DSCP))
+        attrs.append(("XFRMA_SA_EXTRA_FLAGS", messages.XFRM_SA_XFLAG_DONT_ENCAP_DSCP))
     if shape.output_mark is not None:
-        found.append(("XFRMA_SET_MARK", shape.output_mark.value))
-        found.append(("XFRMA_SET_MARK_MASK", shape.output_mark.mask))
+        attrs.append(("XFRMA_SET_MARK", shape.output_mark.value))
+        attrs.append(("XFRMA_SET_MARK_MASK", shape.output_mark.mask))
     if shape.hw_offload is not None:
         index, offload_flags = shape.hw_offload
-        found.append(("XFRMA_OFFLOAD_DEV", {"ifindex": index, "flags": offload_flags}))
+        attrs.append(("XFRMA_OFFLOAD_DEV", {"ifindex": index, "flags": offload_flags}))
     if shape.cpu is not None:
-        found.append(("XFRMA_SA_PCPU", shape.cpu))
+        attrs.append(("XFRMA_SA_PCPU", shape.cpu))
 
     message = messages.xfrm_usersa_info()
-    message.update({**fields, "flags": flags, "attrs": found})
+    message.update({**fields, "flags": flags, "attrs": attrs})
     message.encode()
     places = {}
     for kind, start, _ in attributes(bytes(message.data), INFO_END):

@@ -53,7 +53,7 @@ def encode_policy(policy: Policy, direction: int) -> bytearray:
             "action": messages.XFRM_POLICY_BLOCK if discard else messages.XFRM_POLICY_ALLOW,
         }
     )
-    found: list[tuple[str, Any]] = []
+    attrs: list[tuple[str, Any]] = []
     if policy.action is Action.PROTECT:
         outer = policy.destination or policy.selector.destination.network_address
         template = {
@@ -68,15 +68,15 @@ def encode_policy(policy: Policy, direction: int) -> bytearray:
             "ealgos": 0xFFFF_FFFF,
             "calgos": 0xFFFF_FFFF,
         }
-        found.append(("XFRMA_TMPL", [template]))
+        attrs.append(("XFRMA_TMPL", [template]))
     if policy.mark is not None:
-        found.append(("XFRMA_MARK", {"v": policy.mark.value, "m": policy.mark.mask}))
+        attrs.append(("XFRMA_MARK", {"v": policy.mark.value, "m": policy.mark.mask}))
     if policy.interface_id is not None:
-        found.append(("XFRMA_IF_ID", policy.interface_id))
+        attrs.append(("XFRMA_IF_ID", policy.interface_id))
     if policy.hw_offload is not None and direction != messages.XFRM_POLICY_FWD:
         index, _ = offload_fields(policy.hw_offload, policy.direction)
-        found.append(("XFRMA_OFFLOAD_DEV", {"ifindex": index, "flags": XFRM_OFFLOAD_PACKET}))
-    message["attrs"] = found
+        attrs.append(("XFRMA_OFFLOAD_DEV", {"ifindex": index, "flags": XFRM_OFFLOAD_PACKET}))
+    message["attrs"] = attrs
     message.encode()
     return bytearray(message.data)
 
@@ -85,12 +85,12 @@ def encode_policy_id(policy: Policy, direction: int) -> bytearray:
     """Return the message that names a policy (XFRM_MSG_GETPOLICY, XFRM_MSG_DELPOLICY)."""
     message = messages.xfrm_userpolicy_id()
     message.update({**selector_fields(policy.selector, "sel_"), "dir": direction})
-    found: list[tuple[str, Any]] = []
+    attrs: list[tuple[str, Any]] = []
     if policy.mark is not None:
-        found.append(("XFRMA_MARK", {"v": policy.mark.value, "m": policy.mark.mask}))
+        attrs.append(("XFRMA_MARK", {"v": policy.mark.value, "m": policy.mark.mask}))
     if policy.interface_id is not None:
-        found.append(("XFRMA_IF_ID", policy.interface_id))
-    message["attrs"] = found
+        attrs.append(("XFRMA_IF_ID", policy.interface_id))
+    message["attrs"] = attrs
     message.encode()
     return bytearray(message.data)
 
@@ -99,7 +99,7 @@ def policy_of(message: Any) -> Policy:
     """Return the policy in an xfrm_userpolicy_info; NatCompatError for what natcompat has no words for."""
     templates = message.get_attr("XFRMA_TMPL") or []
     direction = {number: name for name, number in KERNEL_DIRECTIONS.items()}.get(message["dir"])
-    if len(templates) > 1 or direction is None or any(each["id_proto"] != 50 for each in templates):
+    if len(templates) > 1 or direction is None or any(template["id_proto"] != 50 for template in templates):
         raise NatCompatError(errno.EPROTONOSUPPORT, "The policy is not one that natcompat installs")
     action = Action.PROTECT if templates else Action.BYPASS
     if message["action"] == messages.XFRM_POLICY_BLOCK:
