@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import select
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,13 +19,16 @@ from natcompat.ipsec import (
 )
 from natcompat.kernel.events import RECEIVE_BUFFER, KernelEvents, Known, passed_soft_limit
 from natcompat.kernel.xfrm import messages
+from natcompat.kernel.xfrm.integrity import IntegrityWatch
 from natcompat.kernel.xfrm.netlink import NLMSG_OVERRUN, Netlink, messages_in
 from natcompat.kernel.xfrm.readback import decode, sa_id_of, usage_of
 from natcompat.kernel.xfrm.translate import address_of, lifetime_of, selector_of
 
 
 class XfrmEvents(KernelEvents):
-    """An own netlink socket in the multicast groups of acquires, expiries and mapping changes.
+    """A netlink socket of its own in the multicast groups of acquires, expiries and mapping changes.
+
+    Packets that fail authentication are told from counters, some seconds late (`IntegrityWatch`).
 
     The kernel says when events are lost. `read` then returns an `EventsLost`, and behind it what can be
     found out from the SAs themselves: acquires that wait (larval SAs), soft limits that are passed, and
@@ -50,14 +55,26 @@ class XfrmEvents(KernelEvents):
             groups |= 1 << (group - 1)
         self._netlink = Netlink(groups=groups, receive_buffer=receive_buffer)
         self._netlink.socket.setblocking(False)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._netlink.close)
+            self._integrity = stack.enter_context(contextlib.closing(IntegrityWatch(dump)))
+            self._epoll = stack.enter_context(select.epoll())
+            self._epoll.register(self._netlink.socket, select.EPOLLIN)
+            if self._integrity.works:
+                self._epoll.register(self._integrity, select.EPOLLIN)
+            self._stack = stack.pop_all()
 
     def fileno(self) -> int:
-        """Return the descriptor to wait on; it is readable while there are events."""
-        return self._netlink.socket.fileno()
+        """Return the descriptor to wait on; it is readable while there are events, and at times without."""
+        return self._epoll.fileno()
 
     def close(self) -> None:
         """Stop listening."""
-        self._netlink.close()
+        self._stack.close()
+
+    def read(self) -> list[Event]:
+        """Return what has happened since the last call, oldest first; never waits."""
+        return [*super().read(), *self._integrity.read()]
 
     def _receive(self, found: list[Event]) -> bool:
         try:
