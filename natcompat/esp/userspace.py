@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace as with_changes
-from ipaddress import IPv4Interface, IPv6Interface
+from ipaddress import IPv4Interface, IPv6Interface, ip_address
 from typing import TYPE_CHECKING, Final
 
 from natcompat.backends.base import (
@@ -123,8 +123,14 @@ class UserspaceIPsec(EspEngine):
         """Let ESP leave by an endpoint that hands its own to this object."""
         if outlet.own:
             self.exempt(outlet.sock)
-        if self._host is not None:
-            self._outlets[outlet] = None
+        self._outlets[outlet] = None
+        if self._host is None:
+            self.protect_endpoints(
+                (ip_address(host.partition("%")[0]), port)
+                for host, port in self._endpoint_addresses()
+                if port
+            )
+        else:
             try:
                 self._host.follow_endpoints()
             except OSError as error:  # privileges were given up

@@ -24,7 +24,7 @@ from natcompat.esp.device.queue import CallbackDevice, QueueDevice
 from natcompat.esp.engine.engine import EspEngine
 from natcompat.esp.engine.results import Reason
 from natcompat.esp.userspace import UserspaceIPsec
-from natcompat.ipsec import Acquire, Direction, UDPEncapsulation
+from natcompat.ipsec import Acquire, Direction, Policy, TrafficSelector, UDPEncapsulation
 from tests.support.esp import INNER, ip_packet, native_providers, udp
 from tests.support.linux import nothing_left
 from tests.support.pairs import until
@@ -82,6 +82,29 @@ def test_packets_go_both_ways(
     assert not near.ipsec.counters()
     assert not far.ipsec.counters()
     assert near.endpoint.stats().datapath == near.ipsec.datapath
+
+
+def test_ike_inside_an_sa_is_dropped(stack: contextlib.ExitStack) -> None:
+    """As on Solaris: neither IKE nor ESP-in-UDP for a socket with the option travels inside ESP."""
+    near, far = two_ends(stack)
+    host, port = near.sock.getsockname()
+    far_host = far.sock.getsockname()[0]
+    for end, direction in ((near, Direction.IN), (far, Direction.OUT)):
+        end.ipsec.add_policy(
+            Policy(
+                direction=direction,
+                selector=TrafficSelector(source="10.2.0.0/16", destination=host),
+                source=far_host,
+                destination=host,
+                reqid=7,
+            )
+        )
+    inside = ip_packet("10.2.0.1", host, udp(bytes(4) + b"IKE", destination_port=port))
+    other = ip_packet("10.2.0.1", host, udp(destination_port=port + 1 & 0xFFFF))
+    far.device.put(inside)
+    far.device.put(other)
+    assert near.device.get(10) == other
+    assert near.ipsec.counters()[Reason.ENDPOINT] == 1
 
 
 def test_ike_goes_on_beside_it(stack: contextlib.ExitStack) -> None:
