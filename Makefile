@@ -17,7 +17,7 @@ WORKERS ?= 2
 # least branch coverage of natcompat/ in per cent; required where no test may skip
 COVERED := $(if $(filter true-0,$(CI)-$(UID)),--cov-fail-under=95)
 
-.PHONY: help verify test check check-static pytest conformance lab-newer fuzz sanitize bench bench-sockets bench-esp bench-datapath nox format clean
+.PHONY: help verify test check check-static pytest conformance lab-newer fuzz sanitize bench bench-sockets bench-esp bench-datapath bench-shares nox format clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,7 +60,7 @@ sanitize: .venv/.test ## the C data path under ASan, UBSan, TSan and valgrind (m
 	@$(BIN)/python -m tests.ffi $(ARGS)
 
 bench: override ARGS :=
-bench: bench-sockets bench-esp $(if $(filter 0,$(UID)),bench-datapath) ## the three benchmarks below
+bench: bench-sockets bench-esp $(if $(filter 0,$(UID)),bench-datapath bench-shares) ## all benchmarks below
 
 bench-sockets: .venv/.bench ## cost of natcompat beside bare sockets (ARGS="--json")
 	@$(BIN)/python -m tests.bench $(ARGS)
@@ -70,6 +70,11 @@ bench-esp: .venv/.bench ## sealing and opening beside scapy, many SAs, memory of
 
 bench-datapath: .venv/.bench ## ESP in user space beside strongSwan and wireguard-go, as root (ARGS="--write")
 	@$(BIN)/python tests/bench/bench_datapath.py $(ARGS)
+
+bench-shares: .venv/.bench ## what many policies, SAs and one peer's flood cost the others, as root (ARGS="--json")
+	@$(BIN)/python -m tests.bench.bench_policies $(ARGS)
+	@$(BIN)/python -m tests.bench.bench_moves
+	@$(BIN)/python -m tests.bench.bench_fairness $(ARGS)
 
 nox: .venv/.test ## the tests on every Python, with the lowest versions, without optional packages
 	@$(BIN)/nox $(ARGS)

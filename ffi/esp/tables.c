@@ -1,4 +1,4 @@
-/* Who an SPI is for, and what is known of flows. */
+/* Two tables: inbound SAs by SPI, and the decisions on flows that Python has made. */
 #include "esp/path_private.h"
 
 #include <stdlib.h>

@@ -1,4 +1,4 @@
-/* What goes up to Python: a ring of bounded size, and an eventfd that says that something is in it. */
+/* Events for Python: a ring of bounded size, and an eventfd that is readable while the ring holds one. */
 #define _GNU_SOURCE
 #include <string.h>
 #include <unistd.h>
