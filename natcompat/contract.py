@@ -52,7 +52,7 @@ class Duty(enum.Flag):
 
 
 class Performer(enum.Enum):
-    """What performs a duty."""
+    """The part of the system that performs a duty."""
 
     KERNEL = "kernel"
     """The operating system's own NAT-T support."""

@@ -1,4 +1,4 @@
-/* The transforms: what each looks like on the wire, and what all providers need for it. */
+/* The table of transforms (lengths on the wire), and the helpers that all providers share. */
 #include "crypto/crypto.h"
 
 #include <string.h>

@@ -1,4 +1,4 @@
-/* Bursts: from a packet to its SA and its flow, and on. */
+/* Bursts: finds the SA and the flow of each packet, and opens or seals it. */
 #include "esp/path_private.h"
 
 #include <string.h>

@@ -1,4 +1,4 @@
-/* What Python does with SAs, flows and bursts of its own (natcompat/esp/datapath/native.py). */
+/* The calls by which Python controls SAs and flows and carries bursts (natcompat/esp/datapath/native.py). */
 #ifndef NATCOMPAT_ESP_CONTROL_H
 #define NATCOMPAT_ESP_CONTROL_H
 

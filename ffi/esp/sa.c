@@ -1,4 +1,4 @@
-/* What one SA does with one packet. The order of the checks is that of natcompat/esp/engine/association.py. */
+/* Opens and seals one packet by one SA. The order of the checks is that of natcompat/esp/engine/association.py. */
 #include "esp/sa_private.h"
 
 #include <string.h>

@@ -1,4 +1,4 @@
-/* Which socket sends a packet, and the addresses of its message. */
+/* Chooses the socket that sends a packet, and writes the addresses of its message. */
 #define _GNU_SOURCE
 #include <string.h>
 

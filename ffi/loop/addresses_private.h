@@ -1,4 +1,4 @@
-/* Which socket sends a packet, and the addresses of its message: what send.c calls of addresses.c. */
+/* The functions of addresses.c that send.c calls. */
 #ifndef NATCOMPAT_LOOP_ADDRESSES_PRIVATE_H
 #define NATCOMPAT_LOOP_ADDRESSES_PRIVATE_H
 

@@ -1,4 +1,4 @@
-/* From the ESP sockets to the TUN: what loop.c calls of receive.c. */
+/* The functions of receive.c that loop.c calls. */
 #ifndef NATCOMPAT_LOOP_RECEIVE_PRIVATE_H
 #define NATCOMPAT_LOOP_RECEIVE_PRIVATE_H
 

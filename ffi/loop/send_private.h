@@ -1,4 +1,4 @@
-/* From the TUN to the ESP sockets: what loop.c calls of send.c. */
+/* The function of send.c that loop.c calls. */
 #ifndef NATCOMPAT_LOOP_SEND_PRIVATE_H
 #define NATCOMPAT_LOOP_SEND_PRIVATE_H
 

@@ -1,4 +1,4 @@
-/* What the loop tells: events and counters. */
+/* The events and counters of the loop. */
 #ifndef NATCOMPAT_LOOP_VALUES_H
 #define NATCOMPAT_LOOP_VALUES_H
 

@@ -1,4 +1,4 @@
-/* To the TUN: what receive.c calls of write.c. */
+/* The function of write.c that receive.c calls. */
 #ifndef NATCOMPAT_LOOP_WRITE_PRIVATE_H
 #define NATCOMPAT_LOOP_WRITE_PRIVATE_H
 

@@ -1,4 +1,4 @@
-/* What splitting and merging share: headers as bytes, at any alignment. */
+/* Header fields for splitting and merging: as bytes, at any alignment. */
 #ifndef NATCOMPAT_OFFLOAD_PRIVATE_H
 #define NATCOMPAT_OFFLOAD_PRIVATE_H
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Datagram(NamedTuple):
-    """What `NatTEndpoint.receive` returns."""
+    """One received IKE message: the return value of `NatTEndpoint.receive`."""
 
     payload: bytes
     """The message, without the non-ESP marker."""

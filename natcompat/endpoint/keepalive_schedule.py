@@ -22,7 +22,7 @@ _BURST: Final = 64  # keepalives sent before a loop's other callbacks run
 
 
 class Sender(Protocol):
-    """What a schedule needs of an endpoint."""
+    """The methods of an endpoint that a schedule calls."""
 
     @property
     def closed(self) -> bool:

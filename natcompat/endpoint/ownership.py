@@ -1,4 +1,4 @@
-"""Which process an endpoint belongs to, when its maker has forked."""
+"""Ownership of an endpoint among the processes that its maker forked."""
 
 from __future__ import annotations
 

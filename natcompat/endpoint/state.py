@@ -15,7 +15,7 @@ LARGEST_DATAGRAM: Final = 65535
 
 
 class EndpointState:
-    """What an endpoint's sockets need to receive and send. Threads read it without a lock.
+    """The state that the sockets of one endpoint share. Threads read it without a lock.
 
     The callables are the endpoint's. They stand here, and not the endpoint's class, so that the modules
     that receive and send import nothing above them.

@@ -106,7 +106,7 @@ class UserspaceIPsec(EspEngine):
 
     @property
     def features(self) -> Features:
-        """What this one can do; `host_traffic` where policies hold for this host."""
+        """Return the abilities; `host_traffic` is True where policies hold for this host's programs."""
         return with_changes(super().features, host_traffic=self._host is not None)
 
     def inbound(

@@ -1,4 +1,4 @@
-"""What every IKE daemon needs beside its messages: NAT detection, keys, selectors, CHILD_SAs. No I/O.
+"""The parts of an IKE daemon beside its messages: NAT detection, keys, selectors, CHILD_SAs. No I/O.
 
 `NatDetection` compares the hashes of NAT detection, `split_keymat` divides KEYMAT, `IkeSelector` and
 `policy_selectors` turn negotiated ranges into selectors of policies, `ChildSa` installs, rekeys, moves and

@@ -254,7 +254,7 @@ class SecurityAssociation:
 
     @property
     def sa_id(self) -> SaId:
-        """What names this SA from now on."""
+        """The name of this SA from now on."""
         return SaId(spi=self.spi, destination=self.destination, source=self.source, mark=self.mark)
 
     def __reduce_ex__(self, _: SupportsIndex) -> NoReturn:

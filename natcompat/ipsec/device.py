@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class PacketDevice(Protocol):
-    """Where inner packets come from and go to. Methods may be called from any thread, and never wait."""
+    """Takes and delivers inner packets. Methods may be called from any thread, and never wait."""
 
     mtu: int
     """Of the inner packets that it hands out and takes, in bytes."""

@@ -1,4 +1,4 @@
-"""What a kernel does for an SA besides RFC 4301: work that is left to a network card."""
+"""IPsec offload of an SA to a network card."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What an SA has done so far."""
+    """The counters of an SA."""
 
     packets: int
     octets: int
@@ -216,7 +216,7 @@ Event: TypeAlias = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """What an `IPsec` can do beyond what every one can."""
+    """The optional abilities of an `IPsec`."""
 
     requires_udp_encapsulation: bool
     """It carries ESP in UDP only, so IKE must act as if there were a NAT."""
@@ -247,7 +247,7 @@ class Transforms:
 
 
 class Events(Protocol):
-    """Where events come from. Readable (select, asyncio, trio) when there are some; closed by ``with``."""
+    """A queue of events; ``with`` closes it. Its descriptor is readable while there may be events."""
 
     def fileno(self) -> int:
         """Return the descriptor to wait on; reading it is for `read` alone."""
@@ -276,7 +276,7 @@ class IPsec(Protocol):
 
     @property
     def features(self) -> Features:
-        """What this one can do."""
+        """Return the optional abilities of this implementation."""
         ...
 
     def allocate_spi(

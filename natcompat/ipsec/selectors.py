@@ -86,7 +86,7 @@ class AddressRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True, init=False)
 class TrafficSelector:
-    """Which packets are meant (RFC 4301, 4.4.1.1), by the addresses and ports of the packet as it is sent.
+    """The packets that a policy or an SA is for (RFC 4301, 4.4.1.1), by addresses and ports as sent.
 
     `source` and `destination` take a network, an address, or a range ("10.0.0.5-10.0.0.9", `AddressRange`);
     `source_port` and `destination_port` take a port, or a range ("5000-5999", `PortRange`). `protocol` 0 and

@@ -19,21 +19,21 @@ def describe(self: Any) -> str:
 
 
 class Direction(enum.Enum):
-    """Which way the packets go that an SA or a policy is for."""
+    """The direction of the packets of an SA or a policy."""
 
     IN = "in"
     OUT = "out"
 
 
 class Mode(enum.Enum):
-    """How ESP wraps a packet (RFC 4301, 3.2)."""
+    """The mode of ESP (RFC 4301, 3.2)."""
 
     TUNNEL = "tunnel"
     TRANSPORT = "transport"
 
 
 class Action(enum.Enum):
-    """What a policy does with a packet (RFC 4301, 4.4.1)."""
+    """The action of a policy (RFC 4301, 4.4.1)."""
 
     PROTECT = "protect"
     BYPASS = "bypass"

@@ -26,7 +26,7 @@ _BURST = 256
 
 
 class Known(NamedTuple):
-    """What natcompat remembers of an SA that it has installed."""
+    """The facts that natcompat keeps of an SA that it has installed."""
 
     reqid: int
     direction: Direction

@@ -1,4 +1,4 @@
-"""What a line about an SA, a policy or an event says to people."""
+"""The lines that describe SAs, policies and events to people."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How long packets may be: overhead per SA, path MTUs, and the ICMP that says so. No I/O.
+"""Packet lengths: overhead per SA, path MTUs, and ICMP "too big" messages. No I/O.
 
 A device's MTU keeps most packets short enough: the system in front of it tells senders, and TCP takes its
 MSS from it, on this host and behind it::
@@ -52,7 +52,7 @@ _TRAILER: Final = 2  # pad length and next header
 
 
 class Overhead(NamedTuple):
-    """What an SA adds to a packet."""
+    """The bytes that an SA adds to a packet."""
 
     headers: int
     """Bytes of the outer IP header, UDP and ESP headers, IV and integrity check value."""

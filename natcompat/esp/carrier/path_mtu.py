@@ -1,4 +1,4 @@
-"""What the system knows of path MTUs, and DF on the packets of a UDP socket.
+"""Asks the system for path MTUs, and sets DF on the packets of a UDP socket.
 
 Linux tells the path MTU of a connected socket (IP_MTU, IPV6_MTU); elsewhere `kernel_path_mtu` knows
 nothing, and `natcompat.esp.carrier.mtu.PathMtus` goes down by the steps of RFC 1191.

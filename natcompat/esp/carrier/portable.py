@@ -1,4 +1,4 @@
-"""What moves packets: ESP from the endpoints to the packet device, and inner packets from there to ESP."""
+"""Moves packets in Python: ESP from the endpoints to the packet device, inner packets from there to ESP."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Carrier(Protocol):
         ...
 
     def detached(self, outlet: EspOutlet) -> None:
-        """It does so no longer. Runs in finalizers, too."""
+        """End the use of an outlet. Runs in finalizers, too."""
         ...
 
     def transmit(self, packets: list[Sealed]) -> None:

@@ -36,7 +36,7 @@ _LINUX: Final = sys.platform == "linux"
 
 
 class Outcome(NamedTuple):
-    """What became of packets that were to be sent."""
+    """The outcome of sending packets."""
 
     too_long: list[int]
     """Which of them the path does not take; the others were sent, but for `lost`."""
@@ -58,7 +58,7 @@ class Ways:
         self._ways = {}  # who is finding a way now keeps it to himself
 
     def remove(self, outlet: EspOutlet) -> None:
-        """It may no longer. Takes no lock, for finalizers."""
+        """End the use of an outlet. Takes no lock, since finalizers call it."""
         self._outlets.pop(outlet, None)
         self._ways = {}
 
@@ -132,7 +132,7 @@ def _fitness(outlet: EspOutlet, destination: Destination, version: int) -> int:
 
 
 class Way:
-    """How ESP of one local port, one source address and one version of IP leaves. Thread-safe."""
+    """Sends the ESP of one local port, one source address and one IP version. Thread-safe."""
 
     def __init__(self, outlet: EspOutlet, source: str, version: int) -> None:
         """`source`: where to send from if the socket has not one address; empty: the system chooses."""

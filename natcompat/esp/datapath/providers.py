@@ -1,4 +1,4 @@
-"""Which library does the ciphers of the data path in C."""
+"""The choice of the library for the ciphers of the data path in C."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ Rule: TypeAlias = tuple[str, tuple[bytes, ...]]
 
 
 class Identity(NamedTuple):
-    """What tells packets apart that the guard lets pass."""
+    """The marks and names by which the guard recognises packets that may pass."""
 
     interface: int
     """Index of the device's interface."""

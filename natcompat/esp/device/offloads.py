@@ -1,4 +1,4 @@
-"""Which offloads the data path may use: `NATCOMPAT_OFFLOADS`.
+"""The offloads that the data path may use: `NATCOMPAT_OFFLOADS`.
 
 A list of names switches on those and no others ("tso4,csum"), names with a minus switch off those and leave
 the others ("-udp-gro,-uso"), ``none`` switches off all. Without the variable, or with ``all``, each is used

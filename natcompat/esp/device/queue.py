@@ -1,4 +1,4 @@
-"""Where inner packets come from and go to: the packet devices that need neither privilege nor TUN.
+"""Packet devices that need neither privilege nor a TUN: `QueueDevice` and `CallbackDevice`.
 
 `QueueDevice` is for programs that carry inner packets themselves and wait for them, in threads or on
 an event loop; `CallbackDevice` for those that want to be called. `natcompat.esp.device.tun.TunDevice` is the

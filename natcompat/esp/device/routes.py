@@ -67,7 +67,7 @@ _PREFER_MAIN_SLOTS: Final = 5000
 
 
 class _Route(NamedTuple):
-    """How packets to one destination go through the device."""
+    """The route of packets to one destination through the device."""
 
     preferred: IPAddress | None
     """This host's address there."""

@@ -27,7 +27,7 @@ MOST_KEYS: Final = 4096
 
 
 class Shape(NamedTuple):
-    """Which bits of a packet the selectors of one set look at."""
+    """The bits of a packet that the selectors of one set compare."""
 
     source_length: int
     """Bits of the prefix; 0: the address is not looked at."""

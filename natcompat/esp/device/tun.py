@@ -254,7 +254,7 @@ class TunDevice:
 
     @property
     def offloads(self) -> dict[str, str]:
-        """What the reader has taken over, by the names of NATCOMPAT_OFFLOADS: "on", or why not."""
+        """The offloads of the reader, by the names of NATCOMPAT_OFFLOADS: "on", or the reason."""
         on, allowed = tun_names(self._offloads), enabled()
         reasons = {}
         for name in sorted(tun_names(~0)):

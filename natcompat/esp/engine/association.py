@@ -68,12 +68,12 @@ class Association(ABC):
 
     @property
     def link(self) -> Link:
-        """What ties this SA to policies, also when it has moved and they have not."""
+        """The key that links this SA to policies; it stays when the SA moves and the policies do not."""
         return self._link or link_of(self.sa)  # not kept: there may be very many SAs
 
     @property
     def pair(self) -> Pair:
-        """What ties this SA to those of the other direction, also when its peer has moved."""
+        """The key that links this SA to those of the other direction; it stays when the peer moves."""
         return self._pair or pair_of(self.sa)
 
     @property

@@ -18,7 +18,7 @@ class Control(AssociationVerbs, PolicyVerbs):
 
     @property
     def features(self) -> Features:
-        """What this one can do."""
+        """Return the abilities of the ESP of this process."""
         return Features(
             requires_udp_encapsulation=True,
             mapping_events=True,

@@ -8,7 +8,7 @@ _HALF = 1 << 31
 
 
 class ReplayWindow:
-    """Which sequence numbers have been received: `size` of them, up to the highest, `top`.
+    """The record of received sequence numbers: the last `size` of them, up to the highest, `top`.
 
     The shape of RFC 6479: a ring of blocks that is never shifted, one block larger than the window.
     `check` before the packet is authenticated and changes nothing; `commit` afterwards. The caller

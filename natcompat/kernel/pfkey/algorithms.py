@@ -1,4 +1,4 @@
-"""Which transforms a kernel has, by what it lists to who registers (RFC 2367, 3.1.6)."""
+"""The transforms of a kernel, as SADB_REGISTER lists them (RFC 2367, 3.1.6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What PF_KEY v2 (RFC 2367) is on each operating system, as data.
+"""The dialects of PF_KEY v2 (RFC 2367) on each operating system, as data.
 
 Every number is that of the header of the OS (net/pfkeyv2.h, linux/pfkeyv2.h), every rule that of its
 kernel; what a kernel lacks is refused with the reason that stands here, and never left out in silence.
@@ -16,7 +16,7 @@ from natcompat.ipsec.transforms import Encr, Integ
 
 
 class NatT(enum.Enum):
-    """How an SA says that ESP goes in UDP."""
+    """The extensions by which an SA asks for UDP encapsulation."""
 
     PORTS = "NAT_T_TYPE, NAT_T_SPORT and NAT_T_DPORT: source and destination, network byte order"
     ADDRESSES = "ADDRESS_NATT_LOC and ADDRESS_NATT_REM: ours and the peer's, whatever the direction"
@@ -25,7 +25,7 @@ class NatT(enum.Enum):
 
 
 class Modes(enum.Enum):
-    """How an SA says tunnel or transport."""
+    """The extension by which an SA tells its mode."""
 
     SA2 = "the field mode of sadb_x_sa2, which has the reqid, too"
     FLAG = "a flag of sadb_sa"
@@ -33,7 +33,7 @@ class Modes(enum.Enum):
 
 
 class Policies(enum.Enum):
-    """How policies are said."""
+    """The messages for policies."""
 
     SPD = "SADB_X_SPDADD and its kin"
     FLOWS = "SADB_X_ADDFLOW and SADB_X_DELFLOW"
@@ -41,7 +41,7 @@ class Policies(enum.Enum):
 
 
 class Move(enum.Flag):
-    """What SADB_UPDATE changes of an SA in use, its sequence numbers and window going on."""
+    """The fields of an SA in use that SADB_UPDATE changes, while sequence numbers and window go on."""
 
     NOTHING = 0
     PORTS = enum.auto()

@@ -36,7 +36,7 @@ _MAPPINGS = 1024
 
 
 class Database(Protocol):
-    """What events ask of the SAs and policies that they are about."""
+    """The methods of `PfKeyIPsec` that events call."""
 
     known: dict[SaId, Known]
 

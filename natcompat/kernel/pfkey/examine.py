@@ -1,4 +1,4 @@
-"""What PF_KEY is good for here, for people: ``natcompat doctor`` shows it."""
+"""The state of PF_KEY on this system, for ``natcompat doctor``."""
 
 from __future__ import annotations
 

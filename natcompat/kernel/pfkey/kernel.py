@@ -95,7 +95,7 @@ class PfKeyIPsec(KernelIPsec[Message]):
 
     @property
     def features(self) -> Features:
-        """What PF_KEY of this system can do."""
+        """Return the optional abilities of PF_KEY on this system."""
         return Features(
             requires_udp_encapsulation=False,
             mapping_events=self._dialect.mapping_events,

@@ -203,7 +203,7 @@ def address_extension(
 
 
 class AddressFields(NamedTuple):
-    """What a struct sadb_address says."""
+    """The content of a struct sadb_address."""
 
     address: IPAddress
     port: int
@@ -226,7 +226,7 @@ def read_address(dialect: Dialect, found: Extension) -> AddressFields:
 
 
 class SaFields(NamedTuple):
-    """What a struct sadb_sa says."""
+    """The content of a struct sadb_sa."""
 
     spi: int
     window: int = 0
@@ -264,7 +264,7 @@ def read_sa_ports(found: Extension) -> tuple[int, int, int] | None:
 
 
 class LifetimeFields(NamedTuple):
-    """What a struct sadb_lifetime says; 0: no limit."""
+    """The content of a struct sadb_lifetime; 0: no limit."""
 
     allocations: int = 0
     bytes: int = 0

@@ -1,4 +1,4 @@
-"""What the kernel says about the SAs that it has: usage, and the SAs themselves."""
+"""Reads the kernel's SAs and their usage from PF_KEY messages."""
 
 from __future__ import annotations
 

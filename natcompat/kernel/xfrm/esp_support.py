@@ -1,4 +1,4 @@
-"""What a probe says of ESP in the kernel."""
+"""The result of a probe for ESP in the kernel."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 class EspSupport(enum.Enum):
-    """What was found out about ESP in the kernel."""
+    """The kinds of support for ESP that a probe distinguishes."""
 
     AVAILABLE = "available"
     """An SA can be installed; from the unprivileged probe: the kernel takes ESP packets."""
@@ -25,7 +25,7 @@ class EspSupport(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EspProbe:
-    """What a probe found. True in a boolean context exactly when ESP is available."""
+    """The result of one probe. True in a boolean context exactly when ESP is available."""
 
     support: EspSupport
     errno: int = 0
@@ -43,7 +43,7 @@ class EspProbe:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class XfrmAttributes:
-    """Which of its newer attributes for SAs the kernel knows; None: it did not say."""
+    """The newer attributes of SAs that the kernel knows; None: it did not tell."""
 
     sa_direction: bool | None = None
     """SAs have a direction (Linux 6.10)."""

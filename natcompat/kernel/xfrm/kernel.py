@@ -95,7 +95,7 @@ class XfrmIPsec(KernelIPsec[bytes]):
 
     @property
     def features(self) -> Features:
-        """What this kernel can do, found out by asking it."""
+        """Return the optional abilities of this kernel, which was asked for them."""
         return Features(
             requires_udp_encapsulation=False,
             mapping_events=True,

@@ -1,4 +1,4 @@
-"""Whether this kernel can install an ESP SA, and for this process; found out without installing one.
+"""Probes whether this process can install an ESP SA in this kernel, without installing one.
 
 That a UDP socket accepts UDP_ENCAP says nothing: a kernel with XFRM but without ESP accepts it, too,
 and then loses every ESP packet. `probe_esp` therefore asks XFRM itself, with a request for an SA

@@ -50,7 +50,7 @@ INFO_END = BODY + layouts.size_of(layouts.XFRM_USERSA_INFO)
 
 
 class KernelFeatures(NamedTuple):
-    """What changes the messages."""
+    """The features of a kernel on which the messages depend."""
 
     sa_direction: bool
     keepalive: bool
@@ -76,7 +76,7 @@ def family_of(address: IPAddress) -> int:
 
 
 class _Shape(NamedTuple):
-    """What decides the size and the constant parts of the message for an SA."""
+    """The properties of an SA that decide size and constant parts of its message."""
 
     family: int
     direction: Direction

@@ -30,7 +30,7 @@ TCP, UDP, ICMP = 6, 17, 1
 
 
 class Outcome(enum.Enum):
-    """What becomes of a packet."""
+    """The fate of a packet."""
 
     CLEAR = "clear"
     SEALED = "sealed"
