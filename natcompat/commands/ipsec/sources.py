@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import select
 import sys
 import time
@@ -76,6 +77,8 @@ class Sources:
         try:
             self._kernel = open_kernel()
         except NatCompatError as error:
+            if error.errno == errno.EINVAL:  # NATCOMPAT_IPSEC asks for what there is not
+                raise
             self._refusal = _words(error)
         except click.ClickException as error:
             self._refusal = error.message
